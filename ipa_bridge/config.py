@@ -1,0 +1,167 @@
+"""What a model is: frozen, typed configurations and their named presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Layout = Literal["monomer", "multimer"]
+NormForm = Literal["add", "clamp"]
+
+UNIT_SOFTPLUS = math.log(math.e - 1.0)
+"""The γ at which softplus(γ) = 1, AlphaFold's initial point weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPAConfig:
+    """One invariant point attention (Jumper et al. 2021, Suppl. Alg. 22).
+
+    Attributes:
+        num_channel: c_s, width of the single representation, in and out.
+        pair_channel: c_z, width of the pair representation; None for an attention without one,
+            whose logits then have two terms and scale √(1/2) instead of √(1/3).
+        num_head: H, attention heads.
+        num_scalar_qk: C, scalar query and key channels per head.
+        num_scalar_v: scalar value channels per head.
+        num_point_qk: P, query and key points per head.
+        num_point_v: value points per head.
+        layout: how the projections are named and packed: AlphaFold's "monomer" or "multimer" parameters.
+        scalar_bias: the scalar query, key and value projections have biases.
+        point_bias: the point projections have biases.
+        norm_form: the length of a value point x: "add" is √(|x|² + ε), "clamp" is √max(|x|², ε²).
+        norm_epsilon: that ε.
+        point_weight_init: γ before training; the point weight is softplus(γ).
+        zero_init: the output projection starts at zero, so that a residual branch starts as the identity.
+
+    Raises:
+        ValueError: a width is not a positive integer, a name is not one of those listed, or ε is not
+            a positive number.
+    """
+
+    num_channel: int
+    pair_channel: int | None
+    num_head: int
+    num_scalar_qk: int
+    num_scalar_v: int
+    num_point_qk: int
+    num_point_v: int
+    layout: Layout = "monomer"
+    scalar_bias: bool = True
+    point_bias: bool = True
+    norm_form: NormForm = "add"
+    norm_epsilon: float = 1e-8
+    point_weight_init: float = UNIT_SOFTPLUS
+    zero_init: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("num_channel", "num_head", "num_scalar_qk", "num_scalar_v", "num_point_qk", "num_point_v"):
+            _check_width(field, getattr(self, field))
+        if self.pair_channel is not None:
+            _check_width("pair_channel", self.pair_channel, "; pass None for no pair representation")
+        for field, names in (("layout", get_args(Layout)), ("norm_form", get_args(NormForm))):
+            if getattr(self, field) not in names:
+                raise ValueError(f"{field} must be one of {', '.join(names)}; got {getattr(self, field)!r}")
+        for field in ("scalar_bias", "point_bias", "zero_init"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be True or False; got {getattr(self, field)!r}")
+        if not (self.norm_epsilon > 0 and math.isfinite(self.norm_epsilon)):
+            raise ValueError(
+                f"norm_epsilon must be a positive number, or the norm's gradient at a zero-length point "
+                f"is not finite; got {self.norm_epsilon!r}"
+            )
+        if not math.isfinite(self.point_weight_init):
+            raise ValueError(f"point_weight_init must be finite; got {self.point_weight_init!r}")
+
+    @property
+    def num_logit_terms(self) -> int:
+        """T, the number of logit terms: scalars, points and, if there is a pair representation, its bias."""
+        return 2 if self.pair_channel is None else 3
+
+    @property
+    def num_feature(self) -> int:
+        """Width of the concatenated features that the output projection reads (line 11)."""
+        return self.num_head * (self.num_scalar_v + 4 * self.num_point_v + (self.pair_channel or 0))
+
+    @classmethod
+    def alphafold2(cls) -> IPAConfig:
+        """AlphaFold 2 monomer (`model_1` … `model_5`, with or without `_ptm`); also OpenFold's sizes."""
+        return cls(
+            num_channel=384,
+            pair_channel=128,
+            num_head=12,
+            num_scalar_qk=16,
+            num_scalar_v=16,
+            num_point_qk=4,
+            num_point_v=8,
+        )
+
+    @classmethod
+    def alphafold_multimer(cls) -> IPAConfig:
+        """AlphaFold-Multimer: one projection each for q, k and v, scalars without bias, clamped norms."""
+        return cls(
+            num_channel=384,
+            pair_channel=128,
+            num_head=12,
+            num_scalar_qk=16,
+            num_scalar_v=16,
+            num_point_qk=4,
+            num_point_v=8,
+            layout="multimer",
+            scalar_bias=False,
+            norm_form="clamp",
+        )
+
+    @classmethod
+    def esmfold(cls) -> IPAConfig:
+        """ESMFold's structure module: the monomer form with ε = 1e-12 and γ starting at 0."""
+        return cls(
+            num_channel=384,
+            pair_channel=128,
+            num_head=12,
+            num_scalar_qk=16,
+            num_scalar_v=16,
+            num_point_qk=4,
+            num_point_v=8,
+            norm_epsilon=1e-12,
+            point_weight_init=0.0,
+        )
+
+    @classmethod
+    def lucidrains(
+        cls,
+        dim: int,
+        *,
+        heads: int = 8,
+        scalar_key_dim: int = 16,
+        scalar_value_dim: int = 16,
+        point_key_dim: int = 4,
+        point_value_dim: int = 4,
+        pairwise_repr_dim: int | None = None,
+        require_pairwise_repr: bool = True,
+        eps: float = 1e-8,
+    ) -> IPAConfig:
+        """The PyPI package `invariant-point-attention`, with its constructor's own argument names and defaults.
+
+        Its mask leaves a masked residue attending to all keys uniformly; here such a row attends to them
+        by their logits, as in AlphaFold. Valid rows are the same.
+        """
+        return cls(
+            num_channel=dim,
+            pair_channel=(dim if pairwise_repr_dim is None else pairwise_repr_dim) if require_pairwise_repr else None,
+            num_head=heads,
+            num_scalar_qk=scalar_key_dim,
+            num_scalar_v=scalar_value_dim,
+            num_point_qk=point_key_dim,
+            num_point_v=point_value_dim,
+            layout="multimer",
+            scalar_bias=False,
+            point_bias=False,
+            norm_epsilon=eps,
+            zero_init=False,
+        )
+
+
+def _check_width(field: str, value: object, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} must be a positive integer; got {value!r}{hint}")
