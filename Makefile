@@ -1,0 +1,36 @@
+# Each target sets up what it needs; a machine with Python 3.11+, pip and make is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: setup parity test lint clean
+
+parity: .venv/.runtime
+	$(BIN)/ipa-parity
+
+test: .venv/.dev
+	$(BIN)/python -m pytest --require=jax,torch,alphafold,transformers,invariant_point_attention
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: .venv/.dev
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.runtime: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install --constraint constraints.txt --editable '.[jax,torch,structures]'
+	touch $@
+
+# alphafold-colabfold imports colabfold-kernels without declaring it, and its declared requirements are more
+# than its folding code needs.
+.venv/.dev: .venv/.runtime
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --no-deps alphafold-colabfold colabfold-kernels
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,101 @@
+"""Shape checks that both frameworks share: what was expected, what came, how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from ipa_bridge.config import IPAConfig
+
+
+class Shaped(Protocol):
+    """Anything with a shape: a numpy, JAX or torch array."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...  # noqa: D102
+
+
+def check_ipa_inputs(
+    config: IPAConfig,
+    single: Shaped,
+    pair: Shaped | None,
+    rotation: Shaped,
+    translation: Shaped,
+    mask: Shaped | None,
+) -> None:
+    """The inputs of an invariant point attention fit its config and each other.
+
+    Raises:
+        ValueError: a wrong rank, size or batch shape; a pair representation where the config has none, or none
+            where it has one.
+    """
+    if len(single.shape) < 2 or single.shape[-1] != config.num_channel:
+        raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
+    if (pair is None) != (config.pair_channel is None):
+        raise ValueError(
+            f"config.pair_channel is {config.pair_channel}, but pair is {None if pair is None else _shape(pair)}: "
+            + ("pass the pair representation" if pair is None else "pass None")
+            + ", or replace pair_channel in the config"
+        )
+    residues = tuple(single.shape[:-1])
+    _check_shapes(
+        f"single {_shape(single)}",
+        {
+            "rigids.rotation": (rotation, (*residues, 3, 3)),
+            "rigids.translation": (translation, (*residues, 3)),
+            "pair": (pair, (*residues, residues[-1], config.pair_channel or 0)),
+            "mask": (mask, residues),
+        },
+    )
+
+
+def check_point_attention_inputs(
+    q: Shaped,
+    k: Shaped,
+    v: Shaped,
+    q_points: Shaped,
+    k_points: Shaped,
+    v_points: Shaped,
+    pair: Shaped | None,
+    pair_bias_weight: Shaped | None,
+    point_weights: Shaped,
+    mask: Shaped | None,
+) -> None:
+    """The arrays of a point attention fit each other.
+
+    Raises:
+        ValueError: a wrong rank, size or batch shape; only one of pair and pair_bias_weight given.
+    """
+    if len(q.shape) < 3:
+        raise ValueError(f"q must be (*batch, N, H, C); got {_shape(q)}")
+    if (pair is None) != (pair_bias_weight is None):
+        given, absent = ("pair_bias_weight", "pair") if pair is None else ("pair", "pair_bias_weight")
+        raise ValueError(f"{given} is given but {absent} is None: pass both, or None for both")
+    *residues, num_head, _ = q.shape
+    heads = (*residues, num_head)
+    num_point_qk, num_point_v = (x.shape[-2] if len(x.shape) > 1 else 0 for x in (q_points, v_points))
+    pair_channel = pair.shape[-1] if pair is not None and len(pair.shape) > 0 else 0
+    _check_shapes(
+        f"q {_shape(q)}",
+        {
+            "k": (k, tuple(q.shape)),
+            "v": (v, (*heads, v.shape[-1] if len(v.shape) > 0 else 0)),
+            "q_points": (q_points, (*heads, num_point_qk, 3)),
+            "k_points": (k_points, (*heads, num_point_qk, 3)),
+            "v_points": (v_points, (*heads, num_point_v, 3)),
+            "pair": (pair, (*residues, residues[-1], pair_channel)),
+            "pair_bias_weight": (pair_bias_weight, (pair_channel, num_head)),
+            "point_weights": (point_weights, (num_head,)),
+            "mask": (mask, tuple(residues)),
+        },
+    )
+
+
+def _check_shapes(anchor: str, expected: Mapping[str, tuple[Shaped | None, tuple[int, ...]]]) -> None:
+    for name, (array, shape) in expected.items():
+        if array is not None and tuple(array.shape) != shape:
+            raise ValueError(f"{name} must be {shape} beside {anchor}; got {_shape(array)}")
+
+
+def _shape(array: Shaped) -> tuple[int, ...]:
+    return tuple(array.shape)

@@ -1,0 +1,168 @@
+"""Flat {name: array} files, .npz, .safetensors and .pt, in and out: read lazily, written whole, never unpickled."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ipa_bridge.tensors import numpy_array, torch_tensor
+
+SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """An open file: its names and metadata at once, each array when it is asked for."""
+
+    path: Path
+    keys: tuple[str, ...]
+    metadata: Mapping[str, str]
+    _read: Callable[[str], np.ndarray]
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        """Reads one array.
+
+        Raises:
+            ValueError: it cannot be read without unpickling, or the file is damaged.
+        """
+        with _plain_errors(self.path, f"array {key!r}"):
+            return self._read(key)
+
+
+@contextmanager
+def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
+    """Opens a file of arrays for reading, by its suffix.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: another suffix, a damaged file, or one that only unpickling could read.
+    """
+    path = Path(path)
+    opener = {".npz": _open_npz, ".safetensors": _open_safetensors, ".pt": _open_torch, ".pth": _open_torch}
+    suffix = _suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    opened = opener[suffix](path)
+    with _plain_errors(path, "file"):
+        file = opened.__enter__()
+    try:
+        yield file
+    finally:
+        opened.__exit__(None, None, None)
+
+
+def write_arrays(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a file of arrays, by its suffix: beside the destination first, which is then replaced in one step.
+
+    Args:
+        path: destination; an existing file is replaced, and left as it was if anything fails.
+        arrays: what to write.
+        metadata: short texts beside the arrays, which only .safetensors can carry.
+
+    Raises:
+        ValueError: another suffix, or an array that the format cannot hold without pickling.
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    if suffix == ".npz" and any(x.dtype.name == "bfloat16" for x in arrays.values()):
+        raise ValueError(f"{path}: .npz cannot hold bfloat16; cast to float32, or write .safetensors or .pt")
+    with _replacing(path) as handle:
+        if suffix == ".npz":
+            with zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                for name, x in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asarray(x), allow_pickle=False)
+        elif suffix == ".safetensors":
+            from safetensors.numpy import save
+
+            contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+            handle.write(save(contiguous, metadata=None if metadata is None else dict(metadata)))
+        else:
+            import torch
+
+            torch.save({name: torch_tensor(x) for name, x in arrays.items()}, handle)
+
+
+@contextmanager
+def _open_npz(path: Path) -> Iterator[ArrayFile]:
+    archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("it holds one bare array and no names: save it with numpy.savez")
+    with archive:
+        yield ArrayFile(path, tuple(archive.files), {}, archive.__getitem__)
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[ArrayFile]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        yield ArrayFile(path, tuple(file.keys()), file.metadata() or {}, file.get_tensor)
+
+
+@contextmanager
+def _open_torch(path: Path) -> Iterator[ArrayFile]:
+    import torch
+
+    tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    if not isinstance(tensors, Mapping):
+        raise ValueError(
+            f"it holds a {type(tensors).__name__}: save a state dict, torch.save(module.state_dict(), path)"
+        )
+    other = [name for name, x in tensors.items() if not (isinstance(name, str) and isinstance(x, torch.Tensor))]
+    if other:
+        raise ValueError(
+            f"a flat state dict of tensors was expected, but {other[0]!r} is a {type(tensors[other[0]]).__name__}: "
+            f"save the state dict alone, torch.save(module.state_dict(), path)"
+        )
+    yield ArrayFile(path, tuple(tensors), {}, lambda name: numpy_array(tensors[name]))
+
+
+@contextmanager
+def _plain_errors(path: Path, what: str) -> Iterator[None]:
+    """Whatever a reader raises on a damaged or pickled file becomes a ValueError that names the file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "pickle" in str(error).lower() or "weights_only" in str(error).lower():
+            reason = (
+                "it holds pickled objects, which are never loaded here: save plain arrays with numpy.savez, "
+                "safetensors, or torch.save(module.state_dict(), path)"
+            )
+        raise ValueError(f"{path}: cannot read {what}: {reason}") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path` that takes its place once it is whole and on disk."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(beside, "xb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _suffix(path: Path) -> str:
+    if path.suffix not in SUFFIXES:
+        hint = ": pickles are never loaded; save plain arrays instead" if path.suffix in (".pkl", ".pickle") else ""
+        raise ValueError(f"{path}: expected a name ending in {', '.join(SUFFIXES)}{hint}")
+    return path.suffix

@@ -1,0 +1,99 @@
+"""Frames without a file: uniform random ones, and those of an idealised peptide."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ipa_bridge.residues import RESTYPES
+from ipa_bridge.structures import Structure, backbone_frames
+
+BOND_LENGTHS = {"N-CA": 1.458, "CA-C": 1.525, "C-N": 1.329}
+"""Å; Engh & Huber, Acta Cryst. A47 (1991) 392."""
+
+BOND_ANGLES = {"N-CA-C": 111.0, "CA-C-N": 117.2, "C-N-CA": 121.7}
+"""Degrees; the same source."""
+
+HELIX = (-57.8, -47.0)
+STRAND = (-120.0, 115.0)
+TURN = ((-60.0, -30.0), (-90.0, 0.0))
+"""φ, ψ in degrees: the α-helix, the antiparallel β-strand and residues 2 and 3 of a type I turn, as in textbooks."""
+
+
+def random_rotations(rng: np.random.Generator, shape: Sequence[int] = ()) -> np.ndarray:
+    """Rotation matrices (*shape, 3, 3), uniform over SO(3): normalised Gaussian quaternions."""
+    quaternion = rng.standard_normal((*shape, 4))
+    quaternion /= np.linalg.norm(quaternion, axis=-1, keepdims=True)
+    w, x, y, z = np.moveaxis(quaternion, -1, 0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.stack([np.stack(row, -1) for row in rows], -2)
+
+
+def random_frames(
+    rng: np.random.Generator, shape: Sequence[int] = (), *, spread: float = 10.0, offset: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rotations (*shape, 3, 3) and translations (*shape, 3), independent and uniform.
+
+    Args:
+        rng: the source of randomness.
+        shape: how many.
+        spread: translations fill a cube of this half-side, in whatever unit the model takes.
+        offset: distance of the cube's centre from the origin, in a random direction.
+    """
+    direction = rng.standard_normal(3)
+    centre = offset * direction / np.linalg.norm(direction)
+    return random_rotations(rng, shape), centre + rng.uniform(-spread, spread, (*shape, 3))
+
+
+def idealised_peptide() -> Structure:
+    """A poly-alanine of 42 residues: an α-helix of 20, a type I turn of two and a β-strand of 20."""
+    dihedrals = [HELIX] * 20 + list(TURN) + [STRAND] * 20
+    n, ca, c = build_backbone(dihedrals)
+    rotation, translation = backbone_frames(n, ca, c)
+    number = len(dihedrals)
+    return Structure(
+        name="idealised peptide",
+        rotation=rotation,
+        translation=translation,
+        mask=np.ones(number, bool),
+        aatype=np.full(number, RESTYPES.index("A")),
+        chain_id=np.full(number, "A"),
+        residue_number=np.arange(1, number + 1),
+        insertion_code=np.full(number, ""),
+    )
+
+
+def build_backbone(dihedrals: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """N, Cα and C positions (N, 3) in Å from φ, ψ in degrees per residue; every peptide bond is trans.
+
+    Ideal bond lengths and angles; each atom from the three before it (Parsons et al., J. Comput. Chem. 26, 2005).
+    """
+    angle = np.deg2rad(BOND_ANGLES["N-CA-C"])
+    length = BOND_LENGTHS["CA-C"]
+    atoms = [
+        np.array([-BOND_LENGTHS["N-CA"], 0.0, 0.0]),
+        np.zeros(3),
+        np.array([-length * np.cos(angle), length * np.sin(angle), 0.0]),
+    ]
+    for (_, psi), (phi, _) in itertools.pairwise(dihedrals):
+        for dihedral, bend, bond in ((psi, "CA-C-N", "C-N"), (180.0, "C-N-CA", "N-CA"), (phi, "N-CA-C", "CA-C")):
+            atoms.append(_place(atoms[-3:], BOND_LENGTHS[bond], BOND_ANGLES[bend], dihedral))
+    return tuple(np.array(atoms[i::3]) for i in range(3))  # type: ignore[return-value]
+
+
+def _place(last: Sequence[np.ndarray], bond: float, bend: float, dihedral: float) -> np.ndarray:
+    """The atom bonded to c, of the last three a, b, c, at the angle b–c–atom and dihedral a–b–c–atom in degrees."""
+    a, b, c = last
+    bend, dihedral = np.deg2rad(bend), np.deg2rad(dihedral)
+    forward = (c - b) / np.linalg.norm(c - b)
+    normal = np.cross(b - a, forward)
+    normal /= np.linalg.norm(normal)
+    side = np.cross(normal, forward)
+    along, across = -np.cos(bend), np.sin(bend)
+    return c + bond * (along * forward + across * (np.cos(dihedral) * side + np.sin(dihedral) * normal))

@@ -1,0 +1,120 @@
+"""Algorithm 22 in float64 numpy: the truth that every implementation is held against (Jumper et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from ipa_bridge.config import IPAConfig
+
+einsum = partial(np.einsum, optimize=True)
+
+
+class Stages(NamedTuple):
+    """Every stage of Algorithm 22, in the order of its lines; None where there is no pair representation."""
+
+    logits: ndarray  # (*B, H, N, N), masked keys of valid queries at −1e5
+    attention: ndarray  # (*B, H, N, N)
+    o: ndarray  # (*B, N, H, Cv)
+    o_points: ndarray  # (*B, N, H, Pv, 3), in the local frame
+    norms: ndarray  # (*B, N, H, Pv)
+    o_pair: ndarray | None  # (*B, N, H, c_z)
+    out: ndarray  # (*B, N, c_s)
+
+
+def invariant_point_attention(
+    parameters: Mapping[str, ndarray],
+    config: IPAConfig,
+    single: ndarray,
+    pair: ndarray | None,
+    rotation: ndarray,
+    translation: ndarray,
+    mask: ndarray | None = None,
+) -> Stages:
+    """All stages of one invariant point attention, with parameters under their canonical names.
+
+    Arithmetic is float64, or complex128 where an input is complex: an imaginary part of 1e-30·v then returns
+    the derivative along v, exact to rounding, in the outputs' imaginary parts (the complex step).
+    """
+    p = {name: _double(x) for name, x in parameters.items()}
+    single, rotation, translation = _double(single), _double(rotation), _double(translation)
+    mask = np.ones(single.shape[:-1]) if mask is None else np.asarray(mask, np.float64)
+    # Nothing changes when all frames move alike, and near the origin float64 keeps its bits.
+    translation = translation - translation.real.mean(-2, keepdims=True)
+
+    q, k, v, *local_points = _project(p, config, single)  # lines 1–3
+    q_points, k_points, v_points = (
+        einsum("...nxy,...nhpy->...nhpx", rotation, x) + translation[..., None, None, :] for x in local_points
+    )
+    logits = einsum("...ihc,...jhc->...hij", q, k) / math.sqrt(config.num_scalar_qk)
+    if pair is not None:
+        pair = _double(pair)
+        bias = einsum("...ijc,ch->...hij", pair, p["attention_2d/weights"])  # line 4
+        logits = logits + bias + p["attention_2d/bias"][:, None, None]
+    w_c = math.sqrt(2 / (9 * config.num_point_qk))
+    point_weights = np.log1p(np.exp(p["trainable_point_weights"]))
+    distance2 = np.stack([_distance2(q_points, k_points, head) for head in range(config.num_head)], -3)
+    logits = logits - 0.5 * w_c * point_weights[:, None, None] * distance2
+    logits = math.sqrt(1 / config.num_logit_terms) * logits
+    logits = logits - 1e5 * (mask[..., :, None] * (1 - mask[..., None, :]))[..., None, :, :]
+    attention = _softmax(logits)  # line 7
+
+    o = einsum("...hij,...jhc->...ihc", attention, v)  # line 8
+    o_pair = None if pair is None else einsum("...hij,...ijc->...ihc", attention, pair)  # line 9
+    o_points = einsum("...hij,...jhpx->...ihpx", attention, v_points)  # line 10
+    o_points = einsum("...nyx,...nhpy->...nhpx", rotation, o_points - translation[..., None, None, :])
+    length2 = einsum("...x,...x->...", o_points, o_points)
+    epsilon = config.norm_epsilon
+    if config.norm_form == "add":
+        norms = np.sqrt(length2 + epsilon)
+    else:
+        norms = np.sqrt(np.where(length2.real < epsilon**2, epsilon**2, length2))
+
+    parts = [o, *np.moveaxis(o_points, -1, 0), norms, *([] if o_pair is None else [o_pair])]
+    features = np.concatenate([x.reshape(*single.shape[:-1], -1) for x in parts], -1)
+    out = features @ p["output_projection/weights"] + p["output_projection/bias"]  # line 11
+    return Stages(logits, attention, o, o_points, norms, o_pair, out)
+
+
+def _project(p: Mapping[str, ndarray], config: IPAConfig, single: ndarray) -> tuple[ndarray, ...]:
+    """q, k, v as (*B, N, H, C) and local query, key and value points as (*B, N, H, P, 3)."""
+    h = config.num_head
+
+    def linear(name: str) -> ndarray:
+        output = np.tensordot(single, p[f"{name}/weights"], 1)
+        return output + p[f"{name}/bias"] if f"{name}/bias" in p else output
+
+    residues = single.shape[:-1]
+    if config.layout == "multimer":
+        scalars = [linear(f"{letter}_scalar_projection") for letter in "qkv"]
+        points = [linear(f"{letter}_point_projection/point_projection") for letter in "qkv"]
+        return *scalars, *(np.swapaxes(x.reshape(*residues, h, 3, -1), -1, -2) for x in points)
+    q, kv = (linear(name).reshape(*residues, h, -1) for name in ("q_scalar", "kv_scalar"))
+    q_points, kv_points = (
+        np.moveaxis(linear(name).reshape(*residues, 3, h, -1), -3, -1) for name in ("q_point_local", "kv_point_local")
+    )
+    qk, p_qk = config.num_scalar_qk, config.num_point_qk
+    return q, kv[..., :qk], kv[..., qk:], q_points, kv_points[..., :p_qk, :], kv_points[..., p_qk:, :]
+
+
+def _distance2(q_points: ndarray, k_points: ndarray, head: int) -> ndarray:
+    """Σ_p|q⃗_ip − k⃗_jp|² of one head, (*B, N, N); all heads at once would be the largest array by far."""
+    offset = q_points[..., :, None, head, :, :] - k_points[..., None, :, head, :, :]
+    return einsum("...ijpx,...ijpx->...ij", offset, offset)
+
+
+def _softmax(logits: ndarray) -> ndarray:
+    if logits.shape[-1] == 0:
+        return logits
+    weights = np.exp(logits - logits.real.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _double(x: ndarray) -> ndarray:
+    x = np.asarray(x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)

@@ -1,0 +1,32 @@
+"""numpy arrays to torch tensors and back, bfloat16 included, which numpy has no name for of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def torch_tensor(array: np.ndarray) -> Tensor:
+    """A contiguous CPU tensor with its own memory and the same bits."""
+    import torch
+
+    array = np.array(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def numpy_array(tensor: Tensor) -> np.ndarray:
+    """The same bits as an array; bfloat16 as ml_dtypes' bfloat16."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -1,0 +1,71 @@
+"""Algorithm 22, lines 4 and 7–10, literally: every N×N×… intermediate exists (Jumper et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Float
+
+
+def point_attention(
+    q: Float[Array, "*B N H C"],
+    k: Float[Array, "*B N H C"],
+    v: Float[Array, "*B N H Cv"],
+    q_points: Float[Array, "*B N H P 3"],
+    k_points: Float[Array, "*B N H P 3"],
+    v_points: Float[Array, "*B N H Pv 3"],
+    pair: Float[Array, "*B N N c_z"] | None,
+    *,
+    pair_bias_weight: Float[Array, "c_z H"] | None,
+    point_weights: Float[Array, "H"],
+    mask: Float[Array, "*B N"] | None = None,
+) -> tuple[
+    Float[Array, "*B N H Cv"],
+    Float[Array, "*B N H Pv 3"],
+    Float[Array, "*B N H c_z"] | None,
+    Float[Array, "*B H N N"],
+]:
+    """Outputs and attention weights, all arrays but `pair` in one dtype of at least float32."""
+    pair = None if pair is None else pair.astype(q.dtype)
+    logits = attention_logits(
+        q, k, q_points, k_points, pair, pair_bias_weight=pair_bias_weight, point_weights=point_weights, mask=mask
+    )
+    attention = jax.nn.softmax(logits, axis=-1)
+    o = jnp.einsum("...hij,...jhc->...ihc", attention, v, precision=Precision.HIGHEST)  # line 8
+    o_points = jnp.einsum("...hij,...jhpx->...ihpx", attention, v_points, precision=Precision.HIGHEST)  # line 10
+    o_pair = None
+    if pair is not None:
+        o_pair = jnp.einsum("...hij,...ijc->...ihc", attention, pair, precision=Precision.HIGHEST)  # line 9
+    return o, o_points, o_pair, attention
+
+
+def attention_logits(
+    q: Float[Array, "*B N H C"],
+    k: Float[Array, "*B N H C"],
+    q_points: Float[Array, "*B N H P 3"],
+    k_points: Float[Array, "*B N H P 3"],
+    pair: Float[Array, "*B N N c_z"] | None,
+    *,
+    pair_bias_weight: Float[Array, "c_z H"] | None,
+    point_weights: Float[Array, "H"],
+    mask: Float[Array, "*B N"] | None = None,
+) -> Float[Array, "*B H N N"]:
+    """Line 7 before its softmax: √(1/T)·(q·k/√C + b − ½·w·√(2/9P)·Σ|q⃗ − k⃗|²), masked keys at −1e5.
+
+    A masked query is left alone: it attends to all keys, which is what AlphaFold's −1e5·(1 − m_i·m_j) means
+    in exact arithmetic, without the bits that adding a constant to a whole row would cost.
+    """
+    scalar = jnp.einsum("...ihc,...jhc->...hij", q, k, precision=Precision.HIGHEST) / math.sqrt(q.shape[-1])
+    offset = q_points[..., :, None, :, :, :] - k_points[..., None, :, :, :, :]
+    distance2 = jnp.moveaxis(jnp.sum(offset * offset, (-1, -2)), -1, -3)
+    scale = point_weights * math.sqrt(2 / (9 * q_points.shape[-2]))
+    logits = scalar - 0.5 * scale[:, None, None] * distance2
+    if pair is not None:
+        logits += jnp.einsum("...ijc,ch->...hij", pair, pair_bias_weight, precision=Precision.HIGHEST)  # line 4
+    logits *= math.sqrt(1 / (2 if pair is None else 3))
+    if mask is not None:
+        logits -= 1e5 * (mask[..., :, None] * (1 - mask[..., None, :]))[..., None, :, :]
+    return logits

@@ -1,0 +1,212 @@
+"""Invariant point attention (Jumper et al. 2021, Suppl. Alg. 22) with AlphaFold's parameters."""
+
+from __future__ import annotations
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+from ipa_bridge.checks import check_ipa_inputs
+from ipa_bridge.config import IPAConfig
+from ipa_jax.attention import point_attention
+from ipa_jax.layers import Initializer, Linear, at_least_float32
+from ipa_jax.rigid import Rigid
+
+Projections = tuple[Array, Array, Array, Array, Array, Array]
+"""q, k and v, then query, key and value points."""
+
+
+class InvariantPointAttention(hk.Module):
+    """Attention over residues, the pair representation and points in the residues' frames.
+
+    Parameters carry AlphaFold's haiku names and shapes, so its published ones load as they are. Point
+    projections, frames, distances, softmax and the sums over it run in at least float32 at full precision.
+
+    Args:
+        config: the widths and forms; see `IPAConfig`.
+        implementation: of the attention, see `point_attention`.
+        name: haiku name.
+    """
+
+    def __init__(
+        self, config: IPAConfig, *, implementation: str | None = None, name: str = "invariant_point_attention"
+    ) -> None:
+        super().__init__(name=name)
+        self.config = config
+        self.implementation = implementation
+
+    def __call__(
+        self,
+        single: Float[Array, "*B N c_s"],
+        pair: Float[Array, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Array, "*B N"] | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> Float[Array, "*B N c_s"] | tuple[Float[Array, "*B N c_s"], Float[Array, "*B H N N"]]:
+        """The update of the single representation, in its dtype (Alg. 22, lines 1–11).
+
+        Args:
+            single: single representation.
+            pair: pair representation; None where config.pair_channel is None.
+            rigids: frames of the residues, (*B, N), in the unit the weights were trained for (AlphaFold's: Å
+                divided by position_scale, 10 or 20). The output does not change when all are moved alike.
+            mask: 1 or True where a residue is valid. Valid residues ignore masked ones, whose own rows attend
+                to everything; the inputs of masked residues must be finite all the same.
+            return_attention: also return the attention weights, heads first.
+
+        Raises:
+            ValueError: shapes that do not fit the config or each other.
+        """
+        check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
+        rigids = rigids.astype(at_least_float32(*(x.dtype for x in (single, pair, *rigids) if x is not None)))
+        rigids = _centre(rigids, mask)
+        pair_bias_weight, point_weights = self.logit_weights(single.dtype)
+        o, o_points, o_pair, attention = point_attention(
+            *self.project(single, rigids),
+            pair,
+            pair_bias_weight=pair_bias_weight,
+            point_weights=point_weights,
+            mask=mask,
+            implementation=self.implementation,
+            return_attention=True,
+        )
+        features = self._features(o, rigids.apply_inverse(o_points), o_pair)
+        initializer: Initializer = "zeros" if self.config.zero_init else "linear"
+        output_projection = Linear(self.config.num_channel, initializer=initializer, name="output_projection")
+        output = output_projection(features).astype(single.dtype)  # line 11
+        return (output, attention) if return_attention else output
+
+    @hk.name_like("__call__")
+    def project(self, single: Float[Array, "*B N c_s"], rigids: Rigid) -> Projections:
+        """Lines 1–3: q, k, v (*B, N, H, C) and query, key and value points (*B, N, H, P, 3) in the global frame.
+
+        All in the dtype of the frames.
+        """
+        monomer = self.config.layout == "monomer"
+        projections = self._project_monomer(single) if monomer else self._project_multimer(single)
+        q, k, v, q_points, k_points, v_points = (x.astype(rigids.translation.dtype) for x in projections)
+        return q, k, v, rigids.apply(q_points), rigids.apply(k_points), rigids.apply(v_points)
+
+    @hk.name_like("__call__")
+    def logit_weights(self, dtype: DTypeLike = jnp.float32) -> tuple[Float[Array, "c_z H"] | None, Float[Array, "H"]]:
+        """The pair's projection to a bias per head (line 4; None without a pair) and softplus(γ) (line 7)."""
+        pair_bias_weight = None
+        if self.config.pair_channel is not None:
+            attention_2d = Linear(self.config.num_head, name="attention_2d")
+            # Its bias adds the same to a whole row of logits, which the softmax removes; it is a parameter
+            # because AlphaFold has it.
+            pair_bias_weight, _ = attention_2d.parameters(self.config.pair_channel, dtype)
+        gamma = hk.get_parameter(
+            "trainable_point_weights",
+            (self.config.num_head,),
+            at_least_float32(dtype),
+            hk.initializers.Constant(self.config.point_weight_init),
+        )
+        return pair_bias_weight, jax.nn.softplus(gamma.astype(at_least_float32(gamma.dtype)))
+
+    @hk.name_like("__call__")
+    def _project_monomer(self, single: Float[Array, "*B N c_s"]) -> Projections:
+        c = self.config
+
+        def scalars(name: str, width: int) -> Array:
+            output = Linear(c.num_head * width, use_bias=c.scalar_bias, name=name)(single)
+            return output.reshape(*single.shape[:-1], c.num_head, width)
+
+        def points(name: str, number: int) -> Array:
+            output = Linear(3 * c.num_head * number, use_bias=c.point_bias, full_precision=True, name=name)(single)
+            return jnp.moveaxis(output.reshape(*single.shape[:-1], 3, c.num_head, number), -3, -1)
+
+        q, kv = scalars("q_scalar", c.num_scalar_qk), scalars("kv_scalar", c.num_scalar_qk + c.num_scalar_v)
+        q_points = points("q_point_local", c.num_point_qk)
+        kv_points = points("kv_point_local", c.num_point_qk + c.num_point_v)
+        k, v = jnp.split(kv, [c.num_scalar_qk], -1)
+        k_points, v_points = jnp.split(kv_points, [c.num_point_qk], -2)
+        return q, k, v, q_points, k_points, v_points
+
+    @hk.name_like("__call__")
+    def _project_multimer(self, single: Float[Array, "*B N c_s"]) -> Projections:
+        c = self.config
+
+        def scalars(letter: str, width: int) -> Array:
+            shape = (c.num_head, width)
+            return Linear(shape, use_bias=c.scalar_bias, name=f"{letter}_scalar_projection")(single)
+
+        def points(letter: str, number: int) -> Array:
+            name = f"{letter}_point_projection"
+            return PointProjection(c.num_head, number, use_bias=c.point_bias, name=name)(single)
+
+        return (
+            scalars("q", c.num_scalar_qk),
+            scalars("k", c.num_scalar_qk),
+            scalars("v", c.num_scalar_v),
+            points("q", c.num_point_qk),
+            points("k", c.num_point_qk),
+            points("v", c.num_point_v),
+        )
+
+    def _features(
+        self,
+        o: Float[Array, "*B N H Cv"],
+        o_points: Float[Array, "*B N H Pv 3"],
+        o_pair: Float[Array, "*B N H c_z"] | None,
+    ) -> Float[Array, "*B N features"]:
+        """What line 11 projects: o, local points by coordinate, their lengths, o_pair, each with heads outermost."""
+        length2 = jnp.sum(o_points * o_points, -1)
+        if self.config.norm_form == "add":
+            lengths = jnp.sqrt(length2 + self.config.norm_epsilon)
+        else:
+            lengths = jnp.sqrt(jnp.maximum(length2, self.config.norm_epsilon**2))
+        x, y, z = jnp.moveaxis(o_points, -1, 0)
+        features = (o, x, y, z, lengths) if o_pair is None else (o, x, y, z, lengths, o_pair)
+        return jnp.concatenate([jax.lax.collapse(f, f.ndim - 2) for f in features], -1)
+
+
+class PointProjection(hk.Module):
+    """Points of each head in the local frame, in AlphaFold-Multimer's order: per head, coordinate-major."""
+
+    def __init__(self, num_head: int, num_point: int, *, use_bias: bool = True, name: str = "point_projection") -> None:
+        super().__init__(name=name)
+        self.num_head = num_head
+        self.num_point = num_point
+        self.use_bias = use_bias
+
+    def __call__(self, single: Float[Array, "*B N c_s"]) -> Float[Array, "*B N H P 3"]:
+        """Projects the single representation, in at least float32."""
+        shape = (self.num_head, 3 * self.num_point)
+        points = Linear(shape, use_bias=self.use_bias, full_precision=True, name="point_projection")(single)
+        return jnp.swapaxes(points.reshape(*points.shape[:-1], 3, self.num_point), -1, -2)
+
+
+def transform_ipa(config: IPAConfig, *, implementation: str | None = None) -> hk.Transformed:
+    """Invariant point attention as a pair of pure functions, init(rng, …) and apply(params, …).
+
+    Both take what `InvariantPointAttention.__call__` takes.
+    """
+
+    def forward(
+        single: Float[Array, "*B N c_s"],
+        pair: Float[Array, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Array, "*B N"] | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> Float[Array, "*B N c_s"] | tuple[Float[Array, "*B N c_s"], Float[Array, "*B H N N"]]:
+        ipa = InvariantPointAttention(config, implementation=implementation)
+        return ipa(single, pair, rigids, mask, return_attention=return_attention)
+
+    return hk.without_apply_rng(hk.transform(forward))
+
+
+def _centre(rigids: Rigid, mask: Shaped[Array, "*B N"] | None) -> Rigid:
+    """Frames moved so that their masked mean is the origin, which costs nothing and spares far coordinates' bits.
+
+    The attention does not change when all frames move alike, so no gradient need pass through the mean.
+    """
+    translation = rigids.translation
+    weight = jnp.ones_like(translation[..., :1]) if mask is None else mask[..., None].astype(translation.dtype)
+    total = jnp.sum(weight, -2, keepdims=True)
+    mean = jnp.sum(weight * translation, -2, keepdims=True) / jnp.maximum(total, 1)
+    return Rigid(rigids.rotation, translation - jax.lax.stop_gradient(mean))

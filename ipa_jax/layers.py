@@ -1,0 +1,101 @@
+"""Linear and LayerNorm with AlphaFold's parameters and initialisers (Suppl. 1.11.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Initializer = Literal["linear", "relu", "zeros"]
+
+TRUNCATED_NORMAL_STDDEV = 0.87962566103423978
+"""Standard deviation of a unit normal truncated at ±2, which an initialiser divides out."""
+
+
+class Linear(hk.Module):
+    """x·weights + bias over the last axis, into one or several output axes.
+
+    Runs in the wider of the input's and the weights' dtypes; with `full_precision` in at least float32 and at
+    the highest matrix precision. `initializer` is "linear" (truncated-normal LeCun), "relu" (He) or "zeros".
+    """
+
+    def __init__(
+        self,
+        num_output: int | Sequence[int],
+        *,
+        initializer: Initializer = "linear",
+        use_bias: bool = True,
+        full_precision: bool = False,
+        name: str = "linear",
+    ) -> None:
+        super().__init__(name=name)
+        self.output_shape = (num_output,) if isinstance(num_output, int) else tuple(num_output)
+        self.initializer = initializer
+        self.use_bias = use_bias
+        self.full_precision = full_precision
+
+    def __call__(self, inputs: Float[Array, "*B c_in"]) -> Float[Array, "*B *c_out"]:
+        """Projects the last axis."""
+        weights, bias = self.parameters(inputs.shape[-1], inputs.dtype)
+        dtype = widest_dtype(inputs.dtype, weights.dtype)
+        precision = None
+        if self.full_precision:
+            dtype, precision = at_least_float32(dtype), jax.lax.Precision.HIGHEST
+        output = jnp.tensordot(inputs.astype(dtype), weights.astype(dtype), axes=1, precision=precision)
+        return output if bias is None else output + bias.astype(dtype)
+
+    @hk.name_like("__call__")
+    def parameters(
+        self, num_input: int, dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "c_in *c_out"], Float[Array, "*c_out"] | None]:
+        """The weights and the bias (None without one), for those who apply them in their own way."""
+        shape = (num_input, *self.output_shape)
+        weights = hk.get_parameter("weights", shape, dtype, weight_initializer(self.initializer, num_input))
+        bias = hk.get_parameter("bias", self.output_shape, dtype, jnp.zeros) if self.use_bias else None
+        return weights, bias
+
+
+class LayerNorm(hk.Module):
+    """Normalisation over the last axis, in at least float32, returned in the input's dtype."""
+
+    def __init__(self, *, epsilon: float = 1e-5, name: str = "layer_norm") -> None:
+        super().__init__(name=name)
+        self.epsilon = epsilon
+
+    def __call__(self, inputs: Float[Array, "*B c"]) -> Float[Array, "*B c"]:
+        """Normalises the last axis."""
+        shape = inputs.shape[-1:]
+        scale = hk.get_parameter("scale", shape, inputs.dtype, jnp.ones)
+        offset = hk.get_parameter("offset", shape, inputs.dtype, jnp.zeros)
+        dtype = at_least_float32(inputs.dtype, scale.dtype)
+        x = inputs.astype(dtype)
+        centred = x - jnp.mean(x, -1, keepdims=True)
+        variance = jnp.mean(centred * centred, -1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(variance + jnp.asarray(self.epsilon, dtype))
+        return (normal * scale.astype(dtype) + offset.astype(dtype)).astype(inputs.dtype)
+
+
+def weight_initializer(initializer: Initializer, num_input: int) -> hk.initializers.Initializer:
+    """Truncated normal with variance 1/num_input ("linear") or 2/num_input ("relu"), or zeros."""
+    if initializer == "zeros":
+        return hk.initializers.Constant(0.0)
+    gain = {"linear": 1.0, "relu": 2.0}[initializer]
+    stddev = np.sqrt(gain / num_input) / TRUNCATED_NORMAL_STDDEV
+    return hk.initializers.TruncatedNormal(stddev=stddev)
+
+
+def widest_dtype(*dtypes: DTypeLike) -> np.dtype:
+    """The dtype that holds all of these, by JAX's standard promotion whatever the user's setting."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def at_least_float32(*dtypes: DTypeLike) -> np.dtype:
+    """The dtype of arithmetic that must not lose coordinates: the widest of these, float32 at the least."""
+    return widest_dtype(jnp.float32, *dtypes)

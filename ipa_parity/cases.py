@@ -1,0 +1,145 @@
+"""The named catalogue of models, inputs and frames on which the frameworks are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ipa_bridge.config import IPAConfig
+from ipa_bridge.frames import idealised_peptide, random_frames
+from ipa_bridge.structures import Structure
+from ipa_bridge.weights import Weights
+
+PRESETS: dict[str, Callable[[], IPAConfig]] = {
+    "alphafold2": IPAConfig.alphafold2,
+    "alphafold-multimer": IPAConfig.alphafold_multimer,
+    "esmfold": IPAConfig.esmfold,
+    "lucidrains": partial(IPAConfig.lucidrains, 64),
+}
+"""Configs by the names that the command takes; lucidrains at the width of its README's example."""
+
+ODD = IPAConfig(
+    num_channel=11,
+    pair_channel=6,
+    num_head=3,
+    num_scalar_qk=4,
+    num_scalar_v=2,
+    num_point_qk=5,
+    num_point_v=7,
+)
+"""Small widths that are odd or mutually distinct, so that no swap of two axes goes unseen."""
+
+ODD_MULTIMER = replace(ODD, layout="multimer", scalar_bias=False, norm_form="clamp")
+ODD_NO_PAIR = replace(ODD, pair_channel=None)
+ODD_NO_BIAS = replace(ODD, layout="multimer", scalar_bias=False, point_bias=False, zero_init=False)
+
+POSITION_SCALE = 10.0
+"""Å per unit of the frames that AlphaFold's monomer weights were trained with."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one input. Drawn in float64; `astype` rounds all of it to the dtype of a run."""
+
+    name: str
+    weights: Weights
+    single: np.ndarray  # (*B, N, c_s)
+    pair: np.ndarray | None  # (*B, N, N, c_z)
+    rotation: np.ndarray  # (*B, N, 3, 3)
+    translation: np.ndarray  # (*B, N, 3), in the unit of the weights
+    mask: np.ndarray  # (*B, N) bool
+    cotangent: np.ndarray  # (*B, N, c_s), of the output
+
+    @property
+    def config(self) -> IPAConfig:
+        """The model's config."""
+        return self.weights.config
+
+    def astype(self, dtype: str) -> Case:
+        """The same case with every number rounded to that dtype."""
+        rounded = {
+            field: getattr(self, field).astype(np.dtype(dtype))
+            for field in ("weights", "single", "rotation", "translation", "cotangent")
+        }
+        return replace(self, **rounded, pair=None if self.pair is None else self.pair.astype(np.dtype(dtype)))
+
+
+def make_case(
+    name: str,
+    config: IPAConfig,
+    shape: tuple[int, ...] = (7,),
+    *,
+    seed: int = 0,
+    spread: float = 2.0,
+    offset: float = 0.0,
+    cluster: int = 1,
+    weights: Weights | None = None,
+    structure: Structure | None = None,
+) -> Case:
+    """Random activations and weights, on random frames or on those of a structure.
+
+    A tenth of the residues, and at least one of several, is masked on top of what a structure lacks.
+
+    Args:
+        name: of the case.
+        config: of the model.
+        shape: (*B, N), of random frames.
+        seed: of everything random.
+        spread: random frames fill a cube of this half-side.
+        offset: distance of that cube from the origin.
+        cluster: this many successive residues lie within a unit of one point of the cube: far apart and yet with
+            neighbours to attend to, as in a protein. Alone at such distances a residue attends to itself only, and
+            what is left of the logits' gradients is rounding.
+        weights: of the model; None for seeded ones.
+        structure: a protein in place of random frames.
+    """
+    rng = np.random.default_rng(seed)
+    if structure is None:
+        rotation, translation = random_frames(rng, shape, spread=spread, offset=offset)
+        if cluster > 1:
+            centres = np.repeat(translation[..., ::cluster, :], cluster, -2)[..., : shape[-1], :]
+            translation = centres + rng.uniform(-1, 1, translation.shape)
+        mask = np.ones(shape, bool)
+    else:
+        shape = structure.mask.shape
+        rotation, translation = structure.rotation, structure.translation / POSITION_SCALE
+        mask = structure.mask
+    if shape[-1] > 1:
+        mask = mask & (rng.random(shape) > 0.1)
+        mask[..., shape[-1] // 2] = False
+    pair = None if config.pair_channel is None else rng.standard_normal((*shape, shape[-1], config.pair_channel))
+    return Case(
+        name=name,
+        weights=Weights.random(config, seed=seed + 1, dtype=np.float64) if weights is None else weights,
+        single=rng.standard_normal((*shape, config.num_channel)),
+        pair=pair,
+        rotation=rotation,
+        translation=translation,
+        mask=mask,
+        cotangent=rng.standard_normal((*shape, config.num_channel)),
+    )
+
+
+CATALOGUE: dict[str, Callable[[], Case]] = {
+    name: partial(make_case, name, config, **options)
+    for name, config, options in (
+        ("monomer", ODD, {}),
+        ("multimer", ODD_MULTIMER, {}),
+        ("no-pair", ODD_NO_PAIR, {}),
+        ("no-bias", ODD_NO_BIAS, {}),
+        ("batch", ODD, {"shape": (2, 5)}),
+        ("batch-of-batches", ODD_MULTIMER, {"shape": (2, 3, 5)}),
+        ("batch-no-pair", ODD_NO_PAIR, {"shape": (3, 5)}),
+        ("spread-50", ODD, {"spread": 50.0, "cluster": 4, "shape": (13,)}),
+        ("offset-1000", ODD, {"offset": 1000.0, "shape": (13,)}),
+        ("alphafold2", IPAConfig.alphafold2(), {"shape": (31,)}),
+        ("alphafold-multimer", IPAConfig.alphafold_multimer(), {"shape": (31,)}),
+        ("esmfold", IPAConfig.esmfold(), {"shape": (31,)}),
+        ("lucidrains", IPAConfig.lucidrains(64), {"shape": (2, 31)}),
+        ("peptide", IPAConfig.alphafold2(), {"structure": idealised_peptide()}),
+    )
+}
+"""Builders of the suite's cases by name."""

@@ -1,0 +1,157 @@
+"""The command `ipa-parity`: is the Haiku IPA the same function as the PyTorch IPA, on your weights and protein?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ipa_bridge.config import IPAConfig
+from ipa_bridge.frames import idealised_peptide
+from ipa_bridge.structures import Structure, load_structure
+from ipa_bridge.weights import Weights
+from ipa_parity.cases import PRESETS, Case, make_case
+from ipa_parity.parity import installed_frameworks, judge
+from ipa_parity.report import Comparison, as_json, table
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 0 if everything compared is within its bound, 1 if not, 2 if the question is wrong."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        frameworks = _frameworks(args.require)
+        cases = _cases(args)
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    progress = _Progress(shown=not args.quiet)
+    started = time.perf_counter()
+    comparisons: list[Comparison] = []
+    for case in cases:
+        for dtype in args.dtype or ("float32", "float64"):
+            comparisons += judge(
+                case,
+                dtype,
+                frameworks=frameworks,
+                gradients=not args.no_gradients,
+                progress=lambda step, name=case.name: progress(f"{name}: {step}"),  # type: ignore[misc]
+            )
+    progress.clear()
+    failures = [row for row in comparisons if not row.passed]
+    if args.json:
+        report = {"passed": not failures, "frameworks": list(frameworks), "comparisons": as_json(comparisons)}
+        print(json.dumps(report, indent=1))
+    else:
+        print(_report(cases, frameworks, comparisons, failures, time.perf_counter() - started))
+    return 1 if failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ipa-parity", description=__doc__)
+    parser.add_argument("--weights", metavar="FILE", help="an IPA's weights: .npz (AlphaFold's), .safetensors or .pt")
+    parser.add_argument("--structure", metavar="FILE", help="a protein whose frames to use: PDB or mmCIF")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="the model, with seeded weights (default: both AlphaFold layouts)"
+    )
+    parser.add_argument("--residues", type=_positive, default=64, help="random frames (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="may be repeated (default: float32 and float64)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, activations and frames (default: %(default)s)")
+    parser.add_argument("--no-gradients", action="store_true", help="compare outputs only")
+    parser.add_argument(
+        "--require", default="jax,torch", help="frameworks that must be installed (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="every comparison, as JSON on standard output")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
+    return number
+
+
+def _frameworks(require: str) -> tuple[str, ...]:
+    frameworks = installed_frameworks()
+    missing = [name for name in require.split(",") if name and name not in frameworks]
+    if missing:
+        raise ValueError(
+            f"not installed: {', '.join(missing)}. Install ipa-twins[{','.join(missing)}], or pass "
+            f"--require='{','.join(frameworks)}' to compare what there is with the float64 oracle"
+        )
+    return frameworks
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    if args.weights and args.preset:
+        raise ValueError("--weights brings its own config: leave --preset out")
+    models: dict[str, tuple[IPAConfig, Weights | None]]
+    structures: dict[str, Structure | None]
+    if args.weights:
+        weights = Weights.load(args.weights)
+        models = {Path(args.weights).name: (weights.config, weights)}
+    else:
+        names = [args.preset] if args.preset else ["alphafold2", "alphafold-multimer"]
+        models = {name: (PRESETS[name](), None) for name in names}
+    if args.structure:
+        structures = {Path(args.structure).name: load_structure(args.structure)}
+    else:
+        structures = {f"{args.residues} random frames": None, "idealised peptide": idealised_peptide()}
+    return [
+        make_case(f"{model}, {frames}", config, (args.residues,), seed=args.seed, weights=weights, structure=structure)
+        for model, (config, weights) in models.items()
+        for frames, structure in structures.items()
+    ]
+
+
+def _report(
+    cases: Sequence[Case],
+    frameworks: Sequence[str],
+    comparisons: Sequence[Comparison],
+    failures: Sequence[Comparison],
+    seconds: float,
+) -> str:
+    lines = ["Worst error of each stage over all cases, in machine epsilons of its dtype:", ""]
+    for case in cases:
+        valid, total = int(case.mask.sum()), case.mask.size
+        lines.append(f"  {case.name}: {total} residues, {total - valid} of them masked")
+    lines += ["", table(comparisons), ""]
+    lines += [f"FAIL {row}" for row in failures]
+    worst = max(comparisons, key=lambda row: float("inf") if row.problem else row.error / row.bound)
+    verdict = (
+        f"{len(failures)} of {len(comparisons)} comparisons failed"
+        if failures
+        else (f"all {len(comparisons)} comparisons passed; closest to its bound: {worst}")
+    )
+    alone = "" if len(frameworks) == 2 else f" ({', '.join(frameworks)} only: the other framework is not installed)"
+    return "\n".join([*lines, f"{verdict}{alone}. {seconds:.0f} s"])
+
+
+class _Progress:
+    """One line on standard error that says what is running; nothing where that is not a terminal's line."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+        self.in_place = sys.stderr.isatty()
+        self.started = time.perf_counter()
+
+    def __call__(self, step: str) -> None:
+        if not self.shown:
+            return
+        seconds = f"{time.perf_counter() - self.started:5.0f} s"
+        if self.in_place:
+            print(f"\r\033[K{seconds}  {step}", end="", file=sys.stderr, flush=True)
+        else:
+            print(f"{seconds}  {step}", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.shown and self.in_place:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,118 @@
+"""One case in both frameworks, against float64 and against each other."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from ipa_parity import tolerance
+from ipa_parity.cases import Case
+from ipa_parity.report import Comparison, compare
+from ipa_parity.stages import RUNNERS, Arrays, run_oracle
+
+
+def installed_frameworks() -> tuple[str, ...]:
+    """Those of "jax" and "torch" that can run here."""
+    modules = {"jax": ("jax", "haiku"), "torch": ("torch",)}
+    return tuple(name for name, needs in modules.items() if all(importlib.util.find_spec(module) for module in needs))
+
+
+def judge(
+    case: Case,
+    dtype: str,
+    *,
+    frameworks: Iterable[str] = ("jax", "torch"),
+    gradients: bool = True,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Iterator[Comparison]:
+    """Every stage of a case in one dtype: each framework against float64, and the two against each other.
+
+    The truth of a stage is the oracle's. The truth of a gradient, which the oracle does not know, is the torch
+    model's in float64 (the Haiku model's where there is no torch) on the same rounded inputs; in float64 itself the
+    frameworks judge each other.
+
+    Args:
+        case: the case, in float64.
+        dtype: what to round it to and run it in: "float64", "float32", "bfloat16" or "float16".
+        frameworks: which to run, of "jax" and "torch".
+        gradients: compare gradients too.
+        progress: is told what is about to run.
+    """
+    rounded = case.astype(dtype)
+    progress("oracle")
+    truth = run_oracle(rounded)
+    runs: dict[str, Arrays] = {}
+    for name in frameworks:
+        progress(f"{name} {dtype}")
+        runs[name] = RUNNERS[name](rounded, gradients=gradients)
+    if gradients and dtype != "float64":
+        judge_of_gradients = "torch" if "torch" in runs else "jax"
+        progress(f"{judge_of_gradients} float64")
+        exact = RUNNERS[judge_of_gradients](rounded.astype("float64"))
+        truth |= {stage: x for stage, x in exact.items() if stage.startswith("gradient/")}
+    pairs = [(name, arrays, "float64", truth) for name, arrays in runs.items()]
+    if len(runs) == 2:
+        (first, arrays), (second, others) = runs.items()
+        pairs.append((first, arrays, second, others))
+    for subject, arrays, reference, expected in pairs:
+        for stage in expected:
+            yield _compare_stage(rounded, dtype, stage, subject, arrays, reference, expected)
+
+
+def _compare_stage(
+    case: Case, dtype: str, stage: str, subject: str, arrays: Arrays, reference: str, expected: Arrays
+) -> Comparison:
+    actual, wanted, meaningful = arrays[stage], expected[stage], None
+    if stage == "logits":
+        # A masked key's logit is −1e5 and something; the softmax makes zero of it whatever the something.
+        visible = ~(case.mask[..., :, None] & ~case.mask[..., None, :])[..., None, :, :]
+        meaningful = np.broadcast_to(visible, wanted.shape)
+        actual, wanted = (_without_row_constant(x, visible) for x in (actual, wanted))
+    conditioning = 1.0
+    if stage in ("points", "norms"):
+        conditioning = tolerance.conditioning(case.translation, case.mask, expected["points"])
+    return compare(
+        actual,
+        wanted,
+        case=case.name,
+        stage=stage,
+        dtype=dtype,
+        subject=subject,
+        reference=reference,
+        meaningful=meaningful,
+        scale=_declared_scale(case, stage, expected),
+        conditioning=conditioning,
+    )
+
+
+def _without_row_constant(logits: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    return logits - np.where(visible, logits, -np.inf).max(-1, keepdims=True)
+
+
+def _declared_scale(case: Case, stage: str, expected: Arrays) -> float | None:
+    """The size of the terms of a sum that mathematics makes zero, or nearly so; None for every other stage.
+
+    The bias of `attention_2d` adds one number to a whole row of logits, which the softmax removes: its gradient is
+    Σ dL over all pairs, and Σ|dL| is at least max|Σ dL·z| / max|z|. A translation's gradient is what reaches it
+    through the points less what reaches it through the inverse frame, and the two are equal where a residue
+    attends to itself alone.
+    """
+    if stage == "gradient/attention_2d/bias" and case.pair is not None:
+        return float(np.abs(expected["gradient/attention_2d/weights"]).max() / np.abs(case.pair).max())
+    if stage == "gradient/translation":
+        return float(np.linalg.norm(_point_cotangent(case, expected), axis=-1).sum((-1, -2)).max())
+    return None
+
+
+def _point_cotangent(case: Case, expected: Arrays) -> np.ndarray:
+    """The loss's gradient to the local points, (*B, N, H, Pv, 3)."""
+    points, norms = expected["points"], expected["norms"]
+    weights = np.asarray(case.weights.arrays["output_projection/weights"], np.float64)
+    features = np.asarray(case.cotangent, np.float64) @ weights.T
+    width = points[..., 0].reshape(*features.shape[:-1], -1).shape[-1]
+    first = case.config.num_head * case.config.num_scalar_v
+    x, y, z, to_norm = np.split(features[..., first : first + 4 * width], 4, -1)
+    direct = np.stack([x, y, z], -1).reshape(points.shape)
+    return direct + to_norm.reshape(norms.shape)[..., None] * points / norms[..., None]

@@ -1,0 +1,131 @@
+"""What a comparison found: one row per stage, a table for people and JSON for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ipa_parity.tolerance import bound, epsilon
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One stage of one run against one reference."""
+
+    case: str
+    stage: str
+    dtype: str
+    subject: str
+    reference: str
+    error: float  # in epsilons of dtype; infinite where there is nothing to measure
+    bound: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Within the bound, and nothing else wrong."""
+        return not self.problem and self.error <= self.bound
+
+    def __str__(self) -> str:
+        verdict = self.problem or f"{self.error:.3g} eps, bound {self.bound:.3g}"
+        return f"{self.case} {self.dtype} {self.stage}: {self.subject} against {self.reference}: {verdict}"
+
+
+def compare(
+    actual: np.ndarray,
+    expected: np.ndarray,
+    *,
+    case: str,
+    stage: str,
+    dtype: str,
+    subject: str,
+    reference: str,
+    meaningful: np.ndarray | None = None,
+    scale: float | None = None,
+    conditioning: float = 1.0,
+) -> Comparison:
+    """Judges one array by the tolerance table.
+
+    Args:
+        actual: what came.
+        expected: what should have come.
+        case: name of the case.
+        stage: its name in the tolerance table; "gradient/…" for any gradient.
+        dtype: name of the narrowest arithmetic used.
+        subject: who produced `actual`.
+        reference: who produced `expected`.
+        meaningful: True where the entries count; None for all of them.
+        scale: what the error is relative to, where the stage is a sum that cancels and max|expected| says
+            nothing; None for max|expected|.
+        conditioning: factor on the bound, from the inputs alone.
+    """
+    limit = bound(stage, dtype) * conditioning
+
+    def result(error: float, problem: str = "") -> Comparison:
+        return Comparison(case, stage, dtype, subject, reference, error, limit, problem)
+
+    if actual.shape != expected.shape:
+        return result(np.inf, f"shape {actual.shape} where {expected.shape} was expected")
+    if meaningful is not None:
+        actual, expected = actual[meaningful], expected[meaningful]
+    if not actual.size:
+        return result(np.inf, "nothing to compare")
+    if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
+        return result(np.inf, "not finite")
+    scale = float(np.abs(expected).max()) if scale is None else scale
+    if scale == 0:
+        return result(np.inf, "the reference is all zero")
+    difference = np.subtract(actual, expected, dtype=np.float64)
+    return result(float(np.abs(difference).max()) / scale / epsilon(dtype))
+
+
+def summarise(comparisons: Iterable[Comparison]) -> dict[tuple[str, str, str], Comparison]:
+    """The comparison closest to, or furthest beyond, its bound for each (stage, dtype, subject and reference)."""
+    worst: dict[tuple[str, str, str], Comparison] = {}
+    for row in comparisons:
+        key = (row.stage, row.dtype, _who(row))
+        if key not in worst or _badness(row) > _badness(worst[key]):
+            worst[key] = row
+    return worst
+
+
+def table(comparisons: Iterable[Comparison]) -> str:
+    """Stages by dtype and pair of runs: the worst error over all cases, in epsilons of that dtype."""
+    worst = summarise(comparisons)
+    stages = list(dict.fromkeys(stage for stage, _, _ in worst))
+    columns = list(dict.fromkeys((dtype, who) for _, dtype, who in worst))
+    dtypes = [dtype if i == 0 or columns[i - 1][0] != dtype else "" for i, (dtype, _) in enumerate(columns)]
+    rows = [["", *dtypes, "", ""], ["stage", *(who for _, who in columns), "bound", ""]]
+    for stage in stages:
+        found = [worst.get((stage, *column)) for column in columns]
+        limits = sorted({f"{row.bound:.0f}" for row in found if row}, key=float)
+        rows.append(
+            [
+                stage,
+                *("" if row is None else "!" if row.problem else f"{row.error:.1f}" for row in found),
+                "–".join(dict.fromkeys((limits[0], limits[-1]))),
+                "pass" if all(row.passed for row in found if row) else "FAIL",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        row[0].ljust(widths[0]) + "".join(cell.rjust(w + 2) for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in (*lines[:2], "-" * len(lines[1]), *lines[2:]))
+
+
+def as_json(comparisons: Iterable[Comparison]) -> list[dict]:
+    """Every comparison as plain data."""
+    rows = [asdict(row) | {"passed": row.passed} for row in comparisons]
+    return [row | {"error": row["error"] if np.isfinite(row["error"]) else None} for row in rows]
+
+
+def _who(row: Comparison) -> str:
+    return row.subject if row.reference == "float64" else f"{row.subject}–{row.reference}"
+
+
+def _badness(row: Comparison) -> float:
+    return np.inf if row.problem else row.error / row.bound

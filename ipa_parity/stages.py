@@ -1,0 +1,170 @@
+"""One model on one case in one framework, or in the oracle: every stage of Algorithm 22 as named arrays.
+
+Stages are `logits`, `attention`, `o`, `points` (local), `norms`, `o_pair` and `out`; gradients of Σ cotangent·out
+are `gradient/single`, `…/pair`, `…/rotation`, `…/translation` and `…/<canonical parameter name>`. All are read off
+the model's own calls: nothing is computed again beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ipa_bridge import oracle
+from ipa_bridge.config import IPAConfig
+from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights import canonical_from_torch
+from ipa_parity.cases import Case
+
+Arrays = dict[str, np.ndarray]
+
+
+def run_oracle(case: Case) -> Arrays:
+    """The stages in float64 numpy, which knows no gradients."""
+    stages = oracle.invariant_point_attention(
+        case.weights.arrays, case.config, case.single, case.pair, case.rotation, case.translation, case.mask
+    )
+    named = {"points" if name == "o_points" else name: array for name, array in stages._asdict().items()}
+    return {name: array for name, array in named.items() if array is not None}
+
+
+def run_jax(case: Case, *, gradients: bool = True, implementation: str | None = None) -> Arrays:
+    """The Haiku model in the case's dtype, under jit, at the highest matrix precision."""
+    import haiku as hk
+    import jax
+
+    import ipa_jax
+    from ipa_jax.attention.reference import attention_logits
+
+    def forward(single: Any, pair: Any, rigids: Any, mask: Any) -> Any:
+        seen: dict[str, Any] = {}
+
+        def watch(call: Callable, args: tuple, kwargs: dict, context: hk.MethodContext) -> Any:
+            result = call(*args, **kwargs)
+            if context.module.name == "output_projection":
+                seen["features"] = args[0]
+            seen[context.method_name] = result
+            return result
+
+        ipa = ipa_jax.InvariantPointAttention(case.config, implementation=implementation)
+        with hk.intercept_methods(watch):
+            out, attention = ipa(single, pair, rigids, mask, return_attention=True)
+        return out, attention, seen["features"], _logits(attention_logits, seen, pair, mask, jax.numpy.astype)
+
+    def loss(params: Any, inputs: Mapping[str, Any]) -> Any:
+        rigids = ipa_jax.Rigid(inputs["rotation"], inputs["translation"])
+        apply = ipa_jax.transform_ipa(case.config, implementation=implementation).apply
+        return (apply(params, inputs["single"], inputs.get("pair"), rigids, mask) * cotangent).sum()
+
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        params = jax.tree.map(jax.numpy.asarray, case.weights.to_haiku())
+        inputs = {name: jax.numpy.asarray(x) for name, x in _inputs(case).items()}
+        mask, cotangent = jax.numpy.asarray(case.mask), jax.numpy.asarray(case.cotangent)
+        rigids = ipa_jax.Rigid(inputs["rotation"], inputs["translation"])
+        transformed: Any = hk.without_apply_rng(hk.transform(forward))
+        apply = jax.jit(transformed.apply)
+        stages = jax.tree.map(np.asarray, apply(params, inputs["single"], inputs.get("pair"), rigids, mask))
+        arrays = _named_stages(case.config, *stages)
+        if gradients:
+            by_module, by_input = jax.tree.map(np.asarray, jax.jit(jax.grad(loss, argnums=(0, 1)))(params, inputs))
+            root = f"{case.weights.root}/"
+            by_name = {f"{module}/{leaf}": x for module, leaves in by_module.items() for leaf, x in leaves.items()}
+            by_name = {name.removeprefix(root): x for name, x in by_name.items()}
+            arrays |= {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
+    return arrays
+
+
+def run_torch(case: Case, *, gradients: bool = True, implementation: str | None = None) -> Arrays:
+    """The torch model in the case's dtype, on CPU."""
+    import torch
+
+    import ipa_torch
+    from ipa_torch.attention.reference import attention_logits
+
+    state = case.weights.to_torch()
+    module = ipa_torch.InvariantPointAttention(case.config, implementation=implementation)
+    module.to(state["trainable_point_weights"].dtype).load_state_dict(state)
+    inputs = {name: torch_tensor(x).requires_grad_(gradients) for name, x in _inputs(case).items()}
+    mask, cotangent = torch_tensor(case.mask), torch_tensor(case.cotangent)
+    rigids = ipa_torch.Rigid(inputs["rotation"], inputs["translation"])
+    seen: dict[str, Any] = {}
+
+    def watch(name: str) -> None:
+        method = getattr(module, name)
+        setattr(module, name, lambda *args: seen.setdefault(name, method(*args)))
+
+    with torch.no_grad():
+        watch("project")
+        watch("logit_weights")
+        hook = module.output_projection.register_forward_pre_hook(lambda _, args: seen.update(features=args[0]))
+        out, attention = module(inputs["single"], inputs.get("pair"), rigids, mask, return_attention=True)
+        logits = _logits(attention_logits, seen, inputs.get("pair"), mask, torch.Tensor.to)
+        arrays = _named_stages(case.config, *(_from_torch(x) for x in (out, attention, seen["features"], logits)))
+        hook.remove()
+        del module.project, module.logit_weights
+    if gradients:
+        parameters = dict(module.named_parameters())
+        loss = (module(inputs["single"], inputs.get("pair"), rigids, mask) * cotangent).sum()
+        grads = torch.autograd.grad(loss, [*inputs.values(), *parameters.values()])
+        by_input = dict(zip(inputs, map(_from_torch, grads[: len(inputs)]), strict=True))
+        by_name = dict(zip(parameters, map(_from_torch, grads[len(inputs) :]), strict=True))
+        by_name = canonical_from_torch(by_name, case.config)
+        arrays |= {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
+    return arrays
+
+
+RUNNERS: dict[str, Callable[..., Arrays]] = {"jax": run_jax, "torch": run_torch}
+
+
+def _inputs(case: Case) -> Arrays:
+    """What gradients are taken of, beside the parameters."""
+    inputs = {"single": case.single, "pair": case.pair, "rotation": case.rotation, "translation": case.translation}
+    return {name: x for name, x in inputs.items() if x is not None}
+
+
+def _logits(attention_logits: Callable, seen: Mapping[str, Any], pair: Any, mask: Any, cast: Callable) -> Any:
+    """The reference's logits of the very queries, keys and points that the model made; cast(x, dtype) casts."""
+    q, k, _, q_points, k_points, _ = seen["project"]
+    pair_bias_weight, point_weights = seen["logit_weights"]
+    return attention_logits(
+        q,
+        k,
+        q_points,
+        k_points,
+        None if pair is None else cast(pair, q.dtype),
+        pair_bias_weight=None if pair is None else cast(pair_bias_weight, q.dtype),
+        point_weights=cast(point_weights, q.dtype),
+        mask=cast(mask, q.dtype),
+    )
+
+
+def _named_stages(
+    config: IPAConfig, out: np.ndarray, attention: np.ndarray, features: np.ndarray, logits: np.ndarray
+) -> Arrays:
+    """The stages by name, those after the attention cut from the output projection's input."""
+    heads, point = config.num_head, config.num_head * config.num_point_v
+    widths = [heads * config.num_scalar_v, point, point, point, point]
+    o, x, y, z, norms, o_pair = np.split(features, np.cumsum(widths), -1)
+
+    def per_head(f: np.ndarray, width: int) -> np.ndarray:
+        return f.reshape(*f.shape[:-1], heads, width)
+
+    stages = {
+        "logits": logits,
+        "attention": attention,
+        "o": per_head(o, config.num_scalar_v),
+        "points": np.stack([per_head(f, config.num_point_v) for f in (x, y, z)], -1),
+        "norms": per_head(norms, config.num_point_v),
+        "out": out,
+    }
+    if config.pair_channel is not None:
+        stages["o_pair"] = per_head(o_pair, config.pair_channel)
+    return stages
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    """float32 holds every half-precision number, which numpy has no name for."""
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.element_size() == 2 else tensor).numpy()

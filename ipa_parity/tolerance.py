@@ -1,0 +1,60 @@
+"""The only place where bounds live: how many machine epsilons a stage may be off.
+
+An error is max|x − ref64| / scale over what the mask makes meaningful, and scale is max|ref64| unless a stage
+states a better one. It is divided by the epsilon of the narrowest arithmetic used. K is the same in float32 and
+float64, so that a cast hidden in one of them shows; half precision, whose error is a few roundings of the
+activations and not a sum's, has its own.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+BOUNDS = {
+    "logits": 32,
+    "attention": 32,
+    "o": 32,
+    "points": 64,
+    "norms": 64,
+    "o_pair": 32,
+    "out": 32,
+    "gradient": 256,
+}
+"""K per stage in float32 and float64; every gradient is one stage here."""
+
+HALF_BOUNDS = {**dict.fromkeys(BOUNDS, 1), "gradient": 2}
+"""K per stage in bfloat16 and float16."""
+
+FAST_PATH_OUTPUT = 2
+"""A fast path may err this many times the reference implementation's own error in that dtype, plus K·eps."""
+
+FAST_PATH_GRADIENT = 3
+"""The same for gradients."""
+
+HALF_DTYPES = ("bfloat16", "float16")
+
+
+def epsilon(dtype: str) -> float:
+    """Machine epsilon of a dtype by name: "float64", "float32", "bfloat16" or "float16"."""
+    return float(ml_dtypes.finfo(np.dtype(dtype)).eps)
+
+
+def bound(stage: str, dtype: str) -> int:
+    """K for a stage ("gradient/…" for any gradient) in that dtype."""
+    table = HALF_BOUNDS if dtype in HALF_DTYPES else BOUNDS
+    return table[stage.partition("/")[0]]
+
+
+def conditioning(translation: np.ndarray, mask: np.ndarray, local_points: np.ndarray) -> float:
+    """How much more the point stages may err when frames lie far apart: 1 + max|t − mean t| / max|local points|.
+
+    Local points come from global ones by subtracting translations, which loses the bits by which these are larger.
+    Where all frames lie does not count, only how far apart: the implementations centre them.
+    """
+    valid = mask.astype(bool)
+    if not valid.any() or not local_points.size:
+        return 1.0
+    weight = valid[..., None].astype(float)
+    mean = (weight * translation).sum(-2, keepdims=True) / np.maximum(weight.sum(-2, keepdims=True), 1)
+    return 1.0 + float(np.abs(translation - mean).max() / np.abs(local_points).max())

@@ -1,0 +1,93 @@
+"""The parameter-free core of invariant point attention, and the choice of its implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from ipa_bridge.checks import check_point_attention_inputs
+from ipa_torch.attention import reference
+from ipa_torch.layers import at_least_float32, without_autocast
+
+__all__ = ["IMPLEMENTATIONS", "choose_implementation", "point_attention"]
+
+IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference.point_attention}
+"""Every implementation by name, in the order in which `implementation=None` tries them."""
+
+
+def point_attention(
+    q: Float[Tensor, "*B N H C"],
+    k: Float[Tensor, "*B N H C"],
+    v: Float[Tensor, "*B N H Cv"],
+    q_points: Float[Tensor, "*B N H P 3"],
+    k_points: Float[Tensor, "*B N H P 3"],
+    v_points: Float[Tensor, "*B N H Pv 3"],
+    pair: Float[Tensor, "*B N N c_z"] | None,
+    *,
+    pair_bias_weight: Float[Tensor, "c_z H"] | None,
+    point_weights: Float[Tensor, "H"],
+    mask: Shaped[Tensor, "*B N"] | None = None,
+    implementation: str | None = None,
+    block_size: int | None = None,
+    return_attention: bool = False,
+) -> tuple[Any, ...]:
+    """Attention over residues and their points (Jumper et al. 2021, Suppl. Alg. 22, lines 4 and 7–10).
+
+    Runs in the widest of the inputs' dtypes and at least in float32, whatever they are and autocast says.
+
+    Args:
+        q: scalar queries, not yet scaled by 1/√C.
+        k: scalar keys.
+        v: scalar values.
+        q_points: query points in the global frame, in the unit the point weights were trained for.
+        k_points: key points in the global frame.
+        v_points: value points in the global frame.
+        pair: pair representation, which gives a logit bias and is itself attended to; None for none.
+        pair_bias_weight: its projection to one bias per head (the bias's own bias cancels in the softmax).
+        point_weights: w_h ≥ 0, that is softplus(γ_h), not yet scaled by √(2/9P).
+        mask: 1 or True where a residue is valid. A valid query ignores masked keys; a masked query attends to all.
+        implementation: one of `IMPLEMENTATIONS`; None chooses as `choose_implementation` says.
+        block_size: query rows at a time, for implementations that work in blocks.
+        return_attention: also return the attention weights, (*B, H, N, N).
+
+    Returns:
+        o (*B, N, H, Cv); o_points (*B, N, H, Pv, 3) in the global frame; o_pair (*B, N, H, c_z), None without a
+        pair; and the attention if asked for. o and o_pair come in v's dtype, o_points in v_points'.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown implementation.
+        NotImplementedError: the named implementation cannot do what is asked.
+    """
+    check_point_attention_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
+    attend = choose_implementation(implementation, block_size=block_size)
+    arrays = (q, k, v, q_points, k_points, v_points)
+    dtype = at_least_float32(*(x.dtype for x in arrays), *(() if pair is None else (pair.dtype,)))
+    with without_autocast(q.device.type):
+        o, o_points, o_pair, attention = attend(
+            *(x.to(dtype) for x in arrays),
+            pair,
+            pair_bias_weight=None if pair_bias_weight is None else pair_bias_weight.to(dtype),
+            point_weights=point_weights.to(dtype),
+            mask=None if mask is None else mask.to(dtype),
+        )
+    o_pair = None if o_pair is None else o_pair.to(v.dtype)
+    outputs = (o.to(v.dtype), o_points.to(v_points.dtype), o_pair)
+    return (*outputs, attention) if return_attention else outputs
+
+
+def choose_implementation(implementation: str | None, *, block_size: int | None = None) -> Callable:
+    """The function that a name stands for; None stands for "reference", the only one there is.
+
+    Raises:
+        ValueError: no implementation of that name.
+        NotImplementedError: it does not work in blocks and `block_size` is given.
+    """
+    name = implementation or "reference"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+    if name == "reference" and block_size is not None:
+        raise NotImplementedError(f"implementation 'reference' has no blocks: leave block_size None, got {block_size}")
+    return IMPLEMENTATIONS[name]

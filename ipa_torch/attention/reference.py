@@ -1,0 +1,70 @@
+"""Algorithm 22, lines 4 and 7–10, literally: every N×N×… intermediate exists (Jumper et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def point_attention(
+    q: Float[Tensor, "*B N H C"],
+    k: Float[Tensor, "*B N H C"],
+    v: Float[Tensor, "*B N H Cv"],
+    q_points: Float[Tensor, "*B N H P 3"],
+    k_points: Float[Tensor, "*B N H P 3"],
+    v_points: Float[Tensor, "*B N H Pv 3"],
+    pair: Float[Tensor, "*B N N c_z"] | None,
+    *,
+    pair_bias_weight: Float[Tensor, "c_z H"] | None,
+    point_weights: Float[Tensor, "H"],
+    mask: Float[Tensor, "*B N"] | None = None,
+) -> tuple[
+    Float[Tensor, "*B N H Cv"],
+    Float[Tensor, "*B N H Pv 3"],
+    Float[Tensor, "*B N H c_z"] | None,
+    Float[Tensor, "*B H N N"],
+]:
+    """Outputs and attention weights, all tensors but `pair` in one dtype of at least float32."""
+    pair = None if pair is None else pair.to(q.dtype)
+    logits = attention_logits(
+        q, k, q_points, k_points, pair, pair_bias_weight=pair_bias_weight, point_weights=point_weights, mask=mask
+    )
+    attention = torch.softmax(logits, dim=-1)
+    o = torch.einsum("...hij,...jhc->...ihc", attention, v)  # line 8
+    o_points = torch.einsum("...hij,...jhpx->...ihpx", attention, v_points)  # line 10
+    o_pair = None
+    if pair is not None:
+        o_pair = torch.einsum("...hij,...ijc->...ihc", attention, pair)  # line 9
+    return o, o_points, o_pair, attention
+
+
+def attention_logits(
+    q: Float[Tensor, "*B N H C"],
+    k: Float[Tensor, "*B N H C"],
+    q_points: Float[Tensor, "*B N H P 3"],
+    k_points: Float[Tensor, "*B N H P 3"],
+    pair: Float[Tensor, "*B N N c_z"] | None,
+    *,
+    pair_bias_weight: Float[Tensor, "c_z H"] | None,
+    point_weights: Float[Tensor, "H"],
+    mask: Float[Tensor, "*B N"] | None = None,
+) -> Float[Tensor, "*B H N N"]:
+    """Line 7 before its softmax: √(1/T)·(q·k/√C + b − ½·w·√(2/9P)·Σ|q⃗ − k⃗|²), masked keys at −1e5.
+
+    A masked query is left alone: it attends to all keys, which is what AlphaFold's −1e5·(1 − m_i·m_j) means
+    in exact arithmetic, without the bits that adding a constant to a whole row would cost.
+    """
+    scalar = torch.einsum("...ihc,...jhc->...hij", q, k) / math.sqrt(q.shape[-1])
+    offset = q_points[..., :, None, :, :, :] - k_points[..., None, :, :, :, :]
+    distance2 = torch.movedim(torch.sum(offset * offset, (-1, -2)), -1, -3)
+    scale = point_weights * math.sqrt(2 / (9 * q_points.shape[-2]))
+    logits = scalar - 0.5 * scale[:, None, None] * distance2
+    if pair is not None:
+        logits = logits + torch.einsum("...ijc,ch->...hij", pair, pair_bias_weight)  # line 4
+    logits = logits * math.sqrt(1 / (2 if pair is None else 3))
+    if mask is not None:
+        logits = logits - 1e5 * (mask[..., :, None] * (1 - mask[..., None, :]))[..., None, :, :]
+    return logits

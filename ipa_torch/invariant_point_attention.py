@@ -1,0 +1,176 @@
+"""Invariant point attention (Jumper et al. 2021, Suppl. Alg. 22) with AlphaFold's parameters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from ipa_bridge.checks import check_ipa_inputs
+from ipa_bridge.config import IPAConfig
+from ipa_torch.attention import point_attention
+from ipa_torch.layers import Linear, at_least_float32
+from ipa_torch.rigid import Rigid
+
+Projections = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q, k and v, then query, key and value points."""
+
+
+class InvariantPointAttention(nn.Module):
+    """Attention over residues, the pair representation and points in the residues' frames.
+
+    Submodules carry AlphaFold's haiku names, so its published parameters load by a rule. Point projections,
+    frames, distances, softmax and the sums over it run in at least float32, under autocast too.
+
+    Args:
+        config: the widths and forms; see `IPAConfig`.
+        implementation: of the attention, see `point_attention`.
+    """
+
+    def __init__(self, config: IPAConfig, *, implementation: str | None = None) -> None:
+        super().__init__()
+        self.config = c = config
+        self.implementation = implementation
+        c_s, h = c.num_channel, c.num_head
+        self.trainable_point_weights = nn.Parameter(torch.full((h,), c.point_weight_init))
+        if c.layout == "monomer":
+            self.q_scalar = Linear(c_s, h * c.num_scalar_qk, use_bias=c.scalar_bias)
+            self.kv_scalar = Linear(c_s, h * (c.num_scalar_qk + c.num_scalar_v), use_bias=c.scalar_bias)
+            self.q_point_local = Linear(c_s, 3 * h * c.num_point_qk, use_bias=c.point_bias, full_precision=True)
+            self.kv_point_local = Linear(
+                c_s, 3 * h * (c.num_point_qk + c.num_point_v), use_bias=c.point_bias, full_precision=True
+            )
+        else:
+            self.q_scalar_projection = Linear(c_s, (h, c.num_scalar_qk), use_bias=c.scalar_bias)
+            self.k_scalar_projection = Linear(c_s, (h, c.num_scalar_qk), use_bias=c.scalar_bias)
+            self.v_scalar_projection = Linear(c_s, (h, c.num_scalar_v), use_bias=c.scalar_bias)
+            self.q_point_projection = PointProjection(c_s, h, c.num_point_qk, use_bias=c.point_bias)
+            self.k_point_projection = PointProjection(c_s, h, c.num_point_qk, use_bias=c.point_bias)
+            self.v_point_projection = PointProjection(c_s, h, c.num_point_v, use_bias=c.point_bias)
+        if c.pair_channel is not None:
+            self.attention_2d = Linear(c.pair_channel, h)
+        self.output_projection = Linear(c.num_feature, c_s, initializer="zeros" if c.zero_init else "linear")
+
+    def forward(
+        self,
+        single: Float[Tensor, "*B N c_s"],
+        pair: Float[Tensor, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Tensor, "*B N"] | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> Float[Tensor, "*B N c_s"] | tuple[Float[Tensor, "*B N c_s"], Float[Tensor, "*B H N N"]]:
+        """The update of the single representation, in its dtype (Alg. 22, lines 1–11).
+
+        Args:
+            single: single representation.
+            pair: pair representation; None where config.pair_channel is None.
+            rigids: frames of the residues, (*B, N), in the unit the weights were trained for (AlphaFold's: Å
+                divided by position_scale, 10 or 20). The output does not change when all are moved alike.
+            mask: 1 or True where a residue is valid. Valid residues ignore masked ones, whose own rows attend
+                to everything; the inputs of masked residues must be finite all the same.
+            return_attention: also return the attention weights, heads first.
+
+        Raises:
+            ValueError: shapes that do not fit the config or each other.
+        """
+        check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
+        rigids = rigids.astype(at_least_float32(*(x.dtype for x in (single, pair, *rigids) if x is not None)))
+        rigids = _centre(rigids, mask)
+        pair_bias_weight, point_weights = self.logit_weights()
+        o, o_points, o_pair, attention = point_attention(
+            *self.project(single, rigids),
+            pair,
+            pair_bias_weight=pair_bias_weight,
+            point_weights=point_weights,
+            mask=mask,
+            implementation=self.implementation,
+            return_attention=True,
+        )
+        features = self._features(o, rigids.apply_inverse(o_points), o_pair)
+        output = self.output_projection(features).to(single.dtype)  # line 11
+        return (output, attention) if return_attention else output
+
+    def project(self, single: Float[Tensor, "*B N c_s"], rigids: Rigid) -> Projections:
+        """Lines 1–3: q, k, v (*B, N, H, C) and query, key and value points (*B, N, H, P, 3) in the global frame.
+
+        All in the dtype of the frames.
+        """
+        monomer = self.config.layout == "monomer"
+        projections = self._project_monomer(single) if monomer else self._project_multimer(single)
+        q, k, v, q_points, k_points, v_points = (x.to(rigids.translation.dtype) for x in projections)
+        return q, k, v, rigids.apply(q_points), rigids.apply(k_points), rigids.apply(v_points)
+
+    def logit_weights(self) -> tuple[Float[Tensor, "c_z H"] | None, Float[Tensor, "H"]]:
+        """The pair's projection to a bias per head (line 4; None without a pair) and softplus(γ) (line 7)."""
+        pair_bias_weight = None
+        if self.config.pair_channel is not None:
+            # Its bias adds the same to a whole row of logits, which the softmax removes; it is a parameter
+            # because AlphaFold has it. Times zero it stays in the graph: its gradient is 0, not None, as
+            # optimisers and DistributedDataParallel expect.
+            pair_bias_weight = self.attention_2d.weight.T + 0 * self.attention_2d.bias  # type: ignore[operator]
+        gamma = self.trainable_point_weights
+        return pair_bias_weight, F.softplus(gamma.to(at_least_float32(gamma.dtype)))
+
+    def _project_monomer(self, single: Float[Tensor, "*B N c_s"]) -> Projections:
+        c = self.config
+        q, kv = (x.unflatten(-1, (c.num_head, -1)) for x in (self.q_scalar(single), self.kv_scalar(single)))
+        q_points, kv_points = (
+            torch.movedim(x.unflatten(-1, (3, c.num_head, -1)), -3, -1)
+            for x in (self.q_point_local(single), self.kv_point_local(single))
+        )
+        k, v = kv.split([c.num_scalar_qk, c.num_scalar_v], -1)
+        k_points, v_points = kv_points.split([c.num_point_qk, c.num_point_v], -2)
+        return q, k, v, q_points, k_points, v_points
+
+    def _project_multimer(self, single: Float[Tensor, "*B N c_s"]) -> Projections:
+        return (
+            self.q_scalar_projection(single),
+            self.k_scalar_projection(single),
+            self.v_scalar_projection(single),
+            self.q_point_projection(single),
+            self.k_point_projection(single),
+            self.v_point_projection(single),
+        )
+
+    def _features(
+        self,
+        o: Float[Tensor, "*B N H Cv"],
+        o_points: Float[Tensor, "*B N H Pv 3"],
+        o_pair: Float[Tensor, "*B N H c_z"] | None,
+    ) -> Float[Tensor, "*B N features"]:
+        """What line 11 projects: o, local points by coordinate, their lengths, o_pair, each with heads outermost."""
+        length2 = torch.sum(o_points * o_points, -1)
+        if self.config.norm_form == "add":
+            lengths = torch.sqrt(length2 + self.config.norm_epsilon)
+        else:
+            lengths = torch.sqrt(torch.clamp(length2, min=self.config.norm_epsilon**2))
+        x, y, z = o_points.unbind(-1)
+        features = (o, x, y, z, lengths) if o_pair is None else (o, x, y, z, lengths, o_pair)
+        return torch.cat([f.flatten(-2) for f in features], -1)
+
+
+class PointProjection(nn.Module):
+    """Points of each head in the local frame, in AlphaFold-Multimer's order: per head, coordinate-major."""
+
+    def __init__(self, num_channel: int, num_head: int, num_point: int, *, use_bias: bool = True) -> None:
+        super().__init__()
+        shape = (num_head, 3 * num_point)
+        self.point_projection = Linear(num_channel, shape, use_bias=use_bias, full_precision=True)
+
+    def forward(self, single: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N H P 3"]:
+        """Projects the single representation, in at least float32."""
+        return self.point_projection(single).unflatten(-1, (3, -1)).transpose(-1, -2)
+
+
+def _centre(rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
+    """Frames moved so that their masked mean is the origin, which costs nothing and spares far coordinates' bits.
+
+    The attention does not change when all frames move alike, so no gradient need pass through the mean.
+    """
+    translation = rigids.translation
+    weight = torch.ones_like(translation[..., :1]) if mask is None else mask[..., None].to(translation.dtype)
+    total = torch.sum(weight, -2, keepdim=True)
+    mean = torch.sum(weight * translation, -2, keepdim=True) / torch.clamp(total, min=1)
+    return Rigid(rigids.rotation, translation - mean.detach())

@@ -1,0 +1,109 @@
+"""Linear and LayerNorm with AlphaFold's parameters and initialisers (Suppl. 1.11.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Initializer = Literal["linear", "relu", "zeros"]
+
+TRUNCATED_NORMAL_STDDEV = 0.87962566103423978
+"""Standard deviation of a unit normal truncated at ±2, which an initialiser divides out."""
+
+
+class Linear(nn.Module):
+    """x·weightᵀ + bias over the last axis, into one or several output axes.
+
+    Runs in the wider of the input's and the weight's dtypes, or as torch.autocast says; with `full_precision` in at
+    least float32, autocast or not. `initializer` is "linear" (truncated-normal LeCun), "relu" (He) or "zeros".
+    """
+
+    weight: Float[nn.Parameter, "c_out c_in"]
+    bias: Float[nn.Parameter, "c_out"] | None
+
+    def __init__(
+        self,
+        num_input: int,
+        num_output: int | Sequence[int],
+        *,
+        initializer: Initializer = "linear",
+        use_bias: bool = True,
+        full_precision: bool = False,
+    ) -> None:
+        super().__init__()
+        self.output_shape = (num_output,) if isinstance(num_output, int) else tuple(num_output)
+        self.initializer = initializer
+        self.full_precision = full_precision
+        width = math.prod(self.output_shape)
+        self.weight = nn.Parameter(torch.empty(width, num_input))
+        self.bias = nn.Parameter(torch.empty(width)) if use_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weight anew and zeroes the bias."""
+        initialize_weight(self.weight, self.initializer)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, inputs: Float[Tensor, "*B c_in"]) -> Float[Tensor, "*B *c_out"]:
+        """Projects the last axis."""
+        dtype = widest_dtype(inputs.dtype, self.weight.dtype)
+        ambient: AbstractContextManager = nullcontext()
+        if self.full_precision:
+            dtype, ambient = at_least_float32(dtype), without_autocast(inputs.device.type)
+        with ambient:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            output = F.linear(inputs.to(dtype), self.weight.to(dtype), bias)
+        return output.unflatten(-1, self.output_shape)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation over the last axis, in at least float32, returned in the input's dtype."""
+
+    def __init__(self, num_channel: int, *, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(num_channel))
+        self.bias = nn.Parameter(torch.zeros(num_channel))
+
+    def forward(self, inputs: Float[Tensor, "*B c"]) -> Float[Tensor, "*B c"]:
+        """Normalises the last axis."""
+        dtype = at_least_float32(inputs.dtype, self.weight.dtype)
+        with without_autocast(inputs.device.type):
+            x, weight, bias = inputs.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon).to(inputs.dtype)
+
+
+def initialize_weight(weight: Float[Tensor, "c_out c_in"], initializer: Initializer) -> None:
+    """Truncated normal with variance 1/num_input ("linear") or 2/num_input ("relu"), or zeros."""
+    if initializer == "zeros":
+        nn.init.zeros_(weight)
+        return
+    gain = {"linear": 1.0, "relu": 2.0}[initializer]
+    stddev = math.sqrt(gain / weight.shape[-1]) / TRUNCATED_NORMAL_STDDEV
+    nn.init.trunc_normal_(weight, std=stddev, a=-2 * stddev, b=2 * stddev)
+
+
+def widest_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that holds all of these."""
+    return reduce(torch.promote_types, dtypes)
+
+
+def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic that must not lose coordinates: the widest of these, float32 at the least."""
+    return widest_dtype(torch.float32, *dtypes)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off: on CPU it would turn float32 matrix products into bfloat16."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,70 @@
+"""Options, pins and fixtures of the suite."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+COMPARED = pytest.StashKey[list]()
+"""What the run compared, for its closing table."""
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ipa-twins")
+    group.addoption("--require", default="", help="comma-separated modules whose absence fails the run: jax,torch")
+    group.addoption("--weights", help="run the parity tests alone, on the weights in this file")
+    group.addoption("--structure", help="run the parity tests alone, on the protein in this PDB or mmCIF file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "users_own: runs on the weights and the protein given on the command line")
+    missing = [name for name in config.getoption("--require").split(",") if name and not importlib.util.find_spec(name)]
+    if missing:
+        raise pytest.UsageError(f"--require: not installed: {', '.join(missing)}")
+    if importlib.util.find_spec("jax"):
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
+        jax.config.update("jax_default_matmul_precision", "highest")
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_users_own = bool(config.getoption("--weights") or config.getoption("--structure"))
+    chosen = [item for item in items if bool(item.get_closest_marker("users_own")) == on_users_own]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def structures_dir() -> Path:
+    """The folder of real proteins: $IPA_STRUCTURES, or ../shared/structures."""
+    folder = Path(os.environ.get("IPA_STRUCTURES") or ROOT.parent / "shared" / "structures")
+    if not folder.is_dir():
+        pytest.skip(f"no real proteins: {folder} is not there; name a folder of them in IPA_STRUCTURES")
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    compared = config.stash.get(COMPARED, [])
+    if compared:
+        from ipa_parity.report import table
+
+        terminalreporter.section(f"parity: worst of {len(compared)} comparisons, in eps")
+        terminalreporter.write_line(table(compared))
+
+
+@pytest.fixture(scope="session")
+def compared(request: pytest.FixtureRequest) -> list:
+    """Collects comparisons for the table at the end of the run."""
+    return request.config.stash.setdefault(COMPARED, [])

@@ -1,0 +1,133 @@
+"""What does not fit is refused in both frameworks alike: what was expected, what came, how to mend it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ipa_parity.cases import CATALOGUE, ODD
+
+
+class Jax:
+    """Calls the Haiku IPA and core on numpy arrays."""
+
+    def __init__(self):
+        self.numpy = pytest.importorskip("jax.numpy")
+        pytest.importorskip("haiku")
+        import ipa_jax
+
+        self.package = ipa_jax
+
+    def array(self, x):
+        return None if x is None else self.numpy.asarray(x)
+
+    def ipa(self, case, *inputs):
+        return self.package.transform_ipa(case.config).apply(case.weights.to_haiku(), *inputs)
+
+
+class Torch:
+    """Calls the PyTorch IPA and core on numpy arrays."""
+
+    def __init__(self):
+        self.torch = pytest.importorskip("torch")
+        import ipa_torch
+
+        self.package = ipa_torch
+
+    def array(self, x):
+        return None if x is None else self.torch.tensor(x)
+
+    def ipa(self, case, *inputs):
+        module = self.package.InvariantPointAttention(case.config)
+        module.load_state_dict(case.weights.to_torch())
+        return module(*inputs)
+
+
+@pytest.fixture(params=[Jax, Torch], ids=["jax", "torch"])
+def framework(request):
+    return request.param()
+
+
+IPA = {
+    "single rank": (lambda s, z, r, t, m: (s[0], z, r, t, m), r"single must be \(\*batch, N, 11\).*got \(11,\)"),
+    "single width": (lambda s, z, r, t, m: (s[:, :5], z, r, t, m), r"single must be .*got \(7, 5\)"),
+    "pair size": (
+        lambda s, z, r, t, m: (s, z[:3], r, t, m),
+        r"pair must be \(7, 7, 6\) beside single \(7, 11\); got \(3, 7, 6\)",
+    ),
+    "pair width": (lambda s, z, r, t, m: (s, z[..., :4], r, t, m), r"pair must be \(7, 7, 6\).*got \(7, 7, 4\)"),
+    "pair missing": (lambda s, z, r, t, m: (s, None, r, t, m), "pair_channel is 6, but pair is None: pass the pair"),
+    "rotation": (lambda s, z, r, t, m: (s, z, r[..., :2], t, m), r"rigids.rotation must be \(7, 3, 3\)"),
+    "translation": (lambda s, z, r, t, m: (s, z, r, t[:1], m), r"rigids.translation must be \(7, 3\)"),
+    "mask rank": (lambda s, z, r, t, m: (s, z, r, t, m[:, None]), r"mask must be \(7,\) beside .*; got \(7, 1\)"),
+    "mask size": (lambda s, z, r, t, m: (s, z, r, t, m[:4]), r"mask must be \(7,\)"),
+    "batch": (lambda s, z, r, t, m: (s[None], z, r, t, m), r"must be \(1, 7"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), IPA.values(), ids=IPA)
+def test_ipa(framework, spoil, message):
+    case = CATALOGUE["monomer"]().astype("float32")
+    single, pair, rotation, translation, mask = spoil(
+        case.single, case.pair, case.rotation, case.translation, case.mask
+    )
+    single, pair, rotation, translation, mask = map(framework.array, (single, pair, rotation, translation, mask))
+    with pytest.raises(ValueError, match=message):
+        framework.ipa(case, single, pair, framework.package.Rigid(rotation, translation), mask)
+
+
+def test_pair_where_the_config_has_none(framework):
+    case = CATALOGUE["no-pair"]().astype("float32")
+    rigids = framework.package.Rigid(framework.array(case.rotation), framework.array(case.translation))
+    pair = framework.array(np.zeros((7, 7, 6), np.float32))
+    with pytest.raises(ValueError, match=r"pair_channel is None, but pair is \(7, 7, 6\): pass None"):
+        framework.ipa(case, framework.array(case.single), pair, rigids, framework.array(case.mask))
+
+
+def core_arguments():
+    rng = np.random.default_rng(0)
+    h, qk, v, p, pv, c_z = ODD.num_head, ODD.num_scalar_qk, ODD.num_scalar_v, ODD.num_point_qk, ODD.num_point_v, 6
+    shapes = {
+        "q": (2, 5, h, qk),
+        "k": (2, 5, h, qk),
+        "v": (2, 5, h, v),
+        "q_points": (2, 5, h, p, 3),
+        "k_points": (2, 5, h, p, 3),
+        "v_points": (2, 5, h, pv, 3),
+        "pair": (2, 5, 5, c_z),
+        "pair_bias_weight": (c_z, h),
+        "point_weights": (h,),
+        "mask": (2, 5),
+    }
+    return {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
+
+
+CORE = {
+    "q rank": ({"q": lambda x: x[0, 0]}, ValueError, r"q must be \(\*batch, N, H, C\); got \(3, 4\)"),
+    "k width": ({"k": lambda x: x[..., :2]}, ValueError, r"k must be \(2, 5, 3, 4\) beside q"),
+    "v heads": ({"v": lambda x: x[:, :, :1]}, ValueError, r"v must be \(2, 5, 3, 2\)"),
+    "points flat": ({"q_points": lambda x: x[..., 0]}, ValueError, r"q_points must be"),
+    "key points": ({"k_points": lambda x: x[..., :1, :]}, ValueError, r"k_points must be \(2, 5, 3, 5, 3\)"),
+    "bias weight transposed": ({"pair_bias_weight": lambda x: x.T}, ValueError, r"pair_bias_weight must be \(6, 3\)"),
+    "pair alone": ({"pair_bias_weight": lambda x: None}, ValueError, "pair is given but pair_bias_weight is None"),
+    "weight alone": ({"pair": lambda x: None}, ValueError, "pair_bias_weight is given but pair is None"),
+    "point weights": ({"point_weights": lambda x: x[:1]}, ValueError, r"point_weights must be \(3,\)"),
+    "mask": ({"mask": lambda x: x[0]}, ValueError, r"mask must be \(2, 5\)"),
+    "unknown": ({"implementation": "fastest"}, ValueError, "must be None or one of reference.*got 'fastest'"),
+    "blocks": (
+        {"implementation": "reference", "block_size": 4},
+        NotImplementedError,
+        "'reference' has no blocks: leave block_size None",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), CORE.values(), ids=CORE)
+def test_core(framework, changes, error, message):
+    arguments = core_arguments()
+    options = {name: value for name, value in changes.items() if not callable(value)}
+    arguments |= {name: change(arguments[name]) for name, change in changes.items() if callable(change)}
+    arrays = {name: framework.array(x) for name, x in arguments.items()}
+    first = [arrays.pop(name) for name in ("q", "k", "v", "q_points", "k_points", "v_points", "pair")]
+    with pytest.raises(error, match=message):
+        framework.package.point_attention(*first, **arrays, **options)

@@ -1,0 +1,271 @@
+"""The PyTorch IPA as torch users call it: compile, export, func, autocast, dtypes, degenerate and bad inputs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import numpy as np
+
+import ipa_torch
+from ipa_bridge.config import IPAConfig
+from ipa_bridge.parameters import ipa_parameters
+from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights import Weights
+from ipa_parity.cases import CATALOGUE, ODD, ODD_MULTIMER, ODD_NO_PAIR, make_case
+from ipa_parity.report import compare
+
+
+def arguments(case, dtype="float32"):
+    case = case.astype(dtype)
+    single, rotation, translation, mask = map(torch_tensor, (case.single, case.rotation, case.translation, case.mask))
+    pair = None if case.pair is None else torch_tensor(case.pair)
+    return single, pair, ipa_torch.Rigid(rotation, translation), mask
+
+
+def model(case, dtype="float32"):
+    module = ipa_torch.InvariantPointAttention(case.config).to(getattr(torch, dtype))
+    module.load_state_dict(case.weights.astype(dtype).to_torch())
+    return module
+
+
+def judge(actual, expected, stage="out", dtype="float32"):
+    row = compare(
+        actual.detach().double().numpy(),
+        expected.detach().double().numpy(),
+        case="",
+        stage=stage,
+        dtype=dtype,
+        subject="transformed",
+        reference="plain",
+    )
+    assert row.passed, str(row)
+
+
+@pytest.mark.parametrize(
+    "config", [IPAConfig.alphafold2(), IPAConfig.alphafold_multimer(), ODD, ODD_MULTIMER, ODD_NO_PAIR]
+)
+def test_init_has_the_canonical_parameters(config):
+    weights = Weights.from_torch(ipa_torch.InvariantPointAttention(config).state_dict(), config=config)
+    assert {name: x.shape for name, x in weights.arrays.items()} == ipa_parameters(config)
+
+
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_initial_values(zero_init):
+    module = ipa_torch.InvariantPointAttention(replace(IPAConfig.esmfold(), zero_init=zero_init))
+    assert (module.trainable_point_weights == 0).all()
+    assert (module.output_projection.weight == 0).all() == zero_init
+    assert (module.q_scalar.weight != 0).all()
+    assert all((x == 0).all() for name, x in module.named_parameters() if name.endswith("bias"))
+
+
+def test_state_dict_round_trip_and_deepcopy():
+    case = CATALOGUE["monomer"]()
+    module, inputs = model(case), arguments(case)
+    fresh = ipa_torch.InvariantPointAttention(case.config)
+    fresh.load_state_dict(module.state_dict(), strict=True)
+    for twin in (fresh, copy.deepcopy(module)):
+        assert torch.equal(twin(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("name", ["monomer", "multimer", "no-pair"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_in_one_graph(name, backend, compiler):
+    case = CATALOGUE[name]()
+    module, (single, pair, rigids, mask) = model(case), arguments(case)
+    compiler(backend)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    judge(compiled(single, pair, rigids, mask), module(single, pair, rigids, mask))
+    leaves = [x.requires_grad_() for x in (single, *rigids)]
+    for actual, expected in zip(
+        *(torch.autograd.grad(f(single, pair, rigids, mask).square().sum(), leaves) for f in (compiled, module)),
+        strict=True,
+    ):
+        judge(actual, expected, "gradient")
+
+
+@pytest.fixture
+def compiler():
+    """Skips a test of inductor where there is no C++ compiler."""
+
+    def need(backend):
+        if backend == "inductor":
+            from torch._inductor.cpp_builder import get_cpp_compiler
+            from torch._inductor.exc import InvalidCxxCompiler
+
+            try:
+                get_cpp_compiler()
+            except InvalidCxxCompiler:
+                pytest.skip("inductor needs a C++ compiler, and there is none")
+
+    yield need
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["monomer", "multimer", "no-pair"])
+def test_exports(name):
+    case = CATALOGUE[name]()
+    module, inputs = model(case), arguments(case)
+    exported = torch.export.export(module, inputs).module()
+    judge(exported(*inputs), module(*inputs))
+
+
+def test_func_vmap_and_grad():
+    case = CATALOGUE["batch"]()
+    module, (single, pair, rigids, mask) = model(case), arguments(case)
+    state = dict(module.named_parameters())
+    call = lambda p, *xs: torch.func.functional_call(module, p, xs)  # noqa: E731
+    expected = module(single, pair, rigids, mask)
+    judge(torch.func.vmap(call, (None, 0, 0, 0, 0))(state, single, pair, rigids, mask), expected)
+
+    loss = lambda s, *xs: call(state, s, *xs).square().sum()  # noqa: E731
+    leaf = single.clone().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(loss(leaf, pair, rigids, mask), leaf)
+    judge(torch.func.grad(loss)(single, pair, rigids, mask), by_autograd, "gradient")
+    judge(torch.func.vmap(torch.func.grad(loss))(single, pair, rigids, mask), by_autograd, "gradient")
+
+
+def test_forward_mode_agrees_with_reverse_mode():
+    case = CATALOGUE["monomer"]()
+    module, (single, *inputs) = model(case, "float64"), arguments(case, "float64")
+    direction = torch.from_numpy(np.random.default_rng(0).standard_normal(single.shape))
+    loss = lambda s: module(s, *inputs).square().sum()  # noqa: E731
+    _, forward = torch.func.jvp(loss, (single,), (direction,))
+    judge(forward[None], (torch.func.grad(loss)(single) * direction).sum()[None], "gradient", "float64")
+
+
+def test_second_derivatives_pass_gradgradcheck():
+    case = make_case("", replace(ODD, num_channel=3, num_head=2, pair_channel=2), (3,))
+    module, (single, *inputs) = model(case, "float64"), arguments(case, "float64")
+    assert torch.autograd.gradgradcheck(lambda s: module(s, *inputs), single.requires_grad_())
+
+
+def test_inference_mode():
+    case = CATALOGUE["monomer"]()
+    module, inputs = model(case), arguments(case)
+    with torch.inference_mode():
+        out = module(*inputs)
+    judge(out, module(*inputs))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_output_has_the_inputs_dtype_and_attention_at_least_float32(dtype):
+    case = CATALOGUE["monomer"]()
+    module, inputs = model(case, dtype), arguments(case, dtype)
+    out, attention = module(*inputs, return_attention=True)
+    assert out.dtype == getattr(torch, dtype)
+    assert attention.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    judge(attention.sum(-1), torch.ones(attention.shape[:-1]), "attention", "float32")
+
+
+def test_half_precision_activations_with_float32_parameters():
+    case = CATALOGUE["spread-50"]()
+    module, (single, pair, rigids, mask) = model(case), arguments(case, "bfloat16")
+    out = module(single, pair, rigids, mask)
+    exact = module(single.float(), pair.float(), rigids.astype(torch.float32), mask)
+    assert out.dtype == torch.bfloat16
+    judge(out, exact, "out", "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["alphafold2", "spread-50", "offset-1000", "multimer"])
+def test_autocast_keeps_geometry_in_float32(name):
+    """CPU autocast turns float32 matrix products into bfloat16; of coordinates ±50 nothing would be left."""
+    case = CATALOGUE[name]()
+    module, inputs = model(case), arguments(case)
+    exact, exact_attention = module(*inputs, return_attention=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, attention = module(*inputs, return_attention=True)
+        gradients = torch.autograd.grad(module(*inputs).sum(), list(module.parameters()))
+    assert out.dtype == torch.float32
+    assert attention.dtype == torch.float32
+    judge(out, exact, "out", "bfloat16")
+    judge(attention, exact_attention, "attention", "bfloat16")
+    assert all(x.isfinite().all() for x in gradients)
+
+
+def test_core_ignores_autocast():
+    case = CATALOGUE["spread-50"]()
+    module, (single, pair, rigids, mask) = model(case), arguments(case)
+    pair_bias_weight, point_weights = module.logit_weights()
+    projections = module.project(single, rigids)
+
+    def attend():
+        return ipa_torch.point_attention(
+            *projections, pair, pair_bias_weight=pair_bias_weight, point_weights=point_weights, mask=mask
+        )
+
+    expected = attend()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = attend()
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float32, torch.float16])
+def test_masks_of_any_dtype(kind):
+    case = CATALOGUE["monomer"]()
+    module, (*inputs, mask) = model(case), arguments(case)
+    assert torch.equal(module(*inputs, mask.to(kind)), module(*inputs, mask))
+
+
+def test_masked_residues_are_ignored_by_valid_ones():
+    case = CATALOGUE["monomer"]()
+    module, (single, pair, rigids, mask) = model(case), arguments(case)
+    hidden = (~mask[:, None]).float()
+    moved = ipa_torch.Rigid(rigids.rotation, rigids.translation + 5 * hidden)
+    changed, out = module(single + 3 * hidden, pair, moved, mask), module(single, pair, rigids, mask)
+    judge(changed[mask], out[mask])
+    assert ((changed - out).abs()[~mask] > 1e-3).any()
+
+
+@pytest.mark.parametrize("config", [ODD, ODD_MULTIMER, ODD_NO_PAIR])
+@pytest.mark.parametrize("residues", [0, 1])
+def test_no_residue_and_one_residue(config, residues):
+    case = make_case("", config, (residues,))
+    module, (single, *inputs) = model(case), arguments(case)
+    out = module(single.requires_grad_(), *inputs)
+    (gradient,) = torch.autograd.grad(out.sum(), single)
+    assert out.shape == gradient.shape == (residues, config.num_channel)
+    assert out.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_everything_masked_is_finite():
+    case = CATALOGUE["monomer"]()
+    module, (single, pair, rigids, mask) = model(case), arguments(case)
+    leaves = [x.requires_grad_() for x in (single, pair, *rigids)]
+    out = module(single, pair, rigids, torch.zeros_like(mask))
+    assert out.isfinite().all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), [*leaves, *module.parameters()]))
+
+
+def test_coincident_frames_have_finite_gradients():
+    """Every local point at its frame's origin: the norms' gradients are finite in both forms."""
+    for config in (ODD, ODD_MULTIMER):
+        case = make_case("", config, (5,))
+        module, (single, pair, rigids, mask) = model(case), arguments(case)
+        still = ipa_torch.Rigid(rigids.rotation, torch.zeros_like(rigids.translation).requires_grad_())
+        for name, x in module.named_parameters():
+            if "point" in name:
+                torch.nn.init.zeros_(x)
+        out = module(single.requires_grad_(), pair, still, mask)
+        assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), [single, still.translation]))
+
+
+def test_every_parameter_has_a_gradient():
+    """None would trip DistributedDataParallel; the pair bias's own bias has a gradient of exactly zero."""
+    case = CATALOGUE["multimer"]()
+    module = model(case)
+    module(*arguments(case)).sum().backward()
+    assert all(x.grad is not None for x in module.parameters())
+    assert (module.attention_2d.bias.grad == 0).all()
+
+
+def test_nan_is_never_hidden():
+    case = CATALOGUE["monomer"]()
+    single, *inputs = arguments(case)
+    single[0, 0] = torch.nan
+    assert model(case)(single, *inputs)[0].isnan().all()
