@@ -87,7 +87,7 @@ def write_arrays(
         elif suffix == ".safetensors":
             from safetensors.numpy import save
 
-            contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+            contiguous = {name: np.asarray(x, order="C") for name, x in arrays.items()}
             handle.write(save(contiguous, metadata=None if metadata is None else dict(metadata)))
         else:
             import torch
@@ -97,11 +97,12 @@ def write_arrays(
 
 @contextmanager
 def _open_npz(path: Path) -> Iterator[ArrayFile]:
-    archive = np.load(path, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("it holds one bare array and no names: save it with numpy.savez")
-    with archive:
-        yield ArrayFile(path, tuple(archive.files), {}, archive.__getitem__)
+    with open(path, "rb") as handle:
+        archive = np.load(handle, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one bare array and no names: save it with numpy.savez")
+        with archive:
+            yield ArrayFile(path, tuple(archive.files), {}, archive.__getitem__)
 
 
 @contextmanager
@@ -135,7 +136,7 @@ def _plain_errors(path: Path, what: str) -> Iterator[None]:
     """Whatever a reader raises on a damaged or pickled file becomes a ValueError that names the file."""
     try:
         yield
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ipa_bridge.config import IPAConfig
@@ -32,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = _Progress(shown=not args.quiet)
     started = time.perf_counter()
     comparisons: list[Comparison] = []
-    for case in cases:
+    described = []
+    for make in cases:
+        case = make()
+        described.append(f"{case.name}: {case.mask.size} residues, {case.mask.size - case.mask.sum()} of them masked")
         for dtype in args.dtype or ("float32", "float64"):
             comparisons += judge(
                 case,
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = {"passed": not failures, "frameworks": list(frameworks), "comparisons": as_json(comparisons)}
         print(json.dumps(report, indent=1))
     else:
-        print(_report(cases, frameworks, comparisons, failures, time.perf_counter() - started))
+        print(_report(described, frameworks, comparisons, failures, time.perf_counter() - started))
     return 1 if failures else 0
 
 
@@ -90,7 +94,8 @@ def _frameworks(require: str) -> tuple[str, ...]:
     return frameworks
 
 
-def _cases(args: argparse.Namespace) -> list[Case]:
+def _cases(args: argparse.Namespace) -> list[Callable[[], Case]]:
+    """Cases that are drawn when their turn comes: of a large protein, two do not fit in memory."""
     if args.weights and args.preset:
         raise ValueError("--weights brings its own config: leave --preset out")
     models: dict[str, tuple[IPAConfig, Weights | None]]
@@ -106,24 +111,29 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     else:
         structures = {f"{args.residues} random frames": None, "idealised peptide": idealised_peptide()}
     return [
-        make_case(f"{model}, {frames}", config, (args.residues,), seed=args.seed, weights=weights, structure=structure)
+        partial(
+            make_case,
+            f"{model}, {frames}",
+            config,
+            (args.residues,),
+            seed=args.seed,
+            weights=weights,
+            structure=structure,
+        )
         for model, (config, weights) in models.items()
         for frames, structure in structures.items()
     ]
 
 
 def _report(
-    cases: Sequence[Case],
+    cases: Sequence[str],
     frameworks: Sequence[str],
     comparisons: Sequence[Comparison],
     failures: Sequence[Comparison],
     seconds: float,
 ) -> str:
     lines = ["Worst error of each stage over all cases, in machine epsilons of its dtype:", ""]
-    for case in cases:
-        valid, total = int(case.mask.sum()), case.mask.size
-        lines.append(f"  {case.name}: {total} residues, {total - valid} of them masked")
-    lines += ["", table(comparisons), ""]
+    lines += [*(f"  {case}" for case in cases), "", table(comparisons), ""]
     lines += [f"FAIL {row}" for row in failures]
     worst = max(comparisons, key=lambda row: float("inf") if row.problem else row.error / row.bound)
     verdict = (

@@ -63,7 +63,10 @@ def attention_logits(
     scale = point_weights * math.sqrt(2 / (9 * q_points.shape[-2]))
     logits = scalar - 0.5 * scale[:, None, None] * distance2
     if pair is not None:
-        logits = logits + torch.einsum("...ijc,ch->...hij", pair, pair_bias_weight)  # line 4
+        # One product per query row: the weight's gradient is then a sum of N sums of N terms. A single sum of N²
+        # loses hundreds of eps in float64.
+        weight_per_row = pair_bias_weight.expand(*pair.shape[:-2], *pair_bias_weight.shape)
+        logits = logits + torch.einsum("...ijc,...ich->...hij", pair, weight_per_row)  # line 4
     logits = logits * math.sqrt(1 / (2 if pair is None else 3))
     if mask is not None:
         logits = logits - 1e5 * (mask[..., :, None] * (1 - mask[..., None, :]))[..., None, :, :]

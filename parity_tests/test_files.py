@@ -1,0 +1,138 @@
+"""Files are read lazily, never unpickled, and replaced whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from ipa_bridge import files
+from ipa_bridge.files import open_arrays, write_arrays
+from ipa_bridge.weights import Weights
+from ipa_parity.cases import ODD
+
+SUFFIXES = (".npz", ".safetensors", ".pt")
+ARRAYS = {"a//b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.ones((), np.float64)}
+
+
+@pytest.fixture(autouse=True)
+def torch():
+    return pytest.importorskip("torch")
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_names_first_then_the_arrays_asked_for(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    write_arrays(path, ARRAYS, {"note": "hello"})
+    with open_arrays(path) as file:
+        assert set(file.keys) == set(ARRAYS)
+        assert file.metadata == ({"note": "hello"} if suffix == ".safetensors" else {})
+        for name, x in ARRAYS.items():
+            assert (file[name].dtype, file[name].shape, file[name].tobytes()) == (x.dtype, x.shape, x.tobytes())
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".pkl"])
+def test_pickles_are_refused_and_nothing_runs(suffix, tmp_path, torch):
+    marker, path = tmp_path / "exploded", tmp_path / f"x{suffix}"
+    if suffix == ".npz":
+        np.savez(path, x=np.array([Bomb(marker)], dtype=object))
+    elif suffix == ".pt":
+        torch.save({"x": Bomb(marker)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"x": Bomb(marker)}))
+    with pytest.raises(ValueError, match=r"never loaded"), open_arrays(path) as file:
+        file["x"]
+    assert not marker.exists()
+
+
+def test_a_pickle_named_as_an_array_file_is_refused(tmp_path):
+    for suffix in SUFFIXES:
+        path = tmp_path / f"x{suffix}"
+        path.write_bytes(pickle.dumps({"x": Bomb(tmp_path / "exploded")}))
+        with pytest.raises(ValueError, match="cannot read file"), open_arrays(path) as file:
+            file["x"]
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10, 100, 1000, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_cut_files_are_plain_errors(suffix, kept, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    Weights.random(ODD).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match=f"x{suffix}"):
+        Weights.load(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_flipped_bytes_are_read_or_refused_plainly(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    Weights.random(ODD).save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for position in rng.integers(0, len(whole), 3):
+            damaged[position] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            Weights.load(path)
+
+
+def test_what_a_pt_file_must_hold(tmp_path, torch):
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="it holds a list"), open_arrays(tmp_path / "list.pt"):
+        pass
+    torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="'epoch' is a int: save the state dict alone"):
+        Weights.load(tmp_path / "checkpoint.pt")
+
+
+def test_names_that_are_no_array_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.npz"):
+        Weights.load(tmp_path / "nothing.npz")
+    with pytest.raises(ValueError, match=r"expected a name ending in \.npz"):
+        Weights.random(ODD).save(tmp_path / "weights.h5")
+    np.save(tmp_path / "bare.npy", np.ones(3))
+    (tmp_path / "bare.npy").rename(tmp_path / "bare.npz")
+    with pytest.raises(ValueError, match="one bare array"):
+        Weights.load(tmp_path / "bare.npz")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_failing_write_leaves_the_old_file(suffix, tmp_path, monkeypatch):
+    path = tmp_path / f"x{suffix}"
+    Weights.random(ODD).save(path)
+    before = path.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        Weights.random(ODD, seed=9).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_written_files_replace_and_have_ordinary_permissions(suffix, tmp_path):
+    path, plain = tmp_path / f"x{suffix}", tmp_path / "plain"
+    plain.write_text("")
+    path.write_text("old")
+    Weights.random(ODD).save(path)
+    assert Weights.load(path).config == ODD
+    assert path.stat().st_mode == plain.stat().st_mode

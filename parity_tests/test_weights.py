@@ -1,0 +1,308 @@
+"""Weights go between haiku, torch and files bit for bit, and what does not fit is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ipa_bridge import files
+from ipa_bridge.config import IPAConfig
+from ipa_bridge.parameters import ipa_parameters
+from ipa_bridge.weights import Weights, torch_name
+from ipa_parity.cases import ODD, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR
+
+CONFIGS = {
+    "alphafold2": IPAConfig.alphafold2(),
+    "alphafold-multimer": IPAConfig.alphafold_multimer(),
+    "esmfold": IPAConfig.esmfold(),
+    "lucidrains": IPAConfig.lucidrains(64, eps=1e-5),
+    "odd": ODD,
+    "odd multimer": ODD_MULTIMER,
+    "no pair": ODD_NO_PAIR,
+    "no bias": ODD_NO_BIAS,
+}
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+FULL_ROOT = "alphafold/alphafold_iteration/structure_module/fold_iteration/invariant_point_attention"
+
+
+def assert_same_bits(actual, expected):
+    assert list(actual) == list(expected)
+    for name, x in expected.items():
+        assert (actual[name].dtype, actual[name].shape) == (x.dtype, x.shape), name
+        assert actual[name].tobytes() == x.tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_haiku_round_trip(config, dtype):
+    weights = Weights.random(config, dtype=np.dtype(dtype))
+    tree = weights.to_haiku()
+    again = Weights.from_haiku(tree, config=config)
+    assert_same_bits(again.arrays, weights.arrays)
+    for module, leaves in again.to_haiku().items():
+        assert_same_bits(leaves, tree[module])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_torch_round_trip(config, dtype):
+    torch = pytest.importorskip("torch")
+    weights = Weights.random(config, dtype=np.dtype(dtype))
+    state = weights.to_torch()
+    assert {x.dtype for x in state.values()} == {getattr(torch, dtype)}
+    assert_same_bits(Weights.from_torch(state, config=config).arrays, weights.arrays)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    widths=st.lists(st.integers(1, 5), min_size=7, max_size=7),
+    layout=st.sampled_from(["monomer", "multimer"]),
+    scalar_bias=st.booleans(),
+    point_bias=st.booleans(),
+    paired=st.booleans(),
+)
+def test_any_config_is_inferred_and_goes_round(widths, layout, scalar_bias, point_bias, paired):
+    pytest.importorskip("torch")
+    c_s, c_z, h, qk, v, p, pv = widths
+    norm = {"norm_form": "clamp"} if layout == "multimer" and point_bias else {}
+    config = IPAConfig(
+        num_channel=c_s,
+        pair_channel=c_z if paired else None,
+        num_head=h,
+        num_scalar_qk=qk,
+        num_scalar_v=v,
+        num_point_qk=p,
+        num_point_v=pv,
+        layout=layout,
+        scalar_bias=scalar_bias,
+        point_bias=point_bias,
+        zero_init=layout == "monomer" or point_bias,
+        **norm,
+    )
+    weights = Weights.random(config)
+    for again in (Weights.from_haiku(weights.to_haiku()), Weights.from_torch(weights.to_torch())):
+        assert again.config == config
+        assert_same_bits(again.arrays, weights.arrays)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", [ODD, ODD_MULTIMER, ODD_NO_PAIR, ODD_NO_BIAS])
+def test_files_round_trip(config, dtype, suffix, tmp_path):
+    pytest.importorskip("torch")
+    weights = Weights.random(config, dtype=np.dtype(dtype))
+    path = tmp_path / f"weights{suffix}"
+    if (suffix, dtype) == (".npz", "bfloat16"):
+        with pytest.raises(ValueError, match=r"\.npz cannot hold bfloat16"):
+            weights.save(path)
+        assert not list(tmp_path.iterdir())
+        return
+    weights.save(path)
+    again = Weights.load(path)
+    assert again.config == config
+    assert_same_bits(dict(sorted(again.arrays.items())), dict(sorted(weights.arrays.items())))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_saved_files_load_without_us(tmp_path):
+    """AlphaFold's own reader takes the .npz; load_file and torch.load give state dicts."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    weights = Weights.random(ODD)
+    for suffix in (".npz", ".safetensors", ".pt"):
+        weights.save(tmp_path / f"w{suffix}")
+    pytest.importorskip("haiku")
+    utils = pytest.importorskip("alphafold.model.utils", reason="alphafold-colabfold is not installed")
+    with np.load(tmp_path / "w.npz") as archive:
+        tree = utils.flat_params_to_haiku(dict(archive))
+    for module, leaves in weights.to_haiku().items():
+        assert_same_bits({k: np.asarray(v) for k, v in sorted(tree[module].items())}, dict(sorted(leaves.items())))
+    for state in (load_file(tmp_path / "w.safetensors"), torch.load(tmp_path / "w.pt", weights_only=True)):
+        assert {name: x.shape for name, x in state.items()} == {n: x.shape for n, x in weights.to_torch().items()}
+
+
+def test_config_travels_in_safetensors_and_can_be_overridden(tmp_path):
+    config = dataclasses.replace(IPAConfig.lucidrains(8, heads=2, eps=3e-5), norm_form="clamp")
+    path = tmp_path / "w.safetensors"
+    Weights.random(config).save(path)
+    assert Weights.load(path).config == config
+    other = dataclasses.replace(config, norm_epsilon=1e-3)
+    assert Weights.load(path, config=other).config == other
+
+
+def test_torch_names_follow_the_rule():
+    assert torch_name("q_scalar/weights") == "q_scalar.weight"
+    assert torch_name("q_point_projection/point_projection/bias") == "q_point_projection.point_projection.bias"
+    assert torch_name("trainable_point_weights") == "trainable_point_weights"
+    assert torch_name("single_layer_norm/scale") == "single_layer_norm.weight"
+    assert torch_name("single_layer_norm/offset") == "single_layer_norm.bias"
+
+
+def full_model(weights):
+    """A haiku tree with an attention deep inside a larger model."""
+    tree = weights.to_haiku(root=FULL_ROOT)
+    tree["alphafold/alphafold_iteration/evoformer/preprocess_1d"] = {"weights": np.zeros((3, 4), np.float32)}
+    tree[FULL_ROOT.rpartition("/")[0] + "/transition"] = {"weights": np.full((2, 2), np.nan)}
+    return tree
+
+
+def test_attention_is_found_in_a_larger_haiku_tree():
+    weights = Weights.random(ODD)
+    found = Weights.from_haiku(full_model(weights))
+    assert found.root == FULL_ROOT
+    assert_same_bits(found.arrays, weights.arrays)
+    assert set(found.to_haiku()) == set(weights.to_haiku(root=FULL_ROOT))
+    assert set(found.to_haiku(root="mine")) == set(weights.to_haiku(root="mine"))
+
+
+def test_attention_is_found_in_a_larger_file_and_only_it_is_read(tmp_path, monkeypatch):
+    weights = Weights.random(IPAConfig.alphafold2())
+    flat = {f"{module}//{leaf}": x for module, leaves in full_model(weights).items() for leaf, x in leaves.items()}
+    np.savez(tmp_path / "params_model_1.npz", **flat)
+    read = []
+    original = files.ArrayFile.__getitem__
+    monkeypatch.setattr(files.ArrayFile, "__getitem__", lambda self, key: read.append(key) or original(self, key))
+    found = Weights.load(tmp_path / "params_model_1.npz")
+    assert_same_bits(found.arrays, weights.arrays)
+    assert found.config == IPAConfig.alphafold2()
+    assert found.root == "invariant_point_attention"
+    assert set(read) == {key for key in flat if key.startswith(FULL_ROOT)}
+
+
+def test_attention_is_found_under_a_torch_prefix():
+    torch = pytest.importorskip("torch")
+    weights = Weights.random(ODD_MULTIMER)
+    state = {f"structure_module.ipa.{name}": x for name, x in weights.to_torch().items()}
+    state["structure_module.transition.weight"] = torch.zeros(2)
+    found = Weights.from_torch(state)
+    assert_same_bits(dict(sorted(found.arrays.items())), dict(sorted(weights.arrays.items())))
+    assert set(found.to_torch()) == set(weights.to_torch())
+
+
+def test_flat_haiku_keys_are_taken_too():
+    weights = Weights.random(ODD)
+    flat = {f"{module}//{leaf}": x for module, leaves in weights.to_haiku().items() for leaf, x in leaves.items()}
+    assert_same_bits(Weights.from_haiku(flat).arrays, weights.arrays)
+
+
+def test_several_attentions_need_a_choice():
+    weights = Weights.random(ODD)
+    tree = weights.to_haiku(root="block_0/ipa") | weights.to_haiku(root="block_1/ipa")
+    with pytest.raises(ValueError, match=r"2 attentions .*root=, one of 'block_0/ipa', 'block_1/ipa'"):
+        Weights.from_haiku(tree)
+    assert Weights.from_haiku(tree, root="block_1/ipa").root == "block_1/ipa"
+    with pytest.raises(ValueError, match="no attention at root='block_2/ipa'"):
+        Weights.from_haiku(tree, root="block_2/ipa")
+
+
+def test_no_attention_at_all():
+    with pytest.raises(ValueError, match="no name ends in trainable_point_weights; names are linear/w"):
+        Weights.from_haiku({"linear": {"w": np.ones(3)}})
+
+
+def spoiled(**changes):
+    arrays = dict(Weights.random(ODD).arrays)
+    for name, x in changes.items():
+        if x is None:
+            del arrays[name]
+        else:
+            arrays[name] = x
+    return arrays
+
+
+def test_everything_wrong_is_named_at_once():
+    nan = Weights.random(ODD).arrays["output_projection/bias"].copy()
+    nan[3] = np.nan
+    arrays = spoiled(
+        **{
+            "q_scalar/weights": None,
+            "attention_2d/bias": None,
+            "q_scalar_2/weights": np.ones(3),
+            "kv_scalar/bias": np.ones(2, np.float32),
+            "output_projection/bias": nan,
+            "q_point_local/bias": np.ones(45, np.int64),
+        }
+    )
+    with pytest.raises(ValueError, match="these parameters do not fit") as error:
+        Weights(arrays, ODD)
+    for line in (
+        "missing q_scalar/weights (11, 12)",
+        "missing attention_2d/bias (3,)",
+        "unexpected q_scalar_2/weights (3,)",
+        "kv_scalar/bias must be (18,), got (2,)",
+        "output_projection/bias holds NaN or infinity",
+        "q_point_local/bias must be floating-point, got int64",
+    ):
+        assert f"\n  {line}" in str(error.value)
+    assert str(error.value).count("\n") == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q_scalar/weights": np.ones((11, 13))}, "q_scalar/weights has 13 outputs, which 3 heads do not divide"),
+        ({"q_point_local/weights": np.ones((11, 12))}, "has 12 outputs, which 3 heads of 3 coordinates do not divide"),
+        ({"kv_scalar/weights": None}, "no invariant point attention without kv_scalar/weights"),
+        ({"kv_scalar/weights": np.ones((11, 6))}, "num_scalar_v must be a positive integer; got -2"),
+    ],
+)
+def test_shapes_that_no_config_has(changes, message):
+    tree = {}
+    for name, x in spoiled(**changes).items():
+        module, _, leaf = f"invariant_point_attention/{name}".rpartition("/")
+        tree.setdefault(module, {})[leaf] = x
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Weights.from_haiku(tree)
+
+
+def test_torch_state_dicts_are_checked_too():
+    torch = pytest.importorskip("torch")
+    state = Weights.random(ODD).to_torch()
+    del state["q_scalar.bias"]
+    state["extra.weight"] = torch.ones(2, 2)
+    state["output_projection.bias"][0] = torch.inf
+    with pytest.raises(ValueError, match="do not fit") as error:
+        Weights.from_torch(state, config=ODD)
+    for part in ("missing q_scalar/bias", "unexpected extra/weights", "output_projection/bias holds NaN or infinity"):
+        assert part in str(error.value)
+
+
+def test_parameters_noncontiguous_or_with_gradients_are_taken():
+    torch = pytest.importorskip("torch")
+    state = Weights.random(ODD).to_torch()
+    odd = {name: torch.nn.Parameter(x.T.contiguous().T if x.ndim == 2 else x) for name, x in state.items()}
+    assert_same_bits(Weights.from_torch(odd).arrays, Weights.from_torch(state).arrays)
+
+
+def test_jax_arrays_are_taken():
+    jax = pytest.importorskip("jax")
+    weights = Weights.random(ODD, dtype=ml_dtypes.bfloat16)
+    tree = jax.tree.map(jax.numpy.asarray, weights.to_haiku())
+    found = Weights.from_haiku(tree).arrays
+    assert_same_bits({name: found[name] for name in weights.arrays}, weights.arrays)
+
+
+def test_arrays_are_read_only_and_tensors_are_not_theirs():
+    torch = pytest.importorskip("torch")
+    weights = Weights.random(ODD)
+    with pytest.raises(ValueError, match="read-only"):
+        weights.arrays["q_scalar/bias"][0] = 1
+    before = weights.arrays["q_scalar/bias"].copy()
+    torch.nn.init.zeros_(weights.to_torch()["q_scalar.bias"])
+    assert (weights.arrays["q_scalar/bias"] == before).all()
+
+
+def test_random_weights_are_seeded_and_nowhere_initial():
+    config = IPAConfig.alphafold2()
+    weights = Weights.random(config, seed=3)
+    assert_same_bits(weights.arrays, Weights.random(config, seed=3).arrays)
+    assert {name: x.shape for name, x in weights.arrays.items()} == ipa_parameters(config)
+    other = Weights.random(config, seed=4).arrays
+    assert all((x != other[name]).any() and (x != 0).all() for name, x in weights.arrays.items())
