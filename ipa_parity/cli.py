@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 gradients=not args.no_gradients,
                 progress=lambda step, name=case.name: progress(f"{name}: {step}"),  # type: ignore[misc]
             )
+        del case  # before the next is drawn
     progress.clear()
     failures = [row for row in comparisons if not row.passed]
     if args.json:

@@ -63,7 +63,7 @@ def attention_logits(
     distance2 = jnp.moveaxis(jnp.sum(offset * offset, (-1, -2)), -1, -3)
     scale = point_weights * math.sqrt(2 / (9 * q_points.shape[-2]))
     logits = scalar - 0.5 * scale[:, None, None] * distance2
-    if pair is not None:
+    if pair is not None and pair_bias_weight is not None:
         logits += jnp.einsum("...ijc,ch->...hij", pair, pair_bias_weight, precision=Precision.HIGHEST)  # line 4
     logits *= math.sqrt(1 / (2 if pair is None else 3))
     if mask is not None:

@@ -62,7 +62,7 @@ def attention_logits(
     distance2 = torch.movedim(torch.sum(offset * offset, (-1, -2)), -1, -3)
     scale = point_weights * math.sqrt(2 / (9 * q_points.shape[-2]))
     logits = scalar - 0.5 * scale[:, None, None] * distance2
-    if pair is not None:
+    if pair is not None and pair_bias_weight is not None:
         # One product per query row: the weight's gradient is then a sum of N sums of N terms. A single sum of N²
         # loses hundreds of eps in float64.
         weight_per_row = pair_bias_weight.expand(*pair.shape[:-2], *pair_bias_weight.shape)

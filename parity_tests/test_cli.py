@@ -1,0 +1,100 @@
+"""The command ipa-parity, as a person or a script runs it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ipa_bridge.weights import Weights
+from ipa_parity import cli, parity, stages
+from ipa_parity.cases import ODD_MULTIMER
+
+pytest.importorskip("jax")
+pytest.importorskip("torch")
+
+
+def test_default_run_prints_a_table_and_passes(capsys):
+    assert cli.main(["--residues", "20", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for part in ("float32", "float64", "20 random frames", "idealised peptide", "alphafold2", "alphafold-multimer"):
+        assert part in printed.out
+    lines = printed.out.splitlines()
+    rows = [line for line in lines if line.endswith("pass")]
+    stages_shown = {line.split()[0] for line in rows}
+    assert {"logits", "attention", "o", "points", "norms", "o_pair", "out", "gradient/pair"} <= stages_shown
+    assert "gradient/kv_point_local/weights" in stages_shown
+    assert "comparisons passed" in lines[-1]
+
+
+def test_json_holds_every_comparison(capsys):
+    arguments = ["--residues", "9", "--preset", "lucidrains", "--dtype", "float32", "--no-gradients", "--json"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["passed"] is True
+    assert report["frameworks"] == ["jax", "torch"]
+    rows = report["comparisons"]
+    assert {row["stage"] for row in rows} == {"logits", "attention", "o", "points", "norms", "o_pair", "out"}
+    assert {(row["subject"], row["reference"]) for row in rows} == {
+        ("jax", "float64"),
+        ("torch", "float64"),
+        ("jax", "torch"),
+    }
+    assert all(row["error"] <= row["bound"] and row["passed"] for row in rows)
+    assert "jax float32" in printed.err
+
+
+def test_ones_own_weights_and_structure(tmp_path, structures_dir, capsys):
+    Weights.random(ODD_MULTIMER).save(tmp_path / "mine.safetensors")
+    arguments = ["--weights", str(tmp_path / "mine.safetensors"), "--structure", str(structures_dir / "1gcn.pdb")]
+    assert cli.main([*arguments, "--quiet"]) == 0
+    assert "mine.safetensors, 1gcn.pdb: 29 residues" in capsys.readouterr().out
+
+
+def test_a_failure_is_named_and_gives_status_1(capsys, monkeypatch):
+    honest = stages.RUNNERS["jax"]
+
+    def off(case, **options):
+        arrays = honest(case, **options)
+        arrays["out"] = arrays["out"] * 1.001
+        return arrays
+
+    monkeypatch.setitem(stages.RUNNERS, "jax", off)
+    assert cli.main(["--residues", "9", "--preset", "lucidrains", "--no-gradients", "--quiet"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL lucidrains, 9 random frames float32 out: jax against float64:" in printed
+    assert "comparisons failed" in printed.splitlines()[-1]
+    row = next(line for line in printed.splitlines() if line.startswith("out "))
+    assert row.endswith("FAIL")
+
+
+def test_one_framework_alone_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "installed_frameworks", lambda: ("torch",))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--residues", "9"])
+    assert "not installed: jax. Install ipa-twins[jax], or pass --require='torch'" in capsys.readouterr().err
+    arguments = ["--residues", "9", "--preset", "lucidrains", "--require", "torch", "--quiet"]
+    assert cli.main(arguments) == 0
+    assert "torch only: the other framework is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--structure", "nowhere.pdb"], "no such file: nowhere.pdb"),
+        (["--weights", "nowhere.npz"], "no such file: nowhere.npz"),
+        (["--weights", "x.npz", "--preset", "esmfold"], "--weights brings its own config"),
+        (["--residues", "0"], "must be at least 1; got 0"),
+        (["--preset", "alphafold9"], "invalid choice"),
+    ],
+)
+def test_wrong_questions_give_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_installed_frameworks_are_found():
+    assert parity.installed_frameworks() == ("jax", "torch")

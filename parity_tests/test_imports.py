@@ -1,0 +1,87 @@
+"""Each package works where the other framework, or an optional reader, is not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+WITHOUT = """
+import sys
+for name in {absent!r}:
+    sys.modules[name] = None
+"""
+
+TINY_JAX = """
+import jax, jax.numpy as jnp
+import ipa_jax
+from ipa_bridge import IPAConfig
+config = IPAConfig.lucidrains(8, heads=2)
+ipa = ipa_jax.transform_ipa(config)
+single, pair, rigids = jnp.ones((3, 8)), jnp.ones((3, 3, 8)), ipa_jax.Rigid.random(jax.random.key(0), (3,))
+params = ipa.init(jax.random.key(0), single, pair, rigids)
+out = jax.jit(ipa.apply)(params, single, pair, rigids)
+assert out.dtype == jnp.float32 and out.shape == (3, 8), out
+assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+"""
+
+TINY_TORCH = """
+import torch
+import ipa_torch
+from ipa_bridge import IPAConfig
+module = ipa_torch.InvariantPointAttention(IPAConfig.lucidrains(8, heads=2))
+out = module(torch.ones(3, 8), torch.ones(3, 3, 8), ipa_torch.Rigid.random((3,)))
+assert out.dtype == torch.float32 and out.shape == (3, 8), out
+"""
+
+NO_GEMMI = """
+from ipa_bridge import load_structure
+try:
+    load_structure("x.pdb")
+except ImportError as error:
+    assert "pip install 'ipa-twins[structures]'" in str(error), error
+else:
+    raise AssertionError("gemmi is blocked, and yet it read")
+"""
+
+LIGHT = """
+import ipa_bridge
+heavy = {"jax", "torch", "haiku", "gemmi", "safetensors", "ml_dtypes"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def run(script: str, absent: tuple[str, ...] = ()) -> None:
+    """Runs a script in a fresh interpreter, warnings being errors; torch's own import aside, which warns itself."""
+    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning:torch", "-c"]
+    result = subprocess.run(
+        [*command, WITHOUT.format(absent=absent) + script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_ground_floor_is_numpy_only():
+    run(LIGHT)
+
+
+def test_haiku_without_torch():
+    pytest.importorskip("jax")
+    run(TINY_JAX, absent=("torch", "gemmi", "safetensors"))
+
+
+def test_torch_without_jax():
+    pytest.importorskip("torch")
+    run(TINY_TORCH, absent=("jax", "jaxlib", "haiku", "gemmi", "safetensors"))
+
+
+def test_structures_without_gemmi():
+    run(NO_GEMMI, absent=("gemmi",))
+
+
+def test_types_are_shipped():
+    for package in ("ipa_bridge", "ipa_jax", "ipa_torch", "ipa_parity"):
+        assert (ROOT / package / "py.typed").is_file()

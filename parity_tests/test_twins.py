@@ -1,0 +1,153 @@
+"""The twins are twins: same files, same names in the same order, same signatures, but for the idioms listed here."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from ipa_bridge import files
+
+ROOT = Path(files.__file__).resolve().parent.parent
+PACKAGES = ("ipa_bridge", "ipa_jax", "ipa_torch", "ipa_parity")
+
+ONLY_IN_ONE = {
+    "invariant_point_attention.transform_ipa": "a torch module is called as it is",
+    "layers.Linear.parameters": "torch modules hold their parameters as attributes",
+    "layers.Linear.reset_parameters": "haiku draws parameters in init",
+    "layers.weight_initializer": "haiku takes an initialiser to get_parameter …",
+    "layers.initialize_weight": "… torch fills a parameter in place",
+    "layers.without_autocast": "JAX has no autocast",
+}
+"""Names that one framework has and the other has no use for."""
+
+OTHER_SIGNATURES = {
+    "rigid.Rigid.identity": "torch places tensors on a device",
+    "rigid.Rigid.random": "JAX takes a key, torch a generator and a device",
+    "layers.Linear.__init__": "torch needs the input width, haiku takes a name",
+    "layers.LayerNorm.__init__": "torch needs the input width, haiku takes a name",
+    "invariant_point_attention.InvariantPointAttention.__init__": "haiku takes a name",
+    "invariant_point_attention.InvariantPointAttention.logit_weights": "haiku creates parameters where it uses them",
+    "invariant_point_attention.PointProjection.__init__": "torch needs the input width, haiku takes a name",
+}
+"""Callables that both have, with arguments of their own."""
+
+
+def modules(package: str) -> dict[str, ast.Module]:
+    folder = ROOT / package
+    return {
+        ".".join(path.relative_to(folder).with_suffix("").parts): ast.parse(path.read_text())
+        for path in sorted(folder.rglob("*.py"))
+    }
+
+
+def signature(function: ast.FunctionDef) -> str:
+    """Names, order, kinds and defaults of the arguments, without annotations."""
+    arguments = ast.parse(ast.unparse(function.args).join(("def f(", "): ..."))).body[0].args
+    for argument in ast.walk(arguments):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    dtype = {"jnp.float32": "float32", "torch.float32": "float32"}
+    text = ast.unparse(arguments)
+    for ours, common in dtype.items():
+        text = text.replace(ours, common)
+    return text
+
+
+def public_names(tree: ast.Module, prefix: str) -> dict[str, str | None]:
+    """Public classes, functions, methods and constants in order; with signatures where they have one."""
+    found: dict[str, str | None] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found[f"{prefix}.{node.name}"] = None
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    name = "__call__" if method.name == "forward" else method.name
+                    if name in ("__init__", "__call__") or not name.startswith("_"):
+                        found[f"{prefix}.{node.name}.{name}"] = signature(method)
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            found[f"{prefix}.{node.name}"] = signature(node)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {
+                f"{prefix}.{t.id}": None for t in targets if isinstance(t, ast.Name) and not t.id.startswith("__")
+            }
+    return found
+
+
+@pytest.fixture(scope="module")
+def twins():
+    jax, torch = (
+        {name: x for module, tree in modules(package).items() for name, x in public_names(tree, module).items()}
+        for package in ("ipa_jax", "ipa_torch")
+    )
+    return jax, torch
+
+
+def test_same_files():
+    assert list(modules("ipa_jax")) == list(modules("ipa_torch"))
+
+
+def test_same_public_names_in_the_same_order(twins):
+    jax, torch = twins
+    assert set(jax) ^ set(torch) == set(ONLY_IN_ONE), "an unlisted difference, or a listed one that is no more"
+    assert [name for name in jax if name in torch] == [name for name in torch if name in jax]
+
+
+def test_same_signatures(twins):
+    jax, torch = twins
+    different = {name for name in set(jax) & set(torch) if jax[name] != torch[name]}
+    assert different == set(OTHER_SIGNATURES), "an unlisted difference, or a listed one that is no more"
+
+
+def test_same_exports():
+    jax, torch = (
+        next(
+            ast.literal_eval(node.value)
+            for node in modules(package)["__init__"].body
+            if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+        )
+        for package in ("ipa_jax", "ipa_torch")
+    )
+    assert [name for name in jax if name != "transform_ipa"] == torch
+
+
+FORBIDDEN = {
+    "ipa_bridge": {"ipa_jax", "ipa_torch", "ipa_parity", "jax", "haiku"},
+    "ipa_jax": {"ipa_torch", "ipa_parity", "torch"},
+    "ipa_torch": {"ipa_jax", "ipa_parity", "jax", "haiku"},
+}
+"""What a floor never imports: what lies above or beside it."""
+
+LAZY = {"ipa_bridge": {"torch", "safetensors", "gemmi", "ml_dtypes"}, "ipa_parity": {"jax", "haiku", "torch"}}
+"""What a package imports in the functions that need it, never at its own import."""
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def at_import(tree: ast.Module) -> ast.Module:
+    """The statements that importing the module runs."""
+    type_checking = "TYPE_CHECKING"
+    kept = [
+        node
+        for node in tree.body
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not (isinstance(node, ast.If) and ast.unparse(node.test) == type_checking)
+    ]
+    return ast.Module(kept, [])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_downwards(package):
+    for module, tree in modules(package).items():
+        assert not imported(tree) & FORBIDDEN.get(package, set()), f"{package}.{module}"
+        assert not imported(at_import(tree)) & LAZY.get(package, set()), f"{package}.{module}"
