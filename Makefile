@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup parity test lint clean
+.PHONY: setup parity test lint bench clean
 
 parity: .venv/.runtime
 	$(BIN)/ipa-parity
@@ -15,6 +15,9 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: .venv/.dev
+	$(BIN)/python -m benchmarks
 
 setup: .venv/.dev
 

@@ -6,24 +6,27 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
 
 from ipa_bridge.residues import RESTYPES
 from ipa_bridge.structures import Structure, backbone_frames
 
 BOND_LENGTHS = {"N-CA": 1.458, "CA-C": 1.525, "C-N": 1.329}
-"""Å; Engh & Huber, Acta Cryst. A47 (1991) 392."""
+"""Å; Engh & Huber, Acta Cryst. A47 (1991) 392–400."""
 
 BOND_ANGLES = {"N-CA-C": 111.0, "CA-C-N": 117.2, "C-N-CA": 121.7}
-"""Degrees; the same source."""
+"""Degrees; the same authors' revision, International Tables for Crystallography F (2001), ch. 18.3."""
 
 HELIX = (-57.8, -47.0)
 STRAND = (-120.0, 115.0)
 TURN = ((-60.0, -30.0), (-90.0, 0.0))
-"""φ, ψ in degrees: the α-helix, the antiparallel β-strand and residues 2 and 3 of a type I turn, as in textbooks."""
+"""φ, ψ in degrees: textbook values for the α-helix and, close to the parallel sheet's (−119, 113), a β-strand;
+residues 2 and 3 of a type I turn as in Venkatachalam, Biopolymers 6 (1968) 1425."""
 
 
-def random_rotations(rng: np.random.Generator, shape: Sequence[int] = ()) -> np.ndarray:
-    """Rotation matrices (*shape, 3, 3), uniform over SO(3): normalised Gaussian quaternions."""
+def random_rotations(rng: np.random.Generator, shape: Sequence[int] = ()) -> Float64[ndarray, "*shape 3 3"]:
+    """Rotation matrices uniform over SO(3) (Haar measure): normalised Gaussian quaternions."""
     quaternion = rng.standard_normal((*shape, 4))
     quaternion /= np.linalg.norm(quaternion, axis=-1, keepdims=True)
     w, x, y, z = np.moveaxis(quaternion, -1, 0)
@@ -37,14 +40,14 @@ def random_rotations(rng: np.random.Generator, shape: Sequence[int] = ()) -> np.
 
 def random_frames(
     rng: np.random.Generator, shape: Sequence[int] = (), *, spread: float = 10.0, offset: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rotations (*shape, 3, 3) and translations (*shape, 3), independent and uniform.
+) -> tuple[Float64[ndarray, "*shape 3 3"], Float64[ndarray, "*shape 3"]]:
+    """Rotations and translations, independent and uniform.
 
     Args:
         rng: the source of randomness.
         shape: how many.
-        spread: translations fill a cube of this half-side, in whatever unit the model takes.
-        offset: distance of the cube's centre from the origin, in a random direction.
+        spread: translations fill a cube of this half-side, in the unit the model takes (Å, or Å / position_scale).
+        offset: distance of the cube's centre from the origin, in a random direction; the same unit.
     """
     direction = rng.standard_normal(3)
     centre = offset * direction / np.linalg.norm(direction)
@@ -69,10 +72,11 @@ def idealised_peptide() -> Structure:
     )
 
 
-def build_backbone(dihedrals: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """N, Cα and C positions (N, 3) in Å from φ, ψ in degrees per residue; every peptide bond is trans.
+def build_backbone(dihedrals: Sequence[tuple[float, float]]) -> tuple[Float64[ndarray, "N 3"], ...]:
+    """N, Cα and C positions in Å from φ, ψ in degrees per residue; every peptide bond is trans.
 
-    Ideal bond lengths and angles; each atom from the three before it (Parsons et al., J. Comput. Chem. 26, 2005).
+    Ideal bond lengths and angles; each atom from the three before it (NeRF; Parsons et al., J. Comput. Chem. 26
+    (2005) 1063).
     """
     angle = np.deg2rad(BOND_ANGLES["N-CA-C"])
     length = BOND_LENGTHS["CA-C"]
@@ -84,10 +88,10 @@ def build_backbone(dihedrals: Sequence[tuple[float, float]]) -> tuple[np.ndarray
     for (_, psi), (phi, _) in itertools.pairwise(dihedrals):
         for dihedral, bend, bond in ((psi, "CA-C-N", "C-N"), (180.0, "C-N-CA", "N-CA"), (phi, "N-CA-C", "CA-C")):
             atoms.append(_place(atoms[-3:], BOND_LENGTHS[bond], BOND_ANGLES[bend], dihedral))
-    return tuple(np.array(atoms[i::3]) for i in range(3))  # type: ignore[return-value]
+    return tuple(np.array(atoms[i::3]) for i in range(3))
 
 
-def _place(last: Sequence[np.ndarray], bond: float, bend: float, dihedral: float) -> np.ndarray:
+def _place(last: Sequence[ndarray], bond: float, bend: float, dihedral: float) -> ndarray:
     """The atom bonded to c, of the last three a, b, c, at the angle b–c–atom and dihedral a–b–c–atom in degrees."""
     a, b, c = last
     bend, dihedral = np.deg2rad(bend), np.deg2rad(dihedral)

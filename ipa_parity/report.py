@@ -109,18 +109,41 @@ def table(comparisons: Iterable[Comparison]) -> str:
                 "pass" if all(row.passed for row in found if row) else "FAIL",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        row[0].ljust(widths[0]) + "".join(cell.rjust(w + 2) for cell, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in (*lines[:2], "-" * len(lines[1]), *lines[2:]))
+    return _aligned(rows, headings=2)
+
+
+def worst_by_case(comparisons: Iterable[Comparison]) -> str:
+    """Cases by dtype and reference: the worst error of outputs and of gradients, in epsilons of that dtype."""
+    worst: dict[tuple[str, str, str], dict[str, Comparison]] = {}
+    for row in comparisons:
+        cells = worst.setdefault((row.case, row.dtype, row.reference), {})
+        kind = row.stage.partition("/")[0]
+        if kind not in cells or _badness(row) > _badness(cells[kind]):
+            cells[kind] = row
+    kinds = list(dict.fromkeys(kind for cells in worst.values() for kind in cells))
+    rows = [["case", "dtype", "against", *kinds, ""]]
+    for key, cells in worst.items():
+        found = [cells.get(kind) for kind in kinds]
+        passed = "pass" if all(row.passed for row in cells.values()) else "FAIL"
+        rows.append([*key, *("" if row is None else f"{row.error:.1f}" for row in found), passed])
+    return _aligned(rows, headings=1)
 
 
 def as_json(comparisons: Iterable[Comparison]) -> list[dict]:
     """Every comparison as plain data."""
     rows = [asdict(row) | {"passed": row.passed} for row in comparisons]
     return [row | {"error": row["error"] if np.isfinite(row["error"]) else None} for row in rows]
+
+
+def _aligned(rows: list[list[str]], headings: int) -> str:
+    """Cells in columns, the first to the left, with a rule below the headings."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        row[0].ljust(widths[0]) + "".join(cell.rjust(w + 2) for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    rule = "-" * len(lines[headings - 1])
+    return "\n".join(line.rstrip() for line in (*lines[:headings], rule, *lines[headings:]))
 
 
 def _who(row: Comparison) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 COMPARED = pytest.StashKey[list]()
-"""What the run compared, for its closing table."""
+COMPARED_WITH_PEERS = pytest.StashKey[list]()
+"""What the run compared, for its closing tables."""
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,15 +57,26 @@ def structures_dir() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    compared = config.stash.get(COMPARED, [])
-    if compared:
-        from ipa_parity.report import table
+    compared, with_peers = (config.stash.get(key, []) for key in (COMPARED, COMPARED_WITH_PEERS))
+    if not compared + with_peers:
+        return
+    from ipa_parity.report import table, worst_by_case
 
+    if compared:
         terminalreporter.section(f"parity: worst of {len(compared)} comparisons, in eps")
         terminalreporter.write_line(table(compared))
+    if with_peers:
+        terminalreporter.section(f"published implementations: worst of {len(with_peers)} comparisons, in eps")
+        terminalreporter.write_line(worst_by_case(with_peers))
 
 
 @pytest.fixture(scope="session")
 def compared(request: pytest.FixtureRequest) -> list:
     """Collects comparisons for the table at the end of the run."""
     return request.config.stash.setdefault(COMPARED, [])
+
+
+@pytest.fixture(scope="session")
+def compared_with_peers(request: pytest.FixtureRequest) -> list:
+    """Collects comparisons with published implementations for their own table."""
+    return request.config.stash.setdefault(COMPARED_WITH_PEERS, [])

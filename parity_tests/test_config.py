@@ -50,39 +50,38 @@ def test_lucidrains_takes_the_packages_own_arguments():
     assert IPAConfig.lucidrains(64, require_pairwise_repr=False).pair_channel is None
 
 
-def alphafold_shapes(layout):
-    """Names and shapes that alphafold-colabfold's own attention initialises, without computing them."""
+ALPHAFOLDS = {
+    "monomer": ("model_1", IPAConfig.alphafold2()),
+    "multimer": ("model_1_multimer_v3", IPAConfig.alphafold_multimer()),
+}
+
+
+@pytest.mark.parametrize("layout", ALPHAFOLDS)
+def test_manifest_is_alphafolds_key_for_key(layout):
+    """What alphafold-colabfold's own attention initialises, by name and shape."""
     jax = pytest.importorskip("jax")
     hk = pytest.importorskip("haiku")
     pytest.importorskip("alphafold", reason="alphafold-colabfold is not installed")
-    import jax.numpy as jnp
-    import ml_collections
-    from alphafold.model import config as alphafold_config
-    from alphafold.model import folding, folding_multimer, quat_affine
-    from alphafold.model.geometry import Rigid3Array
+    from ipa_parity.peers import alphafold_forward
 
-    model = alphafold_config.model_config("model_1" if layout == "monomer" else "model_1_multimer_v3").model
-    global_config = ml_collections.ConfigDict(model.global_config)
-
-    def forward(single, pair, mask):
-        if layout == "monomer":
-            frames = quat_affine.QuatAffine(jnp.eye(4)[jnp.zeros(5, int)], list(jnp.zeros((3, 5))))
-            module = folding.InvariantPointAttention
-        else:
-            frames = Rigid3Array.identity((5,))
-            module = folding_multimer.InvariantPointAttention
-        return module(model.heads.structure_module, global_config)(single, pair, mask, frames)
-
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 384), (5, 5, 128), (5, 1))]
+    _, config = ALPHAFOLDS[layout]
+    shapes = ((5, config.num_channel), (5, 5, config.pair_channel), (5,), (5, 3, 3), (5, 3))
+    arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    # Its multimer geometry asserts float32, which its own float64 constants break where x64 is on.
     with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
-        params = jax.eval_shape(hk.transform(forward).init, jax.eval_shape(lambda: jax.random.key(0)), *arguments)
-    return {f"{module}/{leaf}": x.shape for module, leaves in params.items() for leaf, x in leaves.items()}
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        params = jax.eval_shape(hk.transform(alphafold_forward(config)).init, key, *arguments)
+    theirs = {f"{module}/{leaf}": x.shape for module, leaves in params.items() for leaf, x in leaves.items()}
+    assert theirs == {f"invariant_point_attention/{name}": shape for name, shape in ipa_parameters(config).items()}
 
 
-@pytest.mark.parametrize(
-    ("layout", "config"),
-    [("monomer", IPAConfig.alphafold2()), ("multimer", IPAConfig.alphafold_multimer())],
-)
-def test_manifest_is_alphafolds_key_for_key(layout, config):
-    ours = {f"invariant_point_attention/{name}": shape for name, shape in ipa_parameters(config).items()}
-    assert alphafold_shapes(layout) == ours
+@pytest.mark.parametrize("layout", ALPHAFOLDS)
+def test_presets_have_alphafolds_widths(layout):
+    alphafold_config = pytest.importorskip("alphafold.model.config", reason="alphafold-colabfold is not installed")
+    name, config = ALPHAFOLDS[layout]
+    model = alphafold_config.model_config(name).model
+    theirs = model.heads.structure_module
+    for width in ("num_channel", "num_head", "num_scalar_qk", "num_scalar_v", "num_point_qk", "num_point_v"):
+        assert getattr(config, width) == theirs[width], width
+    assert config.pair_channel == model.embeddings_and_evoformer.pair_channel
+    assert config.zero_init == model.global_config.zero_init

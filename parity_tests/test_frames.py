@@ -1,9 +1,11 @@
-"""Random frames are uniform and where they were asked for; the idealised peptide is textbook geometry."""
+"""Random frames are uniform rigid motions; the idealised peptide has the geometry it is built from."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ipa_bridge.frames import (
     BOND_ANGLES,
@@ -17,98 +19,180 @@ from ipa_bridge.frames import (
     random_rotations,
 )
 from ipa_bridge.structures import backbone_frames
-from ipa_parity.tolerance import BOUNDS
 
-TOLERANCE = BOUNDS["points"] * np.finfo(np.float64).eps
-DIHEDRALS = [HELIX] * 20 + list(TURN) + [STRAND] * 20
+MANY = 40_000
 
 
-def test_random_rotations_are_rotations_and_uniform():
-    """Over SO(3), E[tr R] = 0 and E[(tr R)²] = 1, and each entry has mean 0 and variance 1/3."""
-    number = 40_000
-    rotation = random_rotations(np.random.default_rng(0), (number,))
-    assert np.abs(np.einsum("nxy,nxz->nyz", rotation, rotation) - np.eye(3)).max() <= TOLERANCE
-    assert np.abs(np.linalg.det(rotation) - 1).max() <= TOLERANCE
-    five_sigma = 5 / np.sqrt(number)
-    trace = np.trace(rotation, axis1=-2, axis2=-1)
-    assert abs(trace.mean()) < five_sigma
-    assert abs((trace**2).mean() - 1) < 2 * five_sigma
-    assert np.abs(rotation.mean(0)).max() < five_sigma
-    assert np.abs((rotation**2).mean(0) - 1 / 3).max() < five_sigma
-
-
-@pytest.mark.parametrize(("spread", "offset"), [(10.0, 0.0), (0.5, 1000.0)])
-def test_random_frames_lie_where_asked(spread, offset):
-    rotation, translation = random_frames(np.random.default_rng(1), (2, 500), spread=spread, offset=offset)
-    assert rotation.shape == (2, 500, 3, 3)
-    assert translation.shape == (2, 500, 3)
-    centre = (translation.max((0, 1)) + translation.min((0, 1))) / 2
-    half_sides = (translation.max((0, 1)) - translation.min((0, 1))) / 2
-    assert (half_sides <= spread).all()
-    assert (half_sides > 0.95 * spread).all()
-    assert abs(np.linalg.norm(centre) - offset) < 0.1 * spread
-
-
-def angle(a, b, c):
-    u, v = a - b, c - b
-    cosine = (u * v).sum(-1) / np.linalg.norm(u, axis=-1) / np.linalg.norm(v, axis=-1)
-    return np.rad2deg(np.arccos(cosine))
-
-
-def dihedral(a, b, c, d):
-    """IUPAC: the angle from a to d, clockwise as seen from b to c."""
+def dihedral(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Degrees, by the IUPAC sign: positive when d turns clockwise, seen from b to c."""
     axis = (c - b) / np.linalg.norm(c - b, axis=-1, keepdims=True)
-    first, second = np.cross(b - a, axis), np.cross(axis, d - c)
-    return np.rad2deg(np.arctan2((np.cross(first, second) * axis).sum(-1), (first * second).sum(-1)))
+    before = np.cross(b - a, axis)
+    after = np.cross(axis, d - c)
+    sine = np.sum(np.cross(before, after) * axis, -1)
+    return np.rad2deg(np.arctan2(sine, np.sum(before * after, -1)))
 
 
-def test_bonds_angles_and_dihedrals_are_the_textbooks():
-    n, ca, c = build_backbone(DIHEDRALS)
-    next_n, next_ca, next_c = (x[1:] for x in (n, ca, c))
-    for name, a, b in (("N-CA", n, ca), ("CA-C", ca, c), ("C-N", c[:-1], next_n)):
-        assert np.linalg.norm(b - a, axis=-1) == pytest.approx(BOND_LENGTHS[name], rel=1e-12)
-    for name, atoms in (
-        ("N-CA-C", (n, ca, c)),
-        ("CA-C-N", (ca[:-1], c[:-1], next_n)),
-        ("C-N-CA", (c[:-1], next_n, next_ca)),
-    ):
-        assert angle(*atoms) == pytest.approx(BOND_ANGLES[name], rel=1e-10)
-    phi, psi = np.array(DIHEDRALS).T
-    assert dihedral(c[:-1], next_n, next_ca, next_c) == pytest.approx(phi[1:], rel=1e-10)
-    assert dihedral(n[:-1], ca[:-1], c[:-1], next_n) == pytest.approx(psi[:-1], rel=1e-10, abs=1e-10)
-    assert np.abs(dihedral(ca[:-1], c[:-1], next_n, next_ca)) == pytest.approx(180)
+def bend(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    u, v = a - b, c - b
+    return np.rad2deg(np.arctan2(np.linalg.norm(np.cross(u, v), axis=-1), np.sum(u * v, -1)))
 
 
-def helix_of(rotation, translation):
-    """Rise per residue in Å, and residues per turn, of the screw that takes each residue to the next."""
-    step = rotation[:-1].swapaxes(-1, -2) @ rotation[1:]
-    turn = np.arccos((np.trace(step, axis1=-2, axis2=-1) - 1) / 2)
-    skew = np.stack([step[:, 2, 1] - step[:, 1, 2], step[:, 0, 2] - step[:, 2, 0], step[:, 1, 0] - step[:, 0, 1]], -1)
-    axis = np.einsum("nxy,ny->nx", rotation[:-1], skew / (2 * np.sin(turn))[:, None])
-    return ((translation[1:] - translation[:-1]) * axis).sum(-1), 2 * np.pi / turn
+def length(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(b - a, axis=-1)
 
 
-def test_helix_and_strand_have_their_known_shapes():
+def helix_axis(points: np.ndarray) -> tuple[float, float]:
+    """Rise per residue and residues per turn of a regular helix: the screw motion from each residue to the next."""
+    second = points[2:] - 2 * points[1:-1] + points[:-2]
+    # Second differences of points on a helix are perpendicular to its axis.
+    axis = np.cross(second[0], second[1])
+    axis /= np.linalg.norm(axis)
+    turn = bend(second[0], np.zeros(3), second[1])
+    return abs((points[1] - points[0]) @ axis), 360.0 / turn
+
+
+# Random frames
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3, 5), (0,)])
+def test_shapes(shape):
+    rotation, translation = random_frames(np.random.default_rng(0), shape)
+    assert rotation.shape == (*shape, 3, 3)
+    assert translation.shape == (*shape, 3)
+    assert rotation.dtype == translation.dtype == np.float64
+    assert random_rotations(np.random.default_rng(0), shape).shape == (*shape, 3, 3)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_rotations_are_rotations(seed):
+    rotation = random_rotations(np.random.default_rng(seed), (11,))
+    np.testing.assert_allclose(np.swapaxes(rotation, -1, -2) @ rotation, np.tile(np.eye(3), (11, 1, 1)), atol=1e-14)
+    np.testing.assert_allclose(np.linalg.det(rotation), 1.0, rtol=0, atol=1e-14)
+
+
+def test_rotations_are_uniform():
+    """Moments and angle distribution of the Haar measure; 5 standard errors of the mean of 40 000."""
+    rotation = random_rotations(np.random.default_rng(20210715), (MANY,))
+    flat = rotation.reshape(MANY, 9)
+    # E[R] = 0, E[R_ij R_kl] = δ_ik δ_jl / 3, Var(R_ij²) = 1/5 − 1/9.
+    assert np.abs(flat.mean(0)).max() < 5 * np.sqrt(1 / 3 / MANY)
+    assert np.abs(flat.T @ flat / MANY - np.eye(9) / 3).max() < 5 * np.sqrt((1 / 5 - 1 / 9) / MANY)
+    # The angle's density is (1 − cos θ)/π: its distribution function is (θ − sin θ)/π.
+    angle = np.sort(np.arccos(np.clip((np.trace(rotation, axis1=-2, axis2=-1) - 1) / 2, -1, 1)))
+    expected = (angle - np.sin(angle)) / np.pi
+    kolmogorov = np.abs(expected - np.arange(MANY) / MANY).max()
+    assert kolmogorov < 1.95 / np.sqrt(MANY)
+
+
+def test_rotations_stay_uniform_when_turned():
+    """Haar measure is invariant: third moments of R and of Q·R agree, for a fixed Q."""
+    rng = np.random.default_rng(4)
+    rotation, turn = random_rotations(rng, (MANY,)), random_rotations(rng)
+    for turned in (turn @ rotation, rotation @ turn):
+        difference = (turned**3 - rotation**3).reshape(MANY, 9)
+        assert np.abs(difference.mean(0)).max() < 5 * difference.std(0).max() / np.sqrt(MANY)
+
+
+@pytest.mark.parametrize(("spread", "offset"), [(10.0, 0.0), (2.0, 0.0), (3.0, 1000.0)])
+def test_translations_fill_their_cube(spread, offset):
+    _, translation = random_frames(np.random.default_rng(1), (MANY,), spread=spread, offset=offset)
+    centre = (translation.max(0) + translation.min(0)) / 2
+    half_side = (translation.max(0) - translation.min(0)) / 2
+    np.testing.assert_allclose(half_side, spread, rtol=1e-3)
+    assert (half_side <= spread).all()
+    assert abs(np.linalg.norm(centre) - offset) < 1e-3 * spread * np.sqrt(3)
+    standardised = (translation - centre) / spread
+    np.testing.assert_allclose((standardised**2).mean(0), 1 / 3, atol=5 * np.sqrt((1 / 5 - 1 / 9) / MANY))
+    np.testing.assert_allclose(np.corrcoef(standardised.T), np.eye(3), atol=5 / np.sqrt(MANY))
+
+
+def test_offset_takes_all_directions():
+    centres = np.array([random_frames(np.random.default_rng(i), spread=0.0, offset=1.0)[1] for i in range(2000)])
+    np.testing.assert_allclose(np.linalg.norm(centres, axis=-1), 1.0, atol=1e-14)
+    assert np.abs(centres.mean(0)).max() < 5 * np.sqrt(1 / 3 / 2000)
+    assert np.abs(centres.T @ centres / 2000 - np.eye(3) / 3).max() < 5 * np.sqrt((1 / 5 - 1 / 9) / 2000)
+
+
+def test_a_seed_gives_the_same_frames_again():
+    first, second = (random_frames(np.random.default_rng(3), (5,), offset=2.0) for _ in range(2))
+    for left, right in zip(first, second, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+# The peptide
+
+ANGLES = st.floats(-180.0, 180.0)
+
+
+@given(st.lists(st.tuples(ANGLES, ANGLES), min_size=2, max_size=9))
+def test_built_backbones_have_their_bonds_angles_and_dihedrals(dihedrals):
+    n, ca, c = build_backbone(dihedrals)
+    for name, value in {"N-CA": length(n, ca), "CA-C": length(ca, c), "C-N": length(c[:-1], n[1:])}.items():
+        np.testing.assert_allclose(value, BOND_LENGTHS[name], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(bend(n, ca, c), BOND_ANGLES["N-CA-C"], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(bend(ca[:-1], c[:-1], n[1:]), BOND_ANGLES["CA-C-N"], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(bend(c[:-1], n[1:], ca[1:]), BOND_ANGLES["C-N-CA"], rtol=0, atol=1e-10)
+    phi, psi = np.array(dihedrals).T
+    turns = {
+        "phi": dihedral(c[:-1], n[1:], ca[1:], c[1:]) - phi[1:],
+        "psi": dihedral(n[:-1], ca[:-1], c[:-1], n[1:]) - psi[:-1],
+        "omega": dihedral(ca[:-1], c[:-1], n[1:], ca[1:]) - 180.0,
+    }
+    for name, difference in turns.items():
+        np.testing.assert_allclose((difference + 180.0) % 360.0 - 180.0, 0.0, rtol=0, atol=1e-10, err_msg=name)
+
+
+def test_geometry_is_engh_and_hubers():
+    assert BOND_LENGTHS == {"N-CA": 1.458, "CA-C": 1.525, "C-N": 1.329}
+    assert BOND_ANGLES == {"N-CA-C": 111.0, "CA-C-N": 117.2, "C-N-CA": 121.7}
+
+
+def test_dihedral_sign_is_biopythons():
+    pdb = pytest.importorskip("Bio.PDB", reason="Biopython is not installed")
+    points = np.random.default_rng(2).normal(size=(4, 3))
+    theirs = np.rad2deg(pdb.calc_dihedral(*(pdb.Vector(*x) for x in points)))
+    np.testing.assert_allclose(dihedral(*points), theirs, rtol=0, atol=1e-10)
+
+
+def test_peptide_is_a_helix_a_turn_and_a_strand():
     peptide = idealised_peptide()
-    assert len(peptide) == 42
-    assert peptide.mask.all()
+    dihedrals = [HELIX] * 20 + list(TURN) + [STRAND] * 20
+    n, ca, c = build_backbone(dihedrals)
+    rotation, translation = backbone_frames(n, ca, c)
+    np.testing.assert_array_equal(peptide.rotation, rotation)
+    np.testing.assert_array_equal(peptide.translation, translation)
     assert peptide.sequence == "A" * 42
-    rise, per_turn = helix_of(peptide.rotation[:19], peptide.translation[:19])
+    assert peptide.mask.dtype == bool
+    assert peptide.mask.all()
+    assert peptide.residue_number.tolist() == list(range(1, 43))
+    assert set(peptide.chain_id) == {"A"}
+    assert set(peptide.insertion_code) == {""}
+    assert peptide.name == "idealised peptide"
+
+
+def test_the_helix_is_an_alpha_helix():
+    rise, residues_per_turn = helix_axis(idealised_peptide().translation[:20])
     assert rise == pytest.approx(1.5, abs=0.05)
-    assert per_turn == pytest.approx(3.6, abs=0.06)
-    rise, per_turn = helix_of(peptide.rotation[23:], peptide.translation[23:])
-    assert np.abs(rise) == pytest.approx(3.3, abs=0.15)
-    assert per_turn == pytest.approx(2, abs=0.3)
+    assert residues_per_turn == pytest.approx(3.6, abs=0.1)
+
+
+def test_the_helix_is_right_handed():
+    first = idealised_peptide().translation[:4]
+    assert dihedral(*first) == pytest.approx(50.0, abs=5.0)
+
+
+def test_the_strand_is_extended():
+    strand = idealised_peptide().translation[23:41]
+    rise, _ = helix_axis(strand)
+    assert rise == pytest.approx(3.3, abs=0.1)
+
+
+def test_consecutive_residues_are_trans():
+    # Cα–Cα across a trans peptide bond, whatever φ and ψ.
+    np.testing.assert_allclose(np.diff(idealised_peptide().translation, axis=0) ** 2 @ np.ones(3), 3.8**2, rtol=0.01)
 
 
 def test_peptide_folds_without_clashes():
     ca = idealised_peptide().translation
     distance = np.linalg.norm(ca[:, None] - ca[None], axis=-1)
     assert distance[np.triu_indices(len(ca), 2)].min() > 4.5
-
-
-def test_peptide_frames_are_those_of_its_atoms():
-    rotation, translation = backbone_frames(*build_backbone(DIHEDRALS))
-    peptide = idealised_peptide()
-    assert (peptide.rotation == rotation).all()
-    assert (peptide.translation == translation).all()

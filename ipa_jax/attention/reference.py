@@ -59,8 +59,9 @@ def attention_logits(
     in exact arithmetic, without the bits that adding a constant to a whole row would cost.
     """
     scalar = jnp.einsum("...ihc,...jhc->...hij", q, k, precision=Precision.HIGHEST) / math.sqrt(q.shape[-1])
-    offset = q_points[..., :, None, :, :, :] - k_points[..., None, :, :, :, :]
-    distance2 = jnp.moveaxis(jnp.sum(offset * offset, (-1, -2)), -1, -3)
+    q_points, k_points = (jnp.swapaxes(x, -3, -4) for x in (q_points, k_points))
+    offset = q_points[..., :, None, :, :] - k_points[..., None, :, :, :]
+    distance2 = jnp.sum(offset * offset, (-1, -2))
     scale = point_weights * math.sqrt(2 / (9 * q_points.shape[-2]))
     logits = scalar - 0.5 * scale[:, None, None] * distance2
     if pair is not None and pair_bias_weight is not None:

@@ -1,0 +1,1 @@
+"""Speed side by side with published implementations; nothing is printed unless parity holds."""
