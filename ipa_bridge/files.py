@@ -102,7 +102,15 @@ def _open_npz(path: Path) -> Iterator[ArrayFile]:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it holds one bare array and no names: save it with numpy.savez")
         with archive:
-            yield ArrayFile(path, tuple(archive.files), {}, archive.__getitem__)
+
+            def read(name: str) -> np.ndarray:
+                x = archive[name]
+                # numpy hands over a member that does not start as an array does as its raw bytes.
+                if not isinstance(x, np.ndarray):
+                    raise ValueError("it is no .npy array")
+                return x
+
+            yield ArrayFile(path, tuple(archive.files), {}, read)
 
 
 @contextmanager
@@ -139,12 +147,15 @@ def _plain_errors(path: Path, what: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [""])[0]
         if "pickle" in str(error).lower() or "weights_only" in str(error).lower():
+            # numpy and torch take any bytes they do not know for a pickle.
             reason = (
-                "it holds pickled objects, which are never loaded here: save plain arrays with numpy.savez, "
-                "safetensors, or torch.save(module.state_dict(), path)"
+                "it may be damaged, or it holds pickled objects, which are never loaded here: save plain arrays with "
+                "numpy.savez, safetensors, or torch.save(module.state_dict(), path)"
             )
+        elif not isinstance(error, ValueError):
+            reason = f"it may be damaged ({type(error).__name__}: {reason})"
         raise ValueError(f"{path}: cannot read {what}: {reason}") from error
 
 

@@ -33,7 +33,8 @@ class Weights:
     """The parameters of one invariant point attention.
 
     Attributes:
-        arrays: canonical name (AlphaFold's haiku name below the attention) to read-only array in haiku's shape.
+        arrays: canonical name (AlphaFold's haiku name below the attention) to array in haiku's shape; read-only
+            copies, which no later step of training and no later change of a file reaches.
         config: the config they fit.
         root: the haiku path of the attention, under which `to_haiku` and an .npz put them.
 
@@ -47,7 +48,7 @@ class Weights:
 
     def __post_init__(self) -> None:
         _check(self.arrays, ipa_parameters(self.config))
-        object.__setattr__(self, "arrays", {name: _read_only(self.arrays[name]) for name in self.arrays})
+        object.__setattr__(self, "arrays", {name: _frozen_copy(x) for name, x in self.arrays.items()})
 
     @classmethod
     def random(cls, config: IPAConfig, *, seed: int = 0, dtype: DTypeLike = np.float32) -> Weights:
@@ -86,12 +87,12 @@ class Weights:
         flat: dict[str, Any] = {}
         for module, leaves in params.items():
             if isinstance(leaves, Mapping):
-                flat |= {f"{module}/{leaf}": x for leaf, x in leaves.items()}
+                flat |= {_join(module, leaf): x for leaf, x in leaves.items()}
             else:
                 flat[module.replace("//", "/")] = leaves
         root = _find_root(flat, "/", root)
         arrays = {name: np.asarray(flat[key]) for name, key in _below(flat, root, "/").items()}
-        return cls._fitted(arrays, config, root=root)
+        return cls(arrays, config or _config_of(arrays), root)
 
     @classmethod
     def from_torch(
@@ -105,11 +106,14 @@ class Weights:
             config: overrides what the names and shapes say.
 
         Raises:
-            ValueError: no attention, several and no root, or parameters that do not fit.
+            ValueError: no attention, several and no root, entries that are no tensors, or parameters that do not fit.
         """
         root = _find_root(state_dict, ".", root)
-        tensors = {name: numpy_array(state_dict[key]) for name, key in _below(state_dict, root, ".").items()}
-        return cls._fitted(_from_torch_layout(tensors), config)
+        tensors = {name: state_dict[key] for name, key in _below(state_dict, root, ".").items()}
+        other = [f"{name} ({type(x).__name__})" for name, x in tensors.items() if not hasattr(x, "detach")]
+        if other:
+            raise ValueError(f"tensors were expected, as module.state_dict() gives them; got {', '.join(other)}")
+        return cls._from_torch_arrays({name: numpy_array(x) for name, x in tensors.items()}, config)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, root: str | None = None, config: IPAConfig | None = None) -> Weights:
@@ -134,7 +138,7 @@ class Weights:
             root = _find_root(keys, separator, root, source=os.fspath(path))
             arrays = {name: file[keys[key]] for name, key in _below(keys, root, separator).items()}
             config = config or _config_from_metadata(file.metadata, path)
-        return cls._fitted(arrays if haiku else _from_torch_layout(arrays), config)
+        return cls(arrays, config or _config_of(arrays)) if haiku else cls._from_torch_arrays(arrays, config)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes .npz in AlphaFold's form (`root/module//leaf`), or .safetensors or .pt in torch's names and layout.
@@ -145,7 +149,7 @@ class Weights:
             ValueError: another suffix, or bfloat16 into .npz, which cannot hold it.
         """
         if os.fspath(path).endswith(".npz"):
-            write_arrays(path, {"//".join(_split(f"{self.root}/{name}")): x for name, x in self.arrays.items()})
+            write_arrays(path, {_join(*_split(_join(self.root, name)), "//"): x for name, x in self.arrays.items()})
         else:
             metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(self.config))}
             write_arrays(path, self._in_torch_layout(), metadata)
@@ -154,7 +158,7 @@ class Weights:
         """Haiku parameters, {module: {leaf: array}}, under `root` or where they came from."""
         tree: dict[str, dict[str, np.ndarray]] = {}
         for name, x in self.arrays.items():
-            module, leaf = _split(f"{self.root if root is None else root}/{name}")
+            module, leaf = _split(_join(self.root if root is None else root, name))
             tree.setdefault(module, {})[leaf] = x
         return tree
 
@@ -175,10 +179,10 @@ class Weights:
         }
 
     @classmethod
-    def _fitted(cls, arrays: Mapping[str, np.ndarray], config: IPAConfig | None, root: str = IPA_ROOT) -> Weights:
-        """Weights of arrays whose output axes may still be flat, as torch has them."""
-        config = config or infer_config({name: x.shape for name, x in arrays.items()})
-        return cls(_unflatten_outputs(arrays, ipa_parameters(config)), config, root)
+    def _from_torch_arrays(cls, arrays: Mapping[str, np.ndarray], config: IPAConfig | None) -> Weights:
+        arrays = _from_torch_layout(arrays)
+        config = config or _config_of(arrays)
+        return cls(_unflatten_outputs(arrays, ipa_parameters(config)), config)
 
 
 def torch_name(name: str) -> str:
@@ -199,7 +203,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     the multimer layout AlphaFold-Multimer where points have biases and `invariant-point-attention` where not.
 
     Raises:
-        ValueError: parameters are missing, or sizes do not divide by the number of heads.
+        ValueError: parameters are missing or empty, or sizes do not divide by the number of heads.
     """
     multimer = any(name.startswith("q_scalar_projection/") for name in shapes)
     scalars = ("q_scalar_projection", "v_scalar_projection") if multimer else ("q_scalar", "kv_scalar")
@@ -209,11 +213,16 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise ValueError(f"no invariant point attention without {', '.join(missing)}; got {', '.join(sorted(shapes))}")
+    sized = [name for name in (*needed, "attention_2d/weights") if name in shapes]
+    formless = [name for name in sized if 0 in shapes[name] or len(shapes[name]) < 1 + name.endswith("/weights")]
+    if formless:
+        listed = ", ".join(f"{name} {shapes[name]}" for name in formless)
+        raise ValueError(f"these parameters tell no sizes: they are empty, or have too few axes: {listed}")
     heads = math.prod(shapes[_LANDMARK])
 
     def per_head(module: str, per: int = 1) -> int:
         outputs = math.prod(shapes[f"{module}/weights"][1:])
-        if outputs == 0 or outputs % (heads * per):
+        if outputs % (heads * per):
             raise ValueError(
                 f"{module}/weights has {outputs} outputs, which {heads} heads"
                 + (f" of {per} coordinates" if per > 1 else "")
@@ -241,6 +250,10 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     )
 
 
+def _config_of(arrays: Mapping[str, np.ndarray]) -> IPAConfig:
+    return infer_config({name: x.shape for name, x in arrays.items()})
+
+
 def _from_torch_layout(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Canonical names and inputs-first weights of arrays under torch names; output axes stay flat."""
     canonical = {}
@@ -254,12 +267,13 @@ def _from_torch_layout(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 def _unflatten_outputs(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> dict[str, np.ndarray]:
     """Arrays with their output axes as the manifest has them, where the sizes allow it; others as they are."""
 
-    def unflatten(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        first = 1 if x.ndim == 2 else 0
-        flat = (*shape[:first], math.prod(shape[first:]))
+    def unflatten(name: str, x: np.ndarray) -> np.ndarray:
+        shape = shapes[name]
+        inputs = 1 if name.endswith("/weights") else 0
+        flat = (*shape[:inputs], math.prod(shape[inputs:]))
         return x.reshape(shape) if x.shape == flat else x
 
-    return {name: unflatten(x, shapes[name]) if name in shapes else x for name, x in arrays.items()}
+    return {name: unflatten(name, x) if name in shapes else x for name, x in arrays.items()}
 
 
 def _find_root(keys: Iterable[str], separator: str, root: str | None, source: str = "these parameters") -> str:
@@ -284,6 +298,10 @@ def _below(keys: Iterable[str], root: str, separator: str) -> dict[str, str]:
     """Name below the root to key, for the keys there."""
     prefix = root + separator if root else ""
     return {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
+
+
+def _join(module: str, leaf: str, separator: str = "/") -> str:
+    return module + separator + leaf if module else leaf
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -311,10 +329,10 @@ def _is_float(x: np.ndarray) -> bool:
     return x.dtype.kind == "f" or x.dtype.name == "bfloat16"
 
 
-def _read_only(x: ArrayLike) -> np.ndarray:
-    view = np.asarray(x).view()
-    view.flags.writeable = False
-    return view
+def _frozen_copy(x: ArrayLike) -> np.ndarray:
+    copy = np.array(x, order="C")
+    copy.flags.writeable = False
+    return copy
 
 
 def _config_from_metadata(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> IPAConfig | None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from ipa_bridge.weights import Weights
 from ipa_parity import cli, parity, stages
 from ipa_parity.cases import ODD_MULTIMER
+
+ROOT = Path(__file__).resolve().parent.parent
 
 pytest.importorskip("jax")
 pytest.importorskip("torch")
@@ -98,3 +103,22 @@ def test_wrong_questions_give_status_2(arguments, message, capsys):
 
 def test_installed_frameworks_are_found():
     assert parity.installed_frameworks() == ("jax", "torch")
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_suite_runs_on_ones_own_files(both, tmp_path, structures_dir):
+    Weights.random(ODD_MULTIMER).save(tmp_path / "mine.npz")
+    options = ["--weights", str(tmp_path / "mine.npz")]
+    options += ["--structure", str(structures_dir / "1gcn.pdb")] if both else []
+    command = [sys.executable, "-m", "pytest", "parity_tests/test_parity.py", *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert "2 passed" in result.stdout
+    assert "gradient/q_point_projection/point_projection/weights" in result.stdout
+
+
+def test_a_missing_requirement_fails_the_suite():
+    command = [sys.executable, "-m", "pytest", "parity_tests/test_twins.py", "--require=jax,nonesuch"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "--require: not installed: nonesuch" in result.stderr

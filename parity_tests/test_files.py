@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -101,9 +102,29 @@ def test_what_a_pt_file_must_hold(tmp_path, torch):
         Weights.load(tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_text_is_called_damaged(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    path.write_text("hello there, everyone")
+    with pytest.raises(ValueError, match=rf"x\{suffix}: cannot read file: it may be damaged"):
+        Weights.load(path)
+
+
+def test_members_that_are_no_arrays(tmp_path):
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ipa//trainable_point_weights", b"raw bytes")
+    with pytest.raises(ValueError, match=r"x\.npz: cannot read array 'ipa//trainable_point_weights': it is no \.npy"):
+        Weights.load(path)
+
+
 def test_names_that_are_no_array_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.npz"):
-        Weights.load(tmp_path / "nothing.npz")
+    for suffix in SUFFIXES:
+        with pytest.raises(FileNotFoundError, match=f"no such file: .*nothing{suffix}"):
+            Weights.load(tmp_path / f"nothing{suffix}")
+        (tmp_path / f"empty{suffix}").touch()
+        with pytest.raises(ValueError, match=f"empty{suffix} is empty"):
+            Weights.load(tmp_path / f"empty{suffix}")
     with pytest.raises(ValueError, match=r"expected a name ending in \.npz"):
         Weights.random(ODD).save(tmp_path / "weights.h5")
     np.save(tmp_path / "bare.npy", np.ones(3))

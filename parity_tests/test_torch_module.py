@@ -269,3 +269,14 @@ def test_nan_is_never_hidden():
     single, *inputs = arguments(case)
     single[0, 0] = torch.nan
     assert model(case)(single, *inputs)[0].isnan().all()
+
+
+def test_moves_between_devices_and_dtypes():
+    case = CATALOGUE["monomer"]()
+    module, (single, pair, rigids, mask) = model(case), arguments(case)
+    expected = module(single, pair, rigids, mask)
+    doubled = module.to(torch.float64)(single.double(), pair.double(), rigids.astype(torch.float64), mask)
+    judge(doubled.float(), expected)
+    elsewhere = [x.to("meta") for x in (single, pair, *rigids, mask)]
+    out = module.to("meta")(*elsewhere[:2], ipa_torch.Rigid(*elsewhere[2:4]), elsewhere[4])
+    assert (out.device.type, out.shape) == ("meta", expected.shape)

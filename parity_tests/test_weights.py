@@ -137,6 +137,29 @@ def test_config_travels_in_safetensors_and_can_be_overridden(tmp_path):
     assert Weights.load(path, config=other).config == other
 
 
+@pytest.mark.parametrize("junk", ["{", "[1]", "null", '{"num_head": 3}', '{"heads": 3}'])
+def test_metadata_that_is_no_config(junk, tmp_path):
+    path = tmp_path / "w.safetensors"
+    Weights.random(ODD).save(path)
+    with files.open_arrays(path) as file:
+        arrays = {key: file[key] for key in file.keys}
+    files.write_arrays(path, arrays, {"ipa_config": junk})
+    with pytest.raises(ValueError, match=r"w\.safetensors: its ipa_config metadata is no IPAConfig .*pass config="):
+        Weights.load(path)
+    assert Weights.load(path, config=ODD).config == ODD
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+def test_names_tell_the_layout_whatever_the_suffix(suffix, tmp_path):
+    pytest.importorskip("torch")
+    weights = Weights.random(ODD_MULTIMER)
+    haiku = {f"{module}//{leaf}": x for module, leaves in weights.to_haiku().items() for leaf, x in leaves.items()}
+    for arrays in (haiku, {name: x.numpy() for name, x in weights.to_torch().items()}):
+        files.write_arrays(tmp_path / f"w{suffix}", arrays)
+        found = Weights.load(tmp_path / f"w{suffix}")
+        assert_same_bits({name: found.arrays[name] for name in weights.arrays}, weights.arrays)
+
+
 def test_torch_names_follow_the_rule():
     assert torch_name("q_scalar/weights") == "q_scalar.weight"
     assert torch_name("q_point_projection/point_projection/bias") == "q_point_projection.point_projection.bias"
@@ -192,6 +215,22 @@ def test_flat_haiku_keys_are_taken_too():
     assert_same_bits(Weights.from_haiku(flat).arrays, weights.arrays)
 
 
+def test_an_attention_without_a_path_above_it(tmp_path):
+    weights = Weights.random(ODD)
+    tree = weights.to_haiku(root="")
+    assert set(tree) == {"", *(name.rpartition("/")[0] for name in weights.arrays)}
+    flat = {f"{module}//{leaf}" if module else leaf: x for module, leaves in tree.items() for leaf, x in leaves.items()}
+    for params in (tree, flat):
+        found = Weights.from_haiku(params)
+        assert found.root == ""
+        for module, leaves in found.to_haiku().items():
+            assert_same_bits(leaves, tree[module])
+    found.save(tmp_path / "w.npz")
+    with np.load(tmp_path / "w.npz") as archive:
+        assert set(archive) == set(flat)
+    assert_same_bits(Weights.load(tmp_path / "w.npz").arrays, weights.arrays)
+
+
 def test_several_attentions_need_a_choice():
     weights = Weights.random(ODD)
     tree = weights.to_haiku(root="block_0/ipa") | weights.to_haiku(root="block_1/ipa")
@@ -215,6 +254,14 @@ def spoiled(**changes):
         else:
             arrays[name] = x
     return arrays
+
+
+def haiku_tree(arrays):
+    tree = {}
+    for name, x in arrays.items():
+        module, _, leaf = f"invariant_point_attention/{name}".rpartition("/")
+        tree.setdefault(module, {})[leaf] = x
+    return tree
 
 
 def test_everything_wrong_is_named_at_once():
@@ -251,15 +298,34 @@ def test_everything_wrong_is_named_at_once():
         ({"q_point_local/weights": np.ones((11, 12))}, "has 12 outputs, which 3 heads of 3 coordinates do not divide"),
         ({"kv_scalar/weights": None}, "no invariant point attention without kv_scalar/weights"),
         ({"kv_scalar/weights": np.ones((11, 6))}, "num_scalar_v must be a positive integer; got -2"),
+        ({"trainable_point_weights": np.ones(0)}, "empty, or have too few axes: trainable_point_weights (0,)"),
+        ({"attention_2d/weights": np.ones(())}, "empty, or have too few axes: attention_2d/weights ()"),
+        ({"q_scalar/weights": np.ones(12)}, "empty, or have too few axes: q_scalar/weights (12,)"),
+        ({"q_scalar/weights": np.ones((0, 12))}, "empty, or have too few axes: q_scalar/weights (0, 12)"),
     ],
 )
 def test_shapes_that_no_config_has(changes, message):
-    tree = {}
-    for name, x in spoiled(**changes).items():
-        module, _, leaf = f"invariant_point_attention/{name}".rpartition("/")
-        tree.setdefault(module, {})[leaf] = x
     with pytest.raises(ValueError, match=re.escape(message)):
-        Weights.from_haiku(tree)
+        Weights.from_haiku(haiku_tree(spoiled(**changes)))
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["config given", "config inferred"])
+@pytest.mark.parametrize(
+    ("config", "name", "shape"),
+    [
+        (ODD, "trainable_point_weights", (3, 1)),
+        (ODD, "q_scalar/bias", (12, 1)),
+        (ODD, "output_projection/bias", (1, 11)),
+        (ODD_MULTIMER, "q_scalar_projection/weights", (11, 12)),
+        (ODD_MULTIMER, "q_point_projection/point_projection/bias", (45,)),
+    ],
+)
+def test_right_size_in_the_wrong_shape_is_refused(config, name, shape, given):
+    arrays = dict(Weights.random(config).arrays)
+    expected = arrays[name].shape
+    arrays[name] = arrays[name].reshape(shape)
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be {expected}, got {shape}")):
+        Weights.from_haiku(haiku_tree(arrays), config=config if given else None)
 
 
 def test_torch_state_dicts_are_checked_too():
@@ -272,6 +338,21 @@ def test_torch_state_dicts_are_checked_too():
         Weights.from_torch(state, config=ODD)
     for part in ("missing q_scalar/bias", "unexpected extra/weights", "output_projection/bias holds NaN or infinity"):
         assert part in str(error.value)
+
+
+def test_torch_parameters_in_the_wrong_shape_are_refused():
+    torch = pytest.importorskip("torch")
+    state = Weights.random(ODD).to_torch() | {"trainable_point_weights": torch.ones(3, 1)}
+    with pytest.raises(ValueError, match=r"trainable_point_weights must be \(3,\), got \(3, 1\)"):
+        Weights.from_torch(state)
+
+
+def test_what_is_no_tensor_is_named():
+    pytest.importorskip("torch")
+    state = Weights.random(ODD).to_torch()
+    state |= {"_extra_state": {"step": 1}, "q_scalar.bias": state["q_scalar.bias"].numpy()}
+    with pytest.raises(ValueError, match=r"tensors were expected.*q_scalar\.bias \(ndarray\), _extra_state \(dict\)"):
+        Weights.from_torch(state)
 
 
 def test_parameters_noncontiguous_or_with_gradients_are_taken():
@@ -299,6 +380,40 @@ def test_arrays_are_read_only_and_tensors_are_not_theirs():
     assert (weights.arrays["q_scalar/bias"] == before).all()
 
 
+def test_later_changes_of_numpy_arrays_do_not_reach_the_weights():
+    expected = Weights.random(ODD)
+    source = {name: x.copy() for name, x in expected.arrays.items()}
+    made = Weights(source, ODD), Weights.from_haiku(haiku_tree(source))
+    for x in source.values():
+        x += 1
+    for weights in made:
+        assert_same_bits(weights.arrays, expected.arrays)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_training_on_does_not_reach_the_weights(dtype):
+    torch = pytest.importorskip("torch")
+    expected = Weights.random(ODD, dtype=np.dtype(dtype))
+    module = torch.nn.ParameterDict({name.replace(".", "|"): x for name, x in expected.to_torch().items()})
+    snapshot = Weights.from_torch({name.replace("|", "."): x for name, x in module.items()})
+    with torch.no_grad():
+        for x in module.values():
+            x.add_(1)
+    assert_same_bits({name: snapshot.arrays[name] for name in expected.arrays}, expected.arrays)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+def test_later_changes_of_the_file_do_not_reach_the_weights(suffix, tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / f"w{suffix}"
+    expected = Weights.random(ODD)
+    expected.save(path)
+    loaded = Weights.load(path)
+    with open(path, "r+b") as handle:
+        handle.write(bytes(path.stat().st_size))
+    assert_same_bits({name: loaded.arrays[name] for name in expected.arrays}, expected.arrays)
+
+
 def test_random_weights_are_seeded_and_nowhere_initial():
     config = IPAConfig.alphafold2()
     weights = Weights.random(config, seed=3)
@@ -306,3 +421,14 @@ def test_random_weights_are_seeded_and_nowhere_initial():
     assert {name: x.shape for name, x in weights.arrays.items()} == ipa_parameters(config)
     other = Weights.random(config, seed=4).arrays
     assert all((x != other[name]).any() and (x != 0).all() for name, x in weights.arrays.items())
+
+
+@pytest.mark.parametrize("config", [IPAConfig.alphafold2(), IPAConfig.alphafold_multimer(), IPAConfig.esmfold()])
+def test_random_weights_have_the_size_of_trained_ones(config):
+    for name, x in Weights.random(config).arrays.items():
+        if name == "trainable_point_weights":
+            assert abs(x.mean() - config.point_weight_init) < 0.3
+            assert 0.1 < x.std() < 0.6
+        else:
+            scale = len(x) ** -0.5 if name.endswith("/weights") else 0.1
+            assert 0.5 < x.std() / scale < 2, name
