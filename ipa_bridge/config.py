@@ -12,6 +12,9 @@ NormForm = Literal["add", "clamp"]
 UNIT_SOFTPLUS = math.log(math.e - 1.0)
 """The γ at which softplus(γ) = 1, AlphaFold's initial point weight."""
 
+SMALLEST_FLOAT32 = 2.0**-126
+"""The least normal number of float32: below it, hardware may take a number for zero."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class IPAConfig:
@@ -35,8 +38,8 @@ class IPAConfig:
         zero_init: the output projection starts at zero, so that a residual branch starts as the identity.
 
     Raises:
-        ValueError: a width is not a positive integer, a name is not one of those listed, or ε is not
-            a positive number.
+        ValueError: a width is not a positive integer, a name is not one of those listed, or ε is no
+            positive number that float32 can hold.
     """
 
     num_channel: int
@@ -65,13 +68,14 @@ class IPAConfig:
         for field in ("scalar_bias", "point_bias", "zero_init"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False; got {getattr(self, field)!r}")
-        if not (self.norm_epsilon > 0 and math.isfinite(self.norm_epsilon)):
+        _check_number("norm_epsilon", self.norm_epsilon)
+        least = SMALLEST_FLOAT32 if self.norm_form == "add" else math.sqrt(SMALLEST_FLOAT32)
+        if self.norm_epsilon < least:
             raise ValueError(
-                f"norm_epsilon must be a positive number, or the norm's gradient at a zero-length point "
-                f"is not finite; got {self.norm_epsilon!r}"
+                f"norm_epsilon must be a positive number, at least {least:.2g} for float32 to hold what is under the "
+                f"root, or the norm's gradient at a zero-length point is not finite; got {self.norm_epsilon!r}"
             )
-        if not math.isfinite(self.point_weight_init):
-            raise ValueError(f"point_weight_init must be finite; got {self.point_weight_init!r}")
+        _check_number("point_weight_init", self.point_weight_init)
 
     @property
     def num_logit_terms(self) -> int:
@@ -165,3 +169,8 @@ class IPAConfig:
 def _check_width(field: str, value: object, hint: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{field} must be a positive integer; got {value!r}{hint}")
+
+
+def _check_number(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{field} must be a finite number; got {value!r}")

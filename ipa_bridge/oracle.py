@@ -45,7 +45,7 @@ def invariant_point_attention(
     single, rotation, translation = _double(single), _double(rotation), _double(translation)
     mask = np.ones(single.shape[:-1]) if mask is None else np.asarray(mask, np.float64)
     # Nothing changes when all frames move alike, and near the origin float64 keeps its bits.
-    translation = translation - translation.real.mean(-2, keepdims=True)
+    translation = translation - translation.real.sum(-2, keepdims=True) / max(translation.shape[-2], 1)
 
     q, k, v, *local_points = _project(p, config, single)  # lines 1–3
     q_points, k_points, v_points = (
@@ -76,7 +76,7 @@ def invariant_point_attention(
         norms = np.sqrt(np.where(length2.real < epsilon**2, epsilon**2, length2))
 
     parts = [o, *np.moveaxis(o_points, -1, 0), norms, *([] if o_pair is None else [o_pair])]
-    features = np.concatenate([x.reshape(*single.shape[:-1], -1) for x in parts], -1)
+    features = np.concatenate([x.reshape(*single.shape[:-1], math.prod(x.shape[single.ndim - 1 :])) for x in parts], -1)
     out = features @ p["output_projection/weights"] + p["output_projection/bias"]  # line 11
     return Stages(logits, attention, o, o_points, norms, o_pair, out)
 
@@ -93,12 +93,13 @@ def _project(p: Mapping[str, ndarray], config: IPAConfig, single: ndarray) -> tu
     if config.layout == "multimer":
         scalars = [linear(f"{letter}_scalar_projection") for letter in "qkv"]
         points = [linear(f"{letter}_point_projection/point_projection") for letter in "qkv"]
-        return *scalars, *(np.swapaxes(x.reshape(*residues, h, 3, -1), -1, -2) for x in points)
-    q, kv = (linear(name).reshape(*residues, h, -1) for name in ("q_scalar", "kv_scalar"))
-    q_points, kv_points = (
-        np.moveaxis(linear(name).reshape(*residues, 3, h, -1), -3, -1) for name in ("q_point_local", "kv_point_local")
-    )
+        return *scalars, *(np.swapaxes(x.reshape(*residues, h, 3, x.shape[-1] // 3), -1, -2) for x in points)
     qk, p_qk = config.num_scalar_qk, config.num_point_qk
+    q = linear("q_scalar").reshape(*residues, h, qk)
+    kv = linear("kv_scalar").reshape(*residues, h, qk + config.num_scalar_v)
+    q_points = np.moveaxis(linear("q_point_local").reshape(*residues, 3, h, p_qk), -3, -1)
+    kv_points = linear("kv_point_local").reshape(*residues, 3, h, p_qk + config.num_point_v)
+    kv_points = np.moveaxis(kv_points, -3, -1)
     return q, kv[..., :qk], kv[..., qk:], q_points, kv_points[..., :p_qk, :], kv_points[..., p_qk:, :]
 
 

@@ -60,7 +60,7 @@ PEPTIDE_BOND_COSINES = {"CA-C-N": (-0.4473, 0.0311), "C-N-CA": (-0.5203, 0.0353)
 
 def _fill(shape: tuple[int, ...], entries: Mapping[Any, Any], dtype: type) -> ndarray:
     """A read-only table over aatype, zero where there is no entry."""
-    table = np.zeros((len(RESTYPE_NAMES), *shape), dtype)
+    table: ndarray = np.zeros((len(RESTYPE_NAMES), *shape), dtype)
     for index, value in entries.items():
         table[index] = value
     table.flags.writeable = False

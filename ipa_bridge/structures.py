@@ -40,11 +40,11 @@ class Structure:
     name: str
     rotation: Float64[ndarray, "N 3 3"]
     translation: Float64[ndarray, "N 3"]
-    mask: Bool[ndarray, "N"]
-    aatype: Int64[ndarray, "N"]
-    chain_id: Shaped[ndarray, "N"]
-    residue_number: Int64[ndarray, "N"]
-    insertion_code: Shaped[ndarray, "N"]
+    mask: Bool[ndarray, " N"]
+    aatype: Int64[ndarray, " N"]
+    chain_id: Shaped[ndarray, " N"]
+    residue_number: Int64[ndarray, " N"]
+    insertion_code: Shaped[ndarray, " N"]
 
     def __len__(self) -> int:
         return len(self.mask)

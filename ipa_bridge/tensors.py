@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
     from torch import Tensor
+
+
+def numpy_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype of that name, "bfloat16" included."""
+    if str(dtype) == "bfloat16":
+        import ml_dtypes  # registers its names with numpy
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(dtype)
 
 
 def torch_tensor(array: np.ndarray) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.files import open_arrays, write_arrays
 from ipa_bridge.parameters import Shapes, ipa_parameters
-from ipa_bridge.tensors import numpy_array, torch_tensor
+from ipa_bridge.tensors import numpy_array, numpy_dtype, torch_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
@@ -143,11 +144,14 @@ class Weights:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes .npz in AlphaFold's form (`root/module//leaf`), or .safetensors or .pt in torch's names and layout.
 
-        .safetensors also carries the config. The file is replaced in one step, or left as it was.
+        .safetensors also carries the config; the others warn where `load` would take another norm for this one's.
+        The file is replaced in one step, or left as it was.
 
         Raises:
             ValueError: another suffix, or bfloat16 into .npz, which cannot hold it.
         """
+        if not os.fspath(path).endswith(".safetensors"):
+            self._warn_of_forgotten_norm(path)
         if os.fspath(path).endswith(".npz"):
             write_arrays(path, {_join(*_split(_join(self.root, name)), "//"): x for name, x in self.arrays.items()})
         else:
@@ -168,7 +172,18 @@ class Weights:
 
     def astype(self, dtype: DTypeLike) -> Weights:
         """The same parameters rounded to another dtype."""
-        return dataclasses.replace(self, arrays={name: x.astype(dtype) for name, x in self.arrays.items()})
+        rounded = numpy_dtype(dtype)
+        return dataclasses.replace(self, arrays={name: x.astype(rounded) for name, x in self.arrays.items()})
+
+    def _warn_of_forgotten_norm(self, path: str | os.PathLike[str]) -> None:
+        inferred = _config_of(self.arrays)
+        ours, theirs = ((c.norm_form, c.norm_epsilon) for c in (self.config, inferred))
+        if ours != theirs:
+            warnings.warn(
+                f"{os.fspath(path)} cannot say that the norm is {ours[0]!r} with ε = {ours[1]:g}: Weights.load will "
+                f"take it for {theirs[0]!r} with {theirs[1]:g}. Pass it config=, or save as .safetensors",
+                stacklevel=3,
+            )
 
     def _in_torch_layout(self) -> dict[str, np.ndarray]:
         return {
@@ -189,6 +204,12 @@ def torch_name(name: str) -> str:
     """The torch parameter of a canonical name: `/` → `.`, `weights` and `scale` → `weight`, `offset` → `bias`."""
     *modules, leaf = name.split("/")
     return ".".join([*modules, {"weights": "weight", "scale": "weight", "offset": "bias"}.get(leaf, leaf)])
+
+
+def canonical_from_haiku(params: Mapping[str, Mapping[str, Any]], root: str) -> dict[str, Any]:
+    """Leaves of a haiku tree under canonical names, those below the root."""
+    flat = {_join(module, leaf): x for module, leaves in params.items() for leaf, x in leaves.items()}
+    return {name: flat[key] for name, key in _below(flat, root, "/").items()}
 
 
 def canonical_from_torch(arrays: Mapping[str, np.ndarray], config: IPAConfig) -> dict[str, np.ndarray]:

@@ -91,7 +91,7 @@ class InvariantPointAttention(hk.Module):
         return q, k, v, rigids.apply(q_points), rigids.apply(k_points), rigids.apply(v_points)
 
     @hk.name_like("__call__")
-    def logit_weights(self, dtype: DTypeLike = jnp.float32) -> tuple[Float[Array, "c_z H"] | None, Float[Array, "H"]]:
+    def logit_weights(self, dtype: DTypeLike = jnp.float32) -> tuple[Float[Array, "c_z H"] | None, Float[Array, " H"]]:
         """The pair's projection to a bias per head (line 4; None without a pair) and softplus(γ) (line 7)."""
         pair_bias_weight = None
         if self.config.pair_channel is not None:

@@ -53,7 +53,7 @@ class Linear(hk.Module):
     @hk.name_like("__call__")
     def parameters(
         self, num_input: int, dtype: DTypeLike = jnp.float32
-    ) -> tuple[Float[Array, "c_in *c_out"], Float[Array, "*c_out"] | None]:
+    ) -> tuple[Float[Array, " c_in *c_out"], Float[Array, "*c_out"] | None]:
         """The weights and the bias (None without one), for those who apply them in their own way."""
         shape = (num_input, *self.output_shape)
         weights = hk.get_parameter("weights", shape, dtype, weight_initializer(self.initializer, num_input))

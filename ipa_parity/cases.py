@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.frames import idealised_peptide, random_frames
 from ipa_bridge.structures import Structure
+from ipa_bridge.tensors import numpy_dtype
 from ipa_bridge.weights import Weights
 
 PRESETS: dict[str, Callable[[], IPAConfig]] = {
@@ -36,8 +38,8 @@ ODD_MULTIMER = replace(ODD, layout="multimer", scalar_bias=False, norm_form="cla
 ODD_NO_PAIR = replace(ODD, pair_channel=None)
 ODD_NO_BIAS = replace(ODD, layout="multimer", scalar_bias=False, point_bias=False, zero_init=False)
 
-POSITION_SCALE = 10.0
-"""Å per unit of the frames that AlphaFold's monomer weights were trained with."""
+POSITION_SCALE = {"monomer": 10.0, "multimer": 20.0}
+"""Å per unit of the frames that AlphaFold's weights of either layout were trained with."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,20 @@ class Case:
 
     def astype(self, dtype: str) -> Case:
         """The same case with every number rounded to that dtype."""
-        rounded = {
-            field: getattr(self, field).astype(np.dtype(dtype))
-            for field in ("weights", "single", "rotation", "translation", "cotangent")
-        }
-        return replace(self, **rounded, pair=None if self.pair is None else self.pair.astype(np.dtype(dtype)))
+        to = numpy_dtype(dtype)
+        fields = ("weights", "single", "rotation", "translation", "cotangent")
+        rounded = {field: getattr(self, field).astype(to) for field in fields}
+        return replace(self, **rounded, pair=None if self.pair is None else self.pair.astype(to))
+
+
+def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Weights:
+    """Weights of a file, with the norm of a preset where one is named: names and shapes do not tell it."""
+    weights = Weights.load(path)
+    if preset is None:
+        return weights
+    told = PRESETS[preset]()
+    config = replace(weights.config, norm_form=told.norm_form, norm_epsilon=told.norm_epsilon)
+    return replace(weights, config=config)
 
 
 def make_case(
@@ -105,7 +116,7 @@ def make_case(
         mask = np.ones(shape, bool)
     else:
         shape = structure.mask.shape
-        rotation, translation = structure.rotation, structure.translation / POSITION_SCALE
+        rotation, translation = structure.rotation, structure.translation / POSITION_SCALE[config.layout]
         mask = structure.mask
     if shape[-1] > 1:
         mask = mask & (rng.random(shape) > 0.1)

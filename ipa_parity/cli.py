@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ipa_bridge.config import IPAConfig
 from ipa_bridge.frames import idealised_peptide
 from ipa_bridge.structures import Structure, load_structure
 from ipa_bridge.weights import Weights
-from ipa_parity.cases import PRESETS, Case, make_case
+from ipa_parity.cases import PRESETS, Case, load_weights, make_case
 from ipa_parity.parity import installed_frameworks, judge
 from ipa_parity.report import Comparison, as_json, table
 
@@ -61,9 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", metavar="FILE", help="an IPA's weights: .npz (AlphaFold's), .safetensors or .pt")
     parser.add_argument("--structure", metavar="FILE", help="a protein whose frames to use: PDB or mmCIF")
     parser.add_argument(
-        "--preset", choices=PRESETS, help="the model, with seeded weights (default: both AlphaFold layouts)"
+        "--preset",
+        choices=PRESETS,
+        help="the model, with seeded weights (default: both AlphaFold layouts); beside --weights, whose norm to use",
     )
-    parser.add_argument("--residues", type=_positive, default=64, help="random frames (default: %(default)s)")
+    parser.add_argument("--residues", type=_several, help="random frames (default: 64, and an idealised peptide)")
     parser.add_argument(
         "--dtype", choices=DTYPES, action="append", help="may be repeated (default: float32 and float64)"
     )
@@ -77,10 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def _several(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
+    if number < 2:
+        raise argparse.ArgumentTypeError(
+            f"must be at least 2, for a residue alone has only itself to see; got {number}"
+        )
     return number
 
 
@@ -97,26 +101,35 @@ def _frameworks(require: str) -> tuple[str, ...]:
 
 def _cases(args: argparse.Namespace) -> list[Callable[[], Case]]:
     """Cases that are drawn when their turn comes: of a large protein, two do not fit in memory."""
-    if args.weights and args.preset:
-        raise ValueError("--weights brings its own config: leave --preset out")
+    if args.structure and args.residues:
+        raise ValueError("--structure brings its own residues: leave --residues out")
     models: dict[str, tuple[IPAConfig, Weights | None]]
     structures: dict[str, Structure | None]
     if args.weights:
-        weights = Weights.load(args.weights)
+        weights = load_weights(args.weights, args.preset)
+        if not weights.arrays["output_projection/weights"].any():
+            raise ValueError(
+                f"{args.weights}: output_projection is zero, as an untrained model's: every output is its bias, and "
+                f"there is nothing to compare. Train it, or pass --preset alone for seeded weights"
+            )
         models = {Path(args.weights).name: (weights.config, weights)}
     else:
         names = [args.preset] if args.preset else ["alphafold2", "alphafold-multimer"]
         models = {name: (PRESETS[name](), None) for name in names}
     if args.structure:
-        structures = {Path(args.structure).name: load_structure(args.structure)}
+        structure = load_structure(args.structure)
+        if structure.mask.sum() < 2:
+            raise ValueError(f"{args.structure}: at least 2 residues with a backbone are needed, to see each other")
+        structures = {Path(args.structure).name: structure}
     else:
-        structures = {f"{args.residues} random frames": None, "idealised peptide": idealised_peptide()}
+        residues = args.residues or 64
+        structures = {f"{residues} random frames": None, "idealised peptide": idealised_peptide()}
     return [
         partial(
             make_case,
             f"{model}, {frames}",
             config,
-            (args.residues,),
+            (args.residues or 64,),
             seed=args.seed,
             weights=weights,
             structure=structure,
@@ -142,7 +155,9 @@ def _report(
         if failures
         else (f"all {len(comparisons)} comparisons passed; closest to its bound: {worst}")
     )
-    alone = "" if len(frameworks) == 2 else f" ({', '.join(frameworks)} only: the other framework is not installed)"
+    alone = ""
+    if len(frameworks) < 2:
+        alone = f" ({frameworks[0]} only: the other framework, which judges float64 gradients, is not installed)"
     return "\n".join([*lines, f"{verdict}{alone}. {seconds:.0f} s"])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.tensors import torch_tensor
-from ipa_bridge.weights import canonical_from_torch
+from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case
 from ipa_parity.stages import Arrays
 
@@ -67,10 +67,7 @@ def run_alphafold(case: Case) -> Arrays:
         mask, cotangent = jax.numpy.asarray(case.mask), jax.numpy.asarray(case.cotangent)
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
         (by_module, by_input), out = jax.tree.map(np.asarray, gradient(params, inputs))
-    root = f"{case.weights.root}/"
-    by_name = {f"{module}/{leaf}": x for module, leaves in by_module.items() for leaf, x in leaves.items()}
-    by_name = {name.removeprefix(root): x for name, x in by_name.items()}
-    return {"out": out} | {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
+    return _named(out, by_input, canonical_from_haiku(by_module, case.weights.root))
 
 
 ESMFOLD_NAMES = {

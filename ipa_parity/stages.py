@@ -2,7 +2,7 @@
 
 Stages are `logits`, `attention`, `o`, `points` (local), `norms`, `o_pair` and `out`; gradients of Σ cotangent·out
 are `gradient/single`, `…/pair`, `…/rotation`, `…/translation` and `…/<canonical parameter name>`. All are read off
-the model's own calls: nothing is computed again beside it.
+the model's own calls but the logits, which the reference implementation makes of the model's own projections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from ipa_bridge import oracle
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.tensors import torch_tensor
-from ipa_bridge.weights import canonical_from_torch
+from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case
 
 Arrays = dict[str, np.ndarray]
@@ -69,9 +69,7 @@ def run_jax(case: Case, *, gradients: bool = True, implementation: str | None = 
         arrays = _named_stages(case.config, *stages)
         if gradients:
             by_module, by_input = jax.tree.map(np.asarray, jax.jit(jax.grad(loss, argnums=(0, 1)))(params, inputs))
-            root = f"{case.weights.root}/"
-            by_name = {f"{module}/{leaf}": x for module, leaves in by_module.items() for leaf, x in leaves.items()}
-            by_name = {name.removeprefix(root): x for name, x in by_name.items()}
+            by_name = canonical_from_haiku(by_module, case.weights.root)
             arrays |= {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
     return arrays
 

@@ -102,7 +102,7 @@ class InvariantPointAttention(nn.Module):
         q, k, v, q_points, k_points, v_points = (x.to(rigids.translation.dtype) for x in projections)
         return q, k, v, rigids.apply(q_points), rigids.apply(k_points), rigids.apply(v_points)
 
-    def logit_weights(self) -> tuple[Float[Tensor, "c_z H"] | None, Float[Tensor, "H"]]:
+    def logit_weights(self) -> tuple[Float[Tensor, "c_z H"] | None, Float[Tensor, " H"]]:
         """The pair's projection to a bias per head (line 4; None without a pair) and softplus(γ) (line 7)."""
         pair_bias_weight = None
         if self.config.pair_channel is not None:

@@ -27,7 +27,7 @@ class Linear(nn.Module):
     """
 
     weight: Float[nn.Parameter, "c_out c_in"]
-    bias: Float[nn.Parameter, "c_out"] | None
+    bias: Float[nn.Parameter, " c_out"] | None
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 COMPARED = pytest.StashKey[list]()
@@ -13,18 +14,28 @@ COMPARED_WITH_PEERS = pytest.StashKey[list]()
 """What the run compared, for its closing tables."""
 
 ROOT = Path(__file__).resolve().parent.parent
+STRUCTURES = Path(os.environ.get("IPA_STRUCTURES") or ROOT.parent / "shared" / "structures")
+
+hypothesis.settings.register_profile("everywhere", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("everywhere")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ipa-twins")
-    group.addoption("--require", default="", help="comma-separated modules whose absence fails the run: jax,torch")
+    group.addoption(
+        "--require", default="", help="what must be there, or the run fails: modules, as jax,torch, and structures"
+    )
     group.addoption("--weights", help="run the parity tests alone, on the weights in this file")
+    group.addoption("--preset", help="the config of these tests, or beside --weights the norm that no shape tells")
     group.addoption("--structure", help="run the parity tests alone, on the protein in this PDB or mmCIF file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "users_own: runs on the weights and the protein given on the command line")
-    missing = [name for name in config.getoption("--require").split(",") if name and not importlib.util.find_spec(name)]
+    needed = [name for name in config.getoption("--require").split(",") if name]
+    needed += ["haiku"] if "jax" in needed else []
+    missing = [name for name in needed if name != "structures" and not importlib.util.find_spec(name)]
+    missing += ["structures"] if "structures" in needed and not STRUCTURES.is_dir() else []
     if missing:
         raise pytest.UsageError(f"--require: not installed: {', '.join(missing)}")
     if importlib.util.find_spec("jax"):
@@ -50,10 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def structures_dir() -> Path:
     """The folder of real proteins: $IPA_STRUCTURES, or ../shared/structures."""
-    folder = Path(os.environ.get("IPA_STRUCTURES") or ROOT.parent / "shared" / "structures")
-    if not folder.is_dir():
-        pytest.skip(f"no real proteins: {folder} is not there; name a folder of them in IPA_STRUCTURES")
-    return folder
+    if not STRUCTURES.is_dir():
+        pytest.skip(f"no real proteins: {STRUCTURES} is not there; name a folder of them in IPA_STRUCTURES")
+    return STRUCTURES
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

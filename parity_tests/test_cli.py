@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ipa_bridge.config import IPAConfig
 from ipa_bridge.weights import Weights
 from ipa_parity import cli, parity, stages
-from ipa_parity.cases import ODD_MULTIMER
+from ipa_parity.cases import ODD_MULTIMER, load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +60,23 @@ def test_ones_own_weights_and_structure(tmp_path, structures_dir, capsys):
     assert "mine.safetensors, 1gcn.pdb: 29 residues" in capsys.readouterr().out
 
 
+def test_untrained_weights_are_refused(tmp_path, capsys):
+    weights = Weights.random(ODD_MULTIMER)
+    name = "output_projection/weights"
+    replace(weights, arrays={**weights.arrays, name: 0 * weights.arrays[name]}).save(tmp_path / "fresh.npz")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--weights", str(tmp_path / "fresh.npz")])
+    assert "output_projection is zero, as an untrained model's" in capsys.readouterr().err
+
+
+def test_a_preset_tells_the_norm_that_a_file_cannot(tmp_path):
+    weights = Weights.random(IPAConfig.esmfold())
+    with pytest.warns(UserWarning, match=r"cannot say that the norm is 'add' with ε = 1e-12"):
+        weights.save(tmp_path / "esm.npz")
+    assert load_weights(tmp_path / "esm.npz").config.norm_epsilon == 1e-8
+    assert load_weights(tmp_path / "esm.npz", "esmfold").config.norm_epsilon == 1e-12
+
+
 def test_a_failure_is_named_and_gives_status_1(capsys, monkeypatch):
     honest = stages.RUNNERS["jax"]
 
@@ -82,7 +101,11 @@ def test_one_framework_alone_is_said(capsys, monkeypatch):
     assert "not installed: jax. Install ipa-twins[jax], or pass --require='torch'" in capsys.readouterr().err
     arguments = ["--residues", "9", "--preset", "lucidrains", "--require", "torch", "--quiet"]
     assert cli.main(arguments) == 0
-    assert "torch only: the other framework is not installed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch only: the other framework, which judges float64 gradients, is not installed" in printed
+    arguments = [*arguments, "--dtype", "float64", "--json"]
+    assert cli.main(arguments) == 0
+    assert not any("gradient" in row["stage"] for row in json.loads(capsys.readouterr().out)["comparisons"])
 
 
 @pytest.mark.parametrize(
@@ -90,8 +113,8 @@ def test_one_framework_alone_is_said(capsys, monkeypatch):
     [
         (["--structure", "nowhere.pdb"], "no such file: nowhere.pdb"),
         (["--weights", "nowhere.npz"], "no such file: nowhere.npz"),
-        (["--weights", "x.npz", "--preset", "esmfold"], "--weights brings its own config"),
-        (["--residues", "0"], "must be at least 1; got 0"),
+        (["--structure", "x.pdb", "--residues", "9"], "--structure brings its own residues"),
+        (["--residues", "1"], "must be at least 2, for a residue alone has only itself to see; got 1"),
         (["--preset", "alphafold9"], "invalid choice"),
     ],
 )
@@ -113,7 +136,7 @@ def test_the_suite_runs_on_ones_own_files(both, tmp_path, structures_dir):
     command = [sys.executable, "-m", "pytest", "parity_tests/test_parity.py", *options]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
-    assert "2 passed" in result.stdout
+    assert "14 passed" in result.stdout
     assert "gradient/q_point_projection/point_projection/weights" in result.stdout
 
 

@@ -20,8 +20,11 @@ IMPOSSIBLE = {
     "norm": ({"norm_form": "max"}, "norm_form must be one of add, clamp; got 'max'"),
     "bias": ({"scalar_bias": 1}, "scalar_bias must be True or False; got 1"),
     "epsilon zero": ({"norm_epsilon": 0.0}, "norm_epsilon must be a positive number.*gradient"),
-    "epsilon nan": ({"norm_epsilon": math.nan}, "norm_epsilon must be a positive number"),
-    "weight": ({"point_weight_init": math.inf}, "point_weight_init must be finite"),
+    "epsilon below zero": ({"norm_epsilon": -1e-8, "norm_form": "clamp"}, "norm_epsilon must be a positive number"),
+    "epsilon nan": ({"norm_epsilon": math.nan}, "norm_epsilon must be a finite number"),
+    "epsilon text": ({"norm_epsilon": "1e-8"}, "norm_epsilon must be a finite number; got '1e-8'"),
+    "epsilon lost in float32": ({"norm_epsilon": 1e-20, "norm_form": "clamp"}, "at least 1.1e-19 for float32"),
+    "weight": ({"point_weight_init": math.inf}, "point_weight_init must be a finite number"),
 }
 
 

@@ -186,3 +186,20 @@ def test_coincident_frames_have_finite_gradients():
 def test_nan_is_never_hidden():
     params, single, *inputs = arguments(CATALOGUE["monomer"]())
     assert np.isnan(ipa_jax.transform_ipa(ODD).apply(params, single.at[0, 0].set(np.nan), *inputs)[0]).all()
+
+
+def test_geometry_and_attention_ask_for_full_precision():
+    """On a GPU or TPU a product without Precision.HIGHEST may run in TF32 or bfloat16; the scalars' projections may."""
+    for config in (ODD, ODD_MULTIMER):
+        params, *inputs = arguments(make_case("", config, (5,)))
+        apply = ipa_jax.transform_ipa(config, implementation="reference").apply
+        with jax.default_matmul_precision("default"):
+            jaxpr = jax.make_jaxpr(apply)(params, *inputs)
+        highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+        products = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+        free = [eqn for eqn in products if eqn.params["precision"] != highest]
+        scalars = 2 if config.layout == "monomer" else 3
+        assert len(free) == scalars + 1, "the scalars' projections and the output's"
+        assert len(products) >= len(free) + 2 + 5, (
+            "the points' projections, and q·k, the pair bias, o, o_points, o_pair"
+        )

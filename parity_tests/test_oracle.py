@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ipa_bridge import oracle
-from ipa_parity.cases import CATALOGUE, Case
+from ipa_parity.cases import CATALOGUE, ODD, Case, make_case
 from ipa_parity.stages import RUNNERS
 from ipa_parity.tolerance import BOUNDS
 
@@ -121,3 +121,11 @@ def test_without_mask_is_a_mask_of_ones():
         oracle.invariant_point_attention(*args).out.tobytes()
         == oracle.invariant_point_attention(*args, case.mask).out.tobytes()
     )
+
+
+def test_no_residue_is_no_warning():
+    case = make_case("", ODD, (0,))
+    stages = oracle.invariant_point_attention(
+        case.weights.arrays, case.config, case.single, case.pair, case.rotation, case.translation, case.mask
+    )
+    assert stages.out.shape == (0, ODD.num_channel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 
 from ipa_bridge.config import IPAConfig
-from ipa_bridge.frames import idealised_peptide
+from ipa_bridge.frames import idealised_peptide, random_frames
 from ipa_bridge.structures import load_structure
-from ipa_bridge.weights import Weights
-from ipa_parity.cases import CATALOGUE, ODD, Case, make_case
+from ipa_parity.cases import CATALOGUE, ODD, PRESETS, Case, load_weights, make_case
 from ipa_parity.parity import installed_frameworks, judge
-from ipa_parity.report import Comparison, table
+from ipa_parity.report import Comparison, compare, table
+from ipa_parity.stages import RUNNERS, Arrays, run_oracle
 
 DTYPES = ("float32", "float64")
 HALF_DTYPES = ("bfloat16", "float16")
@@ -70,28 +71,23 @@ def test_real_proteins(name, dtype, structures_dir, compared):
     assert_parity(list(judge(case, dtype, frameworks=installed_frameworks())), compared)
 
 
-@pytest.mark.users_own
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_users_own_weights_and_protein(dtype, request, compared):
-    weights_file, structure_file = (request.config.getoption(name) for name in ("--weights", "--structure"))
-    weights = Weights.load(weights_file) if weights_file else None
-    structure = load_structure(structure_file) if structure_file else idealised_peptide()
-    config = weights.config if weights else IPAConfig.alphafold2()
-    case = make_case("your own", config, weights=weights, structure=structure)
-    assert_parity(list(judge(case, dtype, frameworks=installed_frameworks())), compared)
-
-
 def transposed_rotations(case: Case) -> Case:
     return replace(case, rotation=np.swapaxes(case.rotation, -1, -2))
 
 
 def swapped_query_and_key_points(case: Case) -> Case:
-    """With as many value points as the layout packs behind the keys left where they are."""
-    names = ("q_point_projection/point_projection", "k_point_projection/point_projection")
-    arrays = dict(case.weights.arrays)
+    """Value points, which the monomer layout packs behind each head's keys, stay where they are."""
+    arrays, config = dict(case.weights.arrays), case.config
     for leaf in ("weights", "bias"):
-        q, k = (f"{name}/{leaf}" for name in names)
-        arrays[q], arrays[k] = arrays[k], arrays[q]
+        if config.layout == "multimer":
+            q, k = (f"{letter}_point_projection/point_projection/{leaf}" for letter in "qk")
+            arrays[q], arrays[k] = arrays[k], arrays[q]
+        else:
+            q, kv = (arrays[f"{letter}_point_local/{leaf}"].copy() for letter in ("q", "kv"))
+            queries, keys = (x.reshape(*x.shape[:-1], 3 * config.num_head, -1) for x in (q, kv))
+            number = config.num_point_qk
+            queries[:], keys[..., :number] = keys[..., :number].copy(), queries.copy()
+            arrays[f"q_point_local/{leaf}"], arrays[f"kv_point_local/{leaf}"] = q, kv
     return _with_weights(case, arrays)
 
 
@@ -115,20 +111,78 @@ def dropped_transpose(case: Case) -> Case:
 
 
 def point_major_points(case: Case) -> Case:
-    """Multimer points read with the coordinate innermost."""
-    name = "v_point_projection/point_projection/weights"
+    """Points read with the coordinate innermost."""
+    multimer = case.config.layout == "multimer"
+    name = "v_point_projection/point_projection/weights" if multimer else "kv_point_local/weights"
     weights = case.weights.arrays[name]
     per_point = weights.reshape(*weights.shape[:-1], 3, -1)
     return _with_weights(case, {name: np.swapaxes(per_point, -1, -2).reshape(weights.shape)})
+
+
+def swapped_keys_and_values(case: Case) -> Case:
+    """The monomer layout's [K|V] of each head read as [V|K]; the multimer's key and value weights exchanged."""
+    arrays = dict(case.weights.arrays)
+    if case.config.layout == "multimer":
+        k, v = ("k_scalar_projection/weights", "v_scalar_projection/weights")
+        width = min(arrays[k].shape[-1], arrays[v].shape[-1])
+        for one, other in ((k, v), (v, k)):
+            arrays[one] = case.weights.arrays[one].copy()
+            arrays[one][..., :width] = case.weights.arrays[other][..., :width]
+    else:
+        kv = arrays["kv_scalar/weights"]
+        per_head = kv.reshape(len(kv), case.config.num_head, -1)
+        arrays["kv_scalar/weights"] = np.roll(per_head, case.config.num_scalar_v, -1).reshape(kv.shape)
+    return _with_weights(case, arrays)
 
 
 def _with_weights(case: Case, changed: dict) -> Case:
     return replace(case, weights=replace(case.weights, arrays={**case.weights.arrays, **changed}))
 
 
+@pytest.fixture(scope="module")
+def users_own(request) -> Case:
+    """AlphaFold 2's sizes and the idealised peptide where the command line names no weights or no protein."""
+    weights_file, structure_file, preset = (
+        request.config.getoption(name) for name in ("--weights", "--structure", "--preset")
+    )
+    weights = load_weights(weights_file, preset) if weights_file else None
+    structure = load_structure(structure_file) if structure_file else idealised_peptide()
+    config = weights.config if weights else PRESETS[preset or "alphafold2"]()
+    return make_case("your own", config, weights=weights, structure=structure)
+
+
+@pytest.mark.users_own
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALF_DTYPES])
+def test_users_own_weights_and_protein(dtype, users_own, compared):
+    assert_parity(list(judge(users_own, dtype, frameworks=installed_frameworks())), compared)
+
+
+@pytest.mark.users_own
+@pytest.mark.parametrize("framework", installed_frameworks())
+def test_users_own_model_sees_no_motion_of_the_whole(framework, users_own):
+    turn, shift = random_frames(np.random.default_rng(0), (), spread=10.0)
+    moved = replace(users_own, rotation=turn @ users_own.rotation, translation=users_own.translation @ turn.T + shift)
+    still, away = (RUNNERS[framework](case, gradients=False)["out"] for case in (users_own, moved))
+    size = 1 + np.abs(moved.translation).max() / np.abs(users_own.translation).max()
+    names = {"case": "your own", "stage": "out", "dtype": "float64", "subject": framework, "reference": "still"}
+    row = compare(away, still, **names, conditioning=size)
+    assert row.passed, str(row)
+
+
+@pytest.mark.users_own
+@pytest.mark.parametrize("framework", installed_frameworks())
+@pytest.mark.parametrize("mutate", [transposed_rotations, sharper_point_weights, dropped_transpose, inverted_mask])
+def test_users_own_comparison_catches(mutate, framework, users_own):
+    truth = run_oracle(users_own)
+    wrong = RUNNERS[framework](mutate(users_own), gradients=False)
+    names = {"case": "your own", "stage": "out", "dtype": "float64", "subject": framework, "reference": "oracle"}
+    assert not compare(wrong["out"], truth["out"], **names).passed
+
+
 MUTANTS = (
     transposed_rotations,
     swapped_query_and_key_points,
+    swapped_keys_and_values,
     sharper_point_weights,
     dropped_pair_bias,
     inverted_mask,
@@ -137,19 +191,30 @@ MUTANTS = (
 )
 
 
+HONEST = dict(RUNNERS)
+
+
+@functools.cache
+def honest_run(framework: str, name: str, dtype: str) -> Arrays:
+    return HONEST[framework](CATALOGUE[name]().astype(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["monomer", "multimer"])
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
-def test_negative_controls_are_caught(mutate: Callable[[Case], Case], framework, dtype, monkeypatch):
-    """A framework that runs a slightly other function fails against the oracle, on outputs alone and on gradients."""
-    pytest.importorskip(framework)
+def test_negative_controls_are_caught(mutate: Callable[[Case], Case], framework, name, dtype, monkeypatch):
+    """A framework that runs a slightly other function fails against the oracle, on outputs and on gradients."""
+    if len(installed_frameworks()) < 2:
+        pytest.skip("one framework is held against the other, and one of them is not installed")
     from ipa_parity import stages
 
-    honest = stages.RUNNERS[framework]
-    monkeypatch.setitem(stages.RUNNERS, framework, lambda case, **options: honest(mutate(case), **options))
     other = "torch" if framework == "jax" else "jax"
-    frameworks = [name for name in (other, framework) if name in installed_frameworks()]
-    rows = list(judge(CATALOGUE["multimer"](), dtype, frameworks=frameworks))
+    dtype_of = lambda case: np.dtype(case.single.dtype).name  # noqa: E731
+    mutant = lambda case, **options: HONEST[framework](mutate(case), **options)  # noqa: E731
+    monkeypatch.setitem(stages.RUNNERS, framework, mutant)
+    monkeypatch.setitem(stages.RUNNERS, other, lambda case, **_: honest_run(other, name, dtype_of(case)))
+    rows = list(judge(CATALOGUE[name](), dtype, frameworks=[other, framework]))
     caught = {row.stage for row in rows if framework in (row.subject, row.reference) and not row.passed}
     assert "out" in caught
     assert any(stage.startswith("gradient/") for stage in caught)

@@ -12,6 +12,7 @@ from ipa_bridge.frames import idealised_peptide
 from ipa_bridge.structures import load_structure
 from ipa_parity import peers
 from ipa_parity.cases import Case, make_case
+from ipa_parity.parity import installed_frameworks
 from ipa_parity.report import compare
 from ipa_parity.stages import RUNNERS, run_oracle
 
@@ -39,6 +40,8 @@ PEERS = {
 def test_a_published_implementation_agrees(peer, dtype, protein, request, compared_with_peers):
     package, run, config, _ = PEERS[peer]
     pytest.importorskip(package)
+    if len(installed_frameworks()) < 2:
+        pytest.skip("both frameworks are held against it, and one of them is not installed")
     case = make_case(peer, config, (33,), structure=structure_of(protein, request))
     case = replace(case, cotangent=case.cotangent * case.mask[..., None]).astype(dtype)
     theirs = run(case)

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights import Weights
+from ipa_parity.report import compare
+
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
@@ -21,10 +25,12 @@ def test_quickstarts_run_one_after_the_other(tmp_path, monkeypatch):
     with jax.enable_x64(False):
         exec(compile(haiku, "README.md: Haiku", "exec"), first)
     assert first["update"].shape == (48, 384)
+    assert not np.asarray(first["update"]).any(), "AlphaFold's output projection starts at zero"
     second: dict = {}
     exec(compile(torch, "README.md: PyTorch", "exec"), second)
     assert second["update"].shape == (48, 384)
     assert second["attention"].shape == (12, 48, 48)
+    assert_the_same_function(first, second)
     jax.tree.map(np.testing.assert_array_equal, second["params"], dict(first["params"]))
 
 
@@ -32,3 +38,23 @@ def test_commands_are_in_the_makefile():
     makefile = (Path(__file__).resolve().parent.parent / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def assert_the_same_function(haiku: dict, pytorch: dict) -> None:
+    """The two quickstarts' objects, on the Haiku one's inputs and on weights that are not zero."""
+    import torch
+
+    weights = Weights.random(haiku["config"])
+    arrays = [torch_tensor(np.asarray(haiku[name])) for name in ("single", "pair", "mask")]
+    rigids = pytorch["ipa_torch"].Rigid(*(torch_tensor(np.asarray(x)) for x in haiku["rigids"]))
+    pytorch["module"].load_state_dict(weights.to_torch())
+    with torch.no_grad():
+        actual = pytorch["module"](*arrays[:2], rigids, arrays[2]).numpy()
+    expected = haiku["ipa"].apply(weights.to_haiku(), *(haiku[name] for name in ("single", "pair", "rigids", "mask")))
+    names = {"case": "README", "stage": "out", "dtype": "float32", "subject": "torch", "reference": "jax"}
+    row = compare(actual, np.asarray(expected), **names)
+    assert row.passed, str(row)
+
+
+def test_no_placeholder_is_left():
+    assert "@@" not in README

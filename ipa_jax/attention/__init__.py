@@ -27,7 +27,7 @@ def point_attention(
     pair: Float[Array, "*B N N c_z"] | None,
     *,
     pair_bias_weight: Float[Array, "c_z H"] | None,
-    point_weights: Float[Array, "H"],
+    point_weights: Float[Array, " H"],
     mask: Shaped[Array, "*B N"] | None = None,
     implementation: str | None = None,
     block_size: int | None = None,

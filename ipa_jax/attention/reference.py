@@ -20,7 +20,7 @@ def point_attention(
     pair: Float[Array, "*B N N c_z"] | None,
     *,
     pair_bias_weight: Float[Array, "c_z H"] | None,
-    point_weights: Float[Array, "H"],
+    point_weights: Float[Array, " H"],
     mask: Float[Array, "*B N"] | None = None,
 ) -> tuple[
     Float[Array, "*B N H Cv"],
@@ -50,7 +50,7 @@ def attention_logits(
     pair: Float[Array, "*B N N c_z"] | None,
     *,
     pair_bias_weight: Float[Array, "c_z H"] | None,
-    point_weights: Float[Array, "H"],
+    point_weights: Float[Array, " H"],
     mask: Float[Array, "*B N"] | None = None,
 ) -> Float[Array, "*B H N N"]:
     """Line 7 before its softmax: √(1/T)·(q·k/√C + b − ½·w·√(2/9P)·Σ|q⃗ − k⃗|²), masked keys at −1e5.

@@ -28,7 +28,7 @@ def point_attention(
     pair: Float[Tensor, "*B N N c_z"] | None,
     *,
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
-    point_weights: Float[Tensor, "H"],
+    point_weights: Float[Tensor, " H"],
     mask: Shaped[Tensor, "*B N"] | None = None,
     implementation: str | None = None,
     block_size: int | None = None,

@@ -19,7 +19,7 @@ def point_attention(
     pair: Float[Tensor, "*B N N c_z"] | None,
     *,
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
-    point_weights: Float[Tensor, "H"],
+    point_weights: Float[Tensor, " H"],
     mask: Float[Tensor, "*B N"] | None = None,
 ) -> tuple[
     Float[Tensor, "*B N H Cv"],
@@ -49,7 +49,7 @@ def attention_logits(
     pair: Float[Tensor, "*B N N c_z"] | None,
     *,
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
-    point_weights: Float[Tensor, "H"],
+    point_weights: Float[Tensor, " H"],
     mask: Float[Tensor, "*B N"] | None = None,
 ) -> Float[Tensor, "*B H N N"]:
     """Line 7 before its softmax: √(1/T)·(q·k/√C + b − ½·w·√(2/9P)·Σ|q⃗ − k⃗|²), masked keys at −1e5.
