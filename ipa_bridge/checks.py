@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, StructureModuleConfig
 
 
 class Shaped(Protocol):
-    """Anything with a shape: a numpy, JAX or torch array."""
+    """Anything with a shape and a dtype: a numpy, JAX or torch array."""
 
     @property
     def shape(self) -> Sequence[int]: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> Any: ...  # noqa: D102
 
 
 def check_ipa_inputs(
@@ -45,6 +48,39 @@ def check_ipa_inputs(
             "rigids.translation": (translation, (*residues, 3)),
             "pair": (pair, (*residues, residues[-1], config.pair_channel or 0)),
             "mask": (mask, residues),
+        },
+    )
+
+
+def check_structure_module_inputs(
+    config: StructureModuleConfig,
+    single: Shaped,
+    pair: Shaped,
+    aatype: Shaped,
+    mask: Shaped | None,
+    rigids: tuple[Shaped, Shaped] | None,
+    update_mask: Shaped | None,
+) -> None:
+    """The inputs of a structure module fit its config and each other.
+
+    Raises:
+        ValueError: a wrong rank, size or batch shape, or an aatype that is no integer.
+    """
+    if len(single.shape) < 2 or single.shape[-1] != config.num_channel:
+        raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
+    if "int" not in str(aatype.dtype):
+        raise ValueError(f"aatype must hold integers, 0–19 or 20 for unknown; got {aatype.dtype}")
+    residues = tuple(single.shape[:-1])
+    rotation, translation = (None, None) if rigids is None else rigids
+    _check_shapes(
+        f"single {_shape(single)}",
+        {
+            "pair": (pair, (*residues, residues[-1], config.pair_channel)),
+            "aatype": (aatype, residues),
+            "mask": (mask, residues),
+            "rigids.rotation": (rotation, (*residues, 3, 3)),
+            "rigids.translation": (translation, (*residues, 3)),
+            "update_mask": (update_mask, residues),
         },
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, cast, get_args
 
 Layout = Literal["monomer", "multimer"]
 NormForm = Literal["add", "clamp"]
@@ -103,33 +103,12 @@ class IPAConfig:
     @classmethod
     def alphafold_multimer(cls) -> IPAConfig:
         """AlphaFold-Multimer: one projection each for q, k and v, scalars without bias, clamped norms."""
-        return cls(
-            num_channel=384,
-            pair_channel=128,
-            num_head=12,
-            num_scalar_qk=16,
-            num_scalar_v=16,
-            num_point_qk=4,
-            num_point_v=8,
-            layout="multimer",
-            scalar_bias=False,
-            norm_form="clamp",
-        )
+        return replace(cls.alphafold2(), layout="multimer", scalar_bias=False, norm_form="clamp")
 
     @classmethod
     def esmfold(cls) -> IPAConfig:
         """ESMFold's structure module: the monomer form with ε = 1e-12 and γ starting at 0."""
-        return cls(
-            num_channel=384,
-            pair_channel=128,
-            num_head=12,
-            num_scalar_qk=16,
-            num_scalar_v=16,
-            num_point_qk=4,
-            num_point_v=8,
-            norm_epsilon=1e-12,
-            point_weight_init=0.0,
-        )
+        return replace(cls.alphafold2(), norm_epsilon=1e-12, point_weight_init=0.0)
 
     @classmethod
     def lucidrains(
@@ -164,6 +143,104 @@ class IPAConfig:
             norm_epsilon=eps,
             zero_init=False,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureModuleConfig:
+    """One structure module (Jumper et al. 2021, Suppl. Alg. 20).
+
+    Attributes:
+        ipa: its attention, whose widths c_s and c_z, layout and zero_init are the module's too.
+        num_layer: how often the fold iteration runs.
+        tied_layers: one set of weights serves all layers, as in AlphaFold; else each has its own.
+        num_layer_in_transition: linear layers of the transition.
+        dropout: rate, in training only.
+        position_scale: Å per unit of the frames that the attention sees.
+        sidechain_channel: width of the side chains' residual network.
+        num_residual_block: its depth.
+
+    Raises:
+        ValueError: an attention without pair representation, a number of layers or a width that is not a positive
+            integer, a dropout outside [0, 1), or a position_scale that is not positive.
+    """
+
+    ipa: IPAConfig
+    num_layer: int = 8
+    tied_layers: bool = True
+    num_layer_in_transition: int = 3
+    dropout: float = 0.1
+    position_scale: float = 10.0
+    sidechain_channel: int = 128
+    num_residual_block: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ipa, IPAConfig):
+            raise ValueError(f"ipa must be an IPAConfig; got {self.ipa!r}")
+        if self.ipa.pair_channel is None:
+            raise ValueError("ipa.pair_channel must be a width: a structure module reads a pair representation")
+        for field in ("num_layer", "num_layer_in_transition", "sidechain_channel", "num_residual_block"):
+            _check_width(field, getattr(self, field))
+        if not isinstance(self.tied_layers, bool):
+            raise ValueError(f"tied_layers must be True or False; got {self.tied_layers!r}")
+        for field in ("dropout", "position_scale"):
+            _check_number(field, getattr(self, field))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a rate in [0, 1); got {self.dropout!r}")
+        if not self.position_scale > 0:
+            raise ValueError(f"position_scale must be positive, in Å; got {self.position_scale!r}")
+
+    @property
+    def num_channel(self) -> int:
+        """c_s, width of the single representation."""
+        return self.ipa.num_channel
+
+    @property
+    def pair_channel(self) -> int:
+        """c_z, width of the pair representation."""
+        return cast(int, self.ipa.pair_channel)
+
+    @classmethod
+    def alphafold2(cls) -> StructureModuleConfig:
+        """AlphaFold 2 monomer, all five models."""
+        return cls(ipa=IPAConfig.alphafold2())
+
+    @classmethod
+    def alphafold_multimer(cls) -> StructureModuleConfig:
+        """AlphaFold-Multimer: frames in units of 20 Å."""
+        return cls(ipa=IPAConfig.alphafold_multimer(), position_scale=20.0)
+
+    @classmethod
+    def esmfold(cls) -> StructureModuleConfig:
+        """ESMFold: the monomer form."""
+        return cls(ipa=IPAConfig.esmfold())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedLDDTConfig:
+    """The confidence head (Jumper et al. 2021, Suppl. Alg. 29).
+
+    Attributes:
+        num_channel: c_s, width of the activations it reads.
+        hidden_channel: width of its two hidden layers.
+        num_bin: bins of equal width over lDDT from 0 to 1.
+        zero_init: the logits start at zero.
+
+    Raises:
+        ValueError: a width that is not a positive integer.
+    """
+
+    num_channel: int = 384
+    hidden_channel: int = 128
+    num_bin: int = 50
+    zero_init: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("num_channel", "hidden_channel", "num_bin"):
+            _check_width(field, getattr(self, field))
+
+
+Config = IPAConfig | StructureModuleConfig | PredictedLDDTConfig
+"""What a set of weights may belong to."""
 
 
 def _check_width(field: str, value: object, hint: str = "") -> None:

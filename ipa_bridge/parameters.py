@@ -1,4 +1,4 @@
-"""The one list of every weight: a config gives the canonical names and shapes of its parameters.
+"""The one list of every weight: a config gives the canonical names and shapes of its parameters, and these the config.
 
 A canonical name is AlphaFold's haiku name below the module, `module/…/leaf`; the shape is haiku's too:
 inputs first, then outputs, heads unflattened in the multimer layout.
@@ -6,7 +6,12 @@ inputs first, then outputs, heads unflattened in the multimer layout.
 
 from __future__ import annotations
 
-from ipa_bridge.config import IPAConfig
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping
+
+from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, StructureModuleConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -46,6 +51,175 @@ def _multimer_projections(config: IPAConfig) -> Shapes:
     return shapes
 
 
+def structure_module_parameters(config: StructureModuleConfig) -> Shapes:
+    """Canonical parameter names and shapes of one structure module (Suppl. Alg. 20), that of its attention included."""
+    c_s, c_z = config.num_channel, config.pair_channel
+    shapes = {
+        **_layer_norm("single_layer_norm", c_s),
+        **_linear("initial_projection", c_s, (c_s,), bias=True),
+        **_layer_norm("pair_layer_norm", c_z),
+    }
+    for layer in range(1 if config.tied_layers else config.num_layer):
+        shapes |= {f"{numbered('fold_iteration', layer)}/{name}": x for name, x in _fold_iteration(config).items()}
+    return shapes
+
+
+def predicted_lddt_parameters(config: PredictedLDDTConfig) -> Shapes:
+    """Canonical parameter names and shapes of the confidence head (Suppl. Alg. 29)."""
+    return {
+        **_layer_norm("input_layer_norm", config.num_channel),
+        **_linear("act_0", config.num_channel, (config.hidden_channel,), bias=True),
+        **_linear("act_1", config.hidden_channel, (config.hidden_channel,), bias=True),
+        **_linear("logits", config.hidden_channel, (config.num_bin,), bias=True),
+    }
+
+
+def numbered(name: str, index: int) -> str:
+    """Haiku's name of the module that is number `index`, from 0, of that name."""
+    return f"{name}_{index}" if index else name
+
+
+def _fold_iteration(config: StructureModuleConfig) -> Shapes:
+    c_s, width = config.num_channel, config.sidechain_channel
+    update = "affine_update" if config.ipa.layout == "monomer" else "quat_rigid/rigid"
+    shapes = {f"invariant_point_attention/{name}": x for name, x in ipa_parameters(config.ipa).items()}
+    shapes |= _layer_norm("attention_layer_norm", c_s)
+    for i in range(config.num_layer_in_transition):
+        shapes |= _linear(numbered("transition", i), c_s, (c_s,), bias=True)
+    shapes |= _layer_norm("transition_layer_norm", c_s) | _linear(update, c_s, (6,), bias=True)
+    for i in range(2):
+        shapes |= _linear(f"rigid_sidechain/{numbered('input_projection', i)}", c_s, (width,), bias=True)
+    for i in range(config.num_residual_block):
+        shapes |= _linear(f"rigid_sidechain/{numbered('resblock1', i)}", width, (width,), bias=True)
+        shapes |= _linear(f"rigid_sidechain/{numbered('resblock2', i)}", width, (width,), bias=True)
+    return shapes | _linear("rigid_sidechain/unnormalized_angles", width, (14,), bias=True)
+
+
+def _layer_norm(name: str, width: int) -> Shapes:
+    return {f"{name}/scale": (width,), f"{name}/offset": (width,)}
+
+
 def _linear(name: str, inputs: int, outputs: tuple[int, ...], bias: bool) -> Shapes:
     weights = {f"{name}/weights": (inputs, *outputs)}
     return {**weights, f"{name}/bias": outputs} if bias else weights
+
+
+LANDMARKS: dict[type, str] = {
+    StructureModuleConfig: "initial_projection/weights",
+    IPAConfig: "trainable_point_weights",
+    PredictedLDDTConfig: "act_0/weights",
+}
+"""The parameter by which a module is known among others, the one that may hold another first."""
+
+
+def parameter_shapes(config: Config) -> Shapes:
+    """Canonical parameter names and shapes of whatever the config is of."""
+    if isinstance(config, IPAConfig):
+        return ipa_parameters(config)
+    if isinstance(config, StructureModuleConfig):
+        return structure_module_parameters(config)
+    return predicted_lddt_parameters(config)
+
+
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
+    """The config that canonical names and shapes tell, output axes flat or not.
+
+    Raises:
+        ValueError: parameters are missing or empty, or sizes do not divide by the number of heads.
+    """
+    known: dict[type, Callable[[Mapping[str, tuple[int, ...]]], Config]] = {
+        StructureModuleConfig: _infer_structure_module,
+        PredictedLDDTConfig: _infer_predicted_lddt,
+    }
+    kind = next((kind for kind, landmark in LANDMARKS.items() if landmark in shapes), IPAConfig)
+    return known.get(kind, infer_ipa)(shapes)
+
+
+def _infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureModuleConfig:
+    """Layers that share weights do not show their number: eight, as AlphaFold and ESMFold have; nor does the unit."""
+    fold = "fold_iteration/"
+    within = {name.removeprefix(fold): shape for name, shape in shapes.items() if name.startswith(fold)}
+    attention = "invariant_point_attention/"
+    ipa = infer_ipa({n.removeprefix(attention): x for n, x in within.items() if n.startswith(attention)})
+    multimer = ipa.layout == "multimer"
+    preset = StructureModuleConfig.alphafold_multimer() if multimer else StructureModuleConfig.alphafold2()
+    hidden = within.get("rigid_sidechain/input_projection/bias", (preset.sidechain_channel,))
+    layers = _count("fold_iteration", "/attention_layer_norm/scale", shapes)
+    return dataclasses.replace(
+        preset,
+        ipa=ipa,
+        num_layer=layers if layers > 1 else preset.num_layer,
+        tied_layers=layers < 2,
+        num_layer_in_transition=max(1, _count("transition", "/weights", within)),
+        sidechain_channel=math.prod(hidden),
+        num_residual_block=max(1, _count("rigid_sidechain/resblock1", "/weights", within)),
+    )
+
+
+def _infer_predicted_lddt(shapes: Mapping[str, tuple[int, ...]]) -> PredictedLDDTConfig:
+    missing = [name for name in ("act_0/bias", "input_layer_norm/scale", "logits/bias") if name not in shapes]
+    if missing:
+        raise ValueError(f"no confidence head without {', '.join(missing)}; got {', '.join(sorted(shapes))}")
+    num_channel, hidden_channel, num_bin = (
+        math.prod(shapes[name]) for name in ("input_layer_norm/scale", "act_0/bias", "logits/bias")
+    )
+    return PredictedLDDTConfig(num_channel=num_channel, hidden_channel=hidden_channel, num_bin=num_bin)
+
+
+def _count(module: str, leaf: str, names: Collection[str]) -> int:
+    """How many modules of that name there are, as haiku numbers them."""
+    return next(i for i in itertools.count() if f"{numbered(module, i)}{leaf}" not in names)
+
+
+def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
+    """The config that canonical names and shapes tell, output axes flat or not.
+
+    What they cannot tell is taken from the system that has such parameters: AlphaFold 2 for the monomer layout, for
+    the multimer layout AlphaFold-Multimer where points have biases and `invariant-point-attention` where not.
+
+    Raises:
+        ValueError: parameters are missing or empty, or sizes do not divide by the number of heads.
+    """
+    multimer = any(name.startswith("q_scalar_projection/") for name in shapes)
+    scalars = ("q_scalar_projection", "v_scalar_projection") if multimer else ("q_scalar", "kv_scalar")
+    points = ("q_point_projection/point_projection", "v_point_projection/point_projection")
+    points = points if multimer else ("q_point_local", "kv_point_local")
+    needed = [LANDMARKS[IPAConfig], *(f"{name}/weights" for name in (*scalars, *points, "output_projection"))]
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise ValueError(f"no invariant point attention without {', '.join(missing)}; got {', '.join(sorted(shapes))}")
+    sized = [name for name in (*needed, "attention_2d/weights") if name in shapes]
+    formless = [name for name in sized if 0 in shapes[name] or len(shapes[name]) < 1 + name.endswith("/weights")]
+    if formless:
+        listed = ", ".join(f"{name} {shapes[name]}" for name in formless)
+        raise ValueError(f"these parameters tell no sizes: they are empty, or have too few axes: {listed}")
+    heads = math.prod(shapes[LANDMARKS[IPAConfig]])
+
+    def per_head(module: str, per: int = 1) -> int:
+        outputs = math.prod(shapes[f"{module}/weights"][1:])
+        if outputs % (heads * per):
+            raise ValueError(
+                f"{module}/weights has {outputs} outputs, which {heads} heads"
+                + (f" of {per} coordinates" if per > 1 else "")
+                + f" do not divide: {LANDMARKS[IPAConfig]} or {module}/weights has a wrong shape"
+            )
+        return outputs // (heads * per)
+
+    qk, v = (per_head(name) for name in scalars)
+    p_qk, p_v = (per_head(name, 3) for name in points)
+    point_bias = f"{points[0]}/bias" in shapes
+    preset = IPAConfig.alphafold2()
+    if multimer:
+        preset = IPAConfig.alphafold_multimer() if point_bias else IPAConfig.lucidrains(1)
+    return dataclasses.replace(
+        preset,
+        num_channel=shapes[f"{scalars[0]}/weights"][0],
+        pair_channel=shapes["attention_2d/weights"][0] if "attention_2d/weights" in shapes else None,
+        num_head=heads,
+        num_scalar_qk=qk,
+        num_scalar_v=v if multimer else v - qk,
+        num_point_qk=p_qk,
+        num_point_v=p_v if multimer else p_v - p_qk,
+        scalar_bias=f"{scalars[0]}/bias" in shapes,
+        point_bias=point_bias,
+    )

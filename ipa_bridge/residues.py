@@ -119,6 +119,29 @@ CHI_ATOMS = _fill((4, 4), {(a, chi): _atom37(names) for a, chi, names, _ in _chi
 CHI_PI_PERIODIC = _fill((4,), {(a, chi): periodic for a, chi, _, periodic in _chis()}, bool)
 """Turning it by π gives the same residue but for atom names."""
 
+TORSION_ATOMS = _fill(
+    (7, 4),
+    {
+        (a, torsion): slots
+        for a in range(len(RESTYPE_NAMES))
+        for torsion, slots in enumerate(([38, 39, 0, 1], [39, 0, 1, 2], [0, 1, 2, 4]))
+    }
+    | {(a, 3 + chi): _atom37(names) for a, chi, names, _ in _chis()},
+    int,
+)
+"""The atoms of pre-ω, φ, ψ (by the oxygen, π away), χ1–χ4: atom37 slots, 37–39 being the last residue's N, Cα, C."""
+
+TORSION_MASK = _fill(
+    (7,),
+    {(a, torsion): True for a in range(len(RESTYPE_NAMES)) for torsion in range(3)}
+    | {(a, 3 + chi): True for a, chi, *_ in _chis()},
+    bool,
+)
+"""The residue has that torsion."""
+
+TORSION_PI_PERIODIC = _fill((7,), {(a, 3 + chi): periodic for a, chi, _, periodic in _chis()}, bool)
+"""`CHI_PI_PERIODIC` among all seven."""
+
 GROUP_MASK = _fill(
     (NUM_GROUP,),
     {(a, group): True for a in range(len(RESTYPE_NAMES)) for group in (0, 3)}

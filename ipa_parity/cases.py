@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.frames import idealised_peptide, random_frames
 from ipa_bridge.structures import Structure
 from ipa_bridge.tensors import numpy_dtype
@@ -58,7 +59,7 @@ class Case:
     @property
     def config(self) -> IPAConfig:
         """The model's config."""
-        return self.weights.config
+        return cast(IPAConfig, self.weights.config)
 
     def astype(self, dtype: str) -> Case:
         """The same case with every number rounded to that dtype."""
@@ -69,13 +70,18 @@ class Case:
 
 
 def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Weights:
-    """Weights of a file, with the norm of a preset where one is named: names and shapes do not tell it."""
+    """An attention's weights out of a file, a structure module's too.
+
+    With the norm of a preset where one is named, which names and shapes do not tell.
+    """
     weights = Weights.load(path)
+    if isinstance(weights.config, StructureModuleConfig):
+        weights = weights.subtree("fold_iteration/invariant_point_attention")
     if preset is None:
         return weights
     told = PRESETS[preset]()
-    config = replace(weights.config, norm_form=told.norm_form, norm_epsilon=told.norm_epsilon)
-    return replace(weights, config=config)
+    config = cast(IPAConfig, weights.config)
+    return replace(weights, config=replace(config, norm_form=told.norm_form, norm_epsilon=told.norm_epsilon))
 
 
 def make_case(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.frames import idealised_peptide
@@ -112,7 +113,7 @@ def _cases(args: argparse.Namespace) -> list[Callable[[], Case]]:
                 f"{args.weights}: output_projection is zero, as an untrained model's: every output is its bias, and "
                 f"there is nothing to compare. Train it, or pass --preset alone for seeded weights"
             )
-        models = {Path(args.weights).name: (weights.config, weights)}
+        models = {Path(args.weights).name: (cast(IPAConfig, weights.config), weights)}
     else:
         names = [args.preset] if args.preset else ["alphafold2", "alphafold-multimer"]
         models = {name: (PRESETS[name](), None) for name in names}

@@ -144,7 +144,7 @@ def test_metadata_that_is_no_config(junk, tmp_path):
     with files.open_arrays(path) as file:
         arrays = {key: file[key] for key in file.keys}
     files.write_arrays(path, arrays, {"ipa_config": junk})
-    with pytest.raises(ValueError, match=r"w\.safetensors: its ipa_config metadata is no IPAConfig .*pass config="):
+    with pytest.raises(ValueError, match=r"w\.safetensors: its ipa_config metadata is no config .*pass config="):
         Weights.load(path)
     assert Weights.load(path, config=ODD).config == ODD
 
@@ -234,15 +234,15 @@ def test_an_attention_without_a_path_above_it(tmp_path):
 def test_several_attentions_need_a_choice():
     weights = Weights.random(ODD)
     tree = weights.to_haiku(root="block_0/ipa") | weights.to_haiku(root="block_1/ipa")
-    with pytest.raises(ValueError, match=r"2 attentions .*root=, one of 'block_0/ipa', 'block_1/ipa'"):
+    with pytest.raises(ValueError, match=r"2 invariant point attentions .*root=, one of 'block_0/ipa', 'block_1/ipa'"):
         Weights.from_haiku(tree)
     assert Weights.from_haiku(tree, root="block_1/ipa").root == "block_1/ipa"
-    with pytest.raises(ValueError, match="no attention at root='block_2/ipa'"):
+    with pytest.raises(ValueError, match="no module at root='block_2/ipa'"):
         Weights.from_haiku(tree, root="block_2/ipa")
 
 
 def test_no_attention_at_all():
-    with pytest.raises(ValueError, match="no name ends in trainable_point_weights; names are linear/w"):
+    with pytest.raises(ValueError, match=r"no name ends in .*trainable_point_weights.*; names are linear/w"):
         Weights.from_haiku({"linear": {"w": np.ones(3)}})
 
 

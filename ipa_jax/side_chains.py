@@ -1,0 +1,204 @@
+"""Torsion angles to rigid groups to atoms, and back (Jumper et al. 2021, Suppl. 1.8.4 and Alg. 24–25)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from ipa_bridge import residues
+from ipa_bridge.config import StructureModuleConfig
+from ipa_jax.layers import Initializer, Linear, at_least_float32
+from ipa_jax.rigid import SMALLEST_LENGTH, Rigid
+
+SMALLEST_ANGLE_LENGTH = 1e-6
+"""A predicted (sin, cos) shorter than this is divided by it instead of its length."""
+
+
+class GroupFrames(NamedTuple):
+    """Rigid groups of residues whose atoms are known, (*B, N, 8), in the global frame and Å.
+
+    `alternative_frames` are those under the other naming of ambiguous atoms (the last χ of ASP, GLU, PHE and TYR turned
+    by π); `mask` is True where the residue has the group and the three atoms that define it are known. Elsewhere frames
+    are the identity.
+    """
+
+    frames: Rigid
+    alternative_frames: Rigid
+    mask: Shaped[Array, "*B N 8"]
+
+
+class TorsionAngles(NamedTuple):
+    """(sin, cos) of pre-ω, φ, ψ and χ1–χ4 of residues whose atoms are known.
+
+    `alternative_angles` are those under the other naming of ambiguous atoms; `mask` is True where the residue has the
+    torsion and the four atoms that define it are known. Elsewhere sine and cosine are zero.
+    """
+
+    angles: Float[Array, "*B N 7 2"]
+    alternative_angles: Float[Array, "*B N 7 2"]
+    mask: Shaped[Array, "*B N 7"]
+
+
+class MultiRigidSidechain(hk.Module):
+    """Torsion angles from activations, by a small residual network (Suppl. Alg. 20, lines 11–14)."""
+
+    def __init__(self, config: StructureModuleConfig, *, name: str = "rigid_sidechain") -> None:
+        super().__init__(name=name)
+        self.config = config
+
+    def __call__(
+        self, act: Float[Array, "*B N c_s"], initial_act: Float[Array, "*B N c_s"]
+    ) -> tuple[Float[Array, "*B N 7 2"], Float[Array, "*B N 7 2"]]:
+        """Unit (sin, cos) of the seven torsions, and the same before normalisation, in at least float32."""
+        c = self.config
+        final: Initializer = "zeros" if c.ipa.zero_init else "linear"
+        hidden = Linear(c.sidechain_channel, name="input_projection")(jax.nn.relu(act))
+        hidden = hidden + Linear(c.sidechain_channel, name="input_projection")(jax.nn.relu(initial_act))
+        for _ in range(c.num_residual_block):
+            update = Linear(c.sidechain_channel, initializer="relu", name="resblock1")(jax.nn.relu(hidden))
+            hidden = hidden + Linear(c.sidechain_channel, initializer=final, name="resblock2")(jax.nn.relu(update))
+        flat = Linear(14, full_precision=True, name="unnormalized_angles")(jax.nn.relu(hidden))
+        unnormalized = flat.reshape(*flat.shape[:-1], 7, 2)
+        return _unit(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
+
+
+def torsion_angles_to_frames(rigids: Rigid, angles: Float[Array, "*B N 7 2"], aatype: Int[Array, "*B N"]) -> Rigid:
+    """Frames of the eight rigid groups of every residue, (*B, N, 8) (Alg. 24, lines 1–10).
+
+    Args:
+        rigids: backbone frames, (*B, N), in Å.
+        angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4.
+        aatype: 0–19, or 20 for an unknown residue, whose groups all lie on its backbone.
+    """
+    dtype = at_least_float32(rigids.translation.dtype, angles.dtype)
+    rigids, angles = rigids.astype(dtype), angles.astype(dtype)
+    still = jnp.broadcast_to(jnp.asarray([0, 1], dtype), (*angles.shape[:-2], 1, 2))
+    sine, cosine = jnp.moveaxis(jnp.concatenate([still, angles], -2)[..., None, :], -1, 0)
+    at_rest = _table(residues.GROUP_ROTATION, aatype, dtype)
+    x, y, z = jnp.moveaxis(at_rest, -1, 0)
+    turned = jnp.stack([jnp.broadcast_to(x, (cosine * y).shape), cosine * y + sine * z, cosine * z - sine * y], -1)
+    groups = Rigid(turned, _table(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
+    chain = [_group(groups, group) for group in range(residues.NUM_GROUP)]
+    for group in (5, 6, 7):  # χ2–χ4 turn with the χ before
+        chain[group] = chain[group - 1].compose(chain[group])
+    to_backbone = Rigid(jnp.stack([g.rotation for g in chain], -3), jnp.stack([g.translation for g in chain], -2))
+    return Rigid(rigids.rotation[..., None, :, :], rigids.translation[..., None, :]).compose(to_backbone)
+
+
+def frames_to_atom14(frames: Rigid, aatype: Int[Array, "*B N"]) -> Float[Array, "*B N 14 3"]:
+    """Atoms in the frames of their rigid groups, (*B, N, 8), in the frames' unit of Å (Alg. 24, line 11).
+
+    Slots without an atom are zero.
+    """
+    group = jnp.asarray(residues.ATOM14_GROUP)[aatype]
+    of_atom = Rigid(
+        jnp.take_along_axis(frames.rotation, group[..., None, None], -3),
+        jnp.take_along_axis(frames.translation, group[..., None], -2),
+    )
+    dtype = frames.translation.dtype
+    atoms = of_atom.apply(_table(residues.ATOM14_POSITIONS, aatype, dtype))
+    return atoms * _table(residues.ATOM14_MASK, aatype, dtype)[..., None]
+
+
+def atom14_to_atom37(atom14: Shaped[Array, "*B N 14 *D"], aatype: Int[Array, "*B N"]) -> Shaped[Array, "*B N 37 *D"]:
+    """Positions, masks or anything else per atom, from slots by residue to slots by name; absent atoms are zero."""
+    return _gather(atom14, residues.ATOM37_TO_ATOM14, residues.ATOM37_MASK, aatype)
+
+
+def atom37_to_atom14(atom37: Shaped[Array, "*B N 37 *D"], aatype: Int[Array, "*B N"]) -> Shaped[Array, "*B N 14 *D"]:
+    """The way back; what belongs to no atom of the residue type is dropped."""
+    return _gather(atom37, residues.ATOM14_TO_ATOM37, residues.ATOM14_MASK, aatype)
+
+
+def atom37_to_frames(
+    atom37: Float[Array, "*B N 37 3"], atom37_mask: Shaped[Array, "*B N 37"], aatype: Int[Array, "*B N"]
+) -> GroupFrames:
+    """Frames of the rigid groups from the atoms that define them (Suppl. 1.8.4, Table 2).
+
+    Args:
+        atom37: positions in Å.
+        atom37_mask: 1 where an atom is known.
+        aatype: 0–19, or 20 for an unknown residue, which has a backbone and a ψ.
+    """
+    dtype = at_least_float32(atom37.dtype)
+    index = jnp.asarray(residues.GROUP_ATOMS)[aatype]
+    first, origin, in_plane = _pick(atom37.astype(dtype), index)
+    backbone = (jnp.arange(residues.NUM_GROUP) == 0)[:, None]
+    on_axis = jnp.where(backbone, first, 2 * origin - first)
+    known = jnp.all(jnp.stack(_pick((atom37_mask != 0)[..., None], index)), 0)[..., 0]
+    known = known & jnp.asarray(residues.GROUP_MASK)[aatype]
+    frames = Rigid.from_three_points(in_plane, origin, on_axis)
+    rotation = jnp.where(known[..., None, None], frames.rotation, jnp.eye(3, dtype=dtype))
+    translation = jnp.where(known[..., None], frames.translation, jnp.zeros((), dtype))
+    sign = 1 - 2 * _table(residues.GROUP_IS_AMBIGUOUS, aatype, dtype)
+    by_pi = jnp.stack([jnp.ones_like(sign), sign, sign], -1)[..., None, :]
+    return GroupFrames(Rigid(rotation, translation), Rigid(rotation * by_pi, translation), known)
+
+
+def atom37_to_torsion_angles(
+    atom37: Float[Array, "*B N 37 3"],
+    atom37_mask: Shaped[Array, "*B N 37"],
+    aatype: Int[Array, "*B N"],
+    *,
+    bonded: Shaped[Array, "*B N"] | None = None,
+) -> TorsionAngles:
+    """The torsions of residues whose atoms are known (Suppl. 1.8.4, Table 2).
+
+    Args:
+        atom37: positions in Å.
+        atom37_mask: 1 where an atom is known.
+        aatype: 0–19, or 20 for an unknown residue, which has no χ.
+        bonded: 1 where a residue is bonded to the one before it in the array, without which it has no pre-ω and no φ;
+            None for all but the first, as in AlphaFold.
+    """
+    dtype = at_least_float32(atom37.dtype)
+    atoms, known = atom37.astype(dtype), atom37_mask != 0
+    known_before = _of_residue_before(known[..., :3, None])
+    if bonded is not None:
+        known_before = known_before & (bonded != 0)[..., None, None]
+    index = jnp.asarray(residues.TORSION_ATOMS)[aatype]
+    a, b, c, d = _pick(jnp.concatenate([atoms, _of_residue_before(atoms[..., :3, :])], -2), index)
+    mask = jnp.all(jnp.stack(_pick(jnp.concatenate([known[..., None], known_before], -2), index)), 0)[..., 0]
+    mask = mask & jnp.asarray(residues.TORSION_MASK)[aatype]
+    _, y, z = jnp.moveaxis(Rigid.from_three_points(a, c, 2 * c - b).apply_inverse(d), -1, 0)
+    by_oxygen = jnp.asarray([1, 1, -1, 1, 1, 1, 1], dtype)
+    angles = _unit(jnp.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.astype(dtype))[..., None]
+    other = 1 - 2 * _table(residues.TORSION_PI_PERIODIC, aatype, dtype)
+    return TorsionAngles(angles, angles * other[..., None], mask)
+
+
+def _table(table: np.ndarray, aatype: Int[Array, "*B N"], dtype: DTypeLike) -> Array:
+    return jnp.asarray(table, dtype)[aatype]
+
+
+def _group(groups: Rigid, group: int) -> Rigid:
+    return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
+
+
+def _unit(vectors: Float[Array, "*B D"], smallest_length: float) -> Float[Array, "*B D"]:
+    length2 = jnp.sum(vectors * vectors, -1, keepdims=True)
+    return vectors / jnp.sqrt(jnp.maximum(length2, smallest_length**2))
+
+
+def _gather(
+    atoms: Shaped[Array, "*B N A *D"], slots: np.ndarray, exists: np.ndarray, aatype: Int[Array, "*B N"]
+) -> Shaped[Array, "*B N A2 *D"]:
+    index, present = jnp.asarray(slots)[aatype], jnp.asarray(exists)[aatype]
+    trailing = tuple(range(index.ndim, atoms.ndim))
+    found = jnp.take_along_axis(atoms, jnp.expand_dims(index, trailing), index.ndim - 1)
+    return jnp.where(jnp.expand_dims(present, trailing), found, jnp.zeros((), atoms.dtype))
+
+
+def _pick(atoms: Shaped[Array, "*B N A D"], index: Int[Array, "*B N G K"]) -> list[Shaped[Array, "*B N G D"]]:
+    """The K atoms that each group names."""
+    return [jnp.take_along_axis(atoms, index[..., k, None], -2) for k in range(index.shape[-1])]
+
+
+def _of_residue_before(atoms: Shaped[Array, "*B N A D"]) -> Shaped[Array, "*B N A D"]:
+    return jnp.concatenate([jnp.zeros_like(atoms[..., :1, :, :]), atoms[..., :-1, :, :]], -3)

@@ -1,0 +1,218 @@
+"""The structure module (Jumper et al. 2021, Suppl. Alg. 20) with AlphaFold's parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from ipa_bridge.checks import check_structure_module_inputs
+from ipa_bridge.config import StructureModuleConfig
+from ipa_jax.invariant_point_attention import InvariantPointAttention
+from ipa_jax.layers import Initializer, LayerNorm, Linear, at_least_float32
+from ipa_jax.rigid import Rigid
+from ipa_jax.side_chains import MultiRigidSidechain, frames_to_atom14, torsion_angles_to_frames
+
+
+class StructureModuleOutput(NamedTuple):
+    """What every layer predicts, layers stacked first; the last is the prediction.
+
+    Attributes:
+        rigids: backbone frames, (L, *B, N), translations in Å.
+        frames: the eight rigid groups, (L, *B, N, 8), in Å.
+        angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4.
+        unnormalized_angles: the same before normalisation.
+        atom14: positions in Å; zero where the residue has no such atom.
+        act: the single representation.
+    """
+
+    rigids: Rigid
+    frames: Rigid
+    angles: Float[Array, "L *B N 7 2"]
+    unnormalized_angles: Float[Array, "L *B N 7 2"]
+    atom14: Float[Array, "L *B N 14 3"]
+    act: Float[Array, "L *B N c_s"]
+
+
+class FoldIteration(hk.Module):
+    """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14)."""
+
+    def __init__(
+        self, config: StructureModuleConfig, *, implementation: str | None = None, name: str = "fold_iteration"
+    ) -> None:
+        super().__init__(name=name)
+        self.config = config
+        self.implementation = implementation
+
+    def __call__(
+        self,
+        act: Float[Array, "*B N c_s"],
+        pair: Float[Array, "*B N N c_z"],
+        rigids: Rigid,
+        initial_act: Float[Array, "*B N c_s"],
+        mask: Shaped[Array, "*B N"] | None = None,
+        *,
+        update_mask: Shaped[Array, "*B N"] | None = None,
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "*B N c_s"], Rigid, Float[Array, "*B N 7 2"], Float[Array, "*B N 7 2"]]:
+        """The next activations and frames, unit torsion angles and the same before normalisation.
+
+        Args:
+            act: single representation, normalised.
+            pair: pair representation, normalised.
+            rigids: backbone frames, (*B, N), in units of position_scale.
+            initial_act: the single representation that the module began with, normalised.
+            mask: 1 or True where a residue is valid.
+            update_mask: 1 or True where a residue's frame may change; None for everywhere.
+            dropout_key: of dropout; None for none.
+        """
+        ipa = InvariantPointAttention(self.config.ipa, implementation=self.implementation)
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        act = act + cast(Array, ipa(act, pair, rigids, mask))  # line 6
+        act = LayerNorm(name="attention_layer_norm")(self._dropout(keys[0], act))  # line 7
+        act = act + self._transition(act)  # lines 8–9
+        act = LayerNorm(name="transition_layer_norm")(self._dropout(keys[1], act))
+        rigids = rigids.compose(self._backbone_update(act, update_mask))  # line 10
+        angles, unnormalized_angles = MultiRigidSidechain(self.config)(act, initial_act)
+        return act, rigids, angles, unnormalized_angles
+
+    @hk.name_like("__call__")
+    def _transition(self, act: Float[Array, "*B N c_s"]) -> Float[Array, "*B N c_s"]:
+        final: Initializer = "zeros" if self.config.ipa.zero_init else "linear"
+        hidden, width = act, self.config.num_channel
+        for _ in range(self.config.num_layer_in_transition - 1):
+            hidden = jax.nn.relu(Linear(width, initializer="relu", name="transition")(hidden))
+        return Linear(width, initializer=final, name="transition")(hidden).astype(act.dtype)
+
+    @hk.name_like("__call__")
+    def _backbone_update(self, act: Float[Array, "*B N c_s"], update_mask: Shaped[Array, "*B N"] | None) -> Rigid:
+        """Alg. 23: the quaternion (1, b, c, d), normalised, and a translation, in the residue's own frame."""
+        final: Initializer = "zeros" if self.config.ipa.zero_init else "linear"
+        if self.config.ipa.layout == "monomer":
+            update = Linear(6, initializer=final, full_precision=True, name="affine_update")(act)
+        else:
+            update = QuatRigid(initializer=final)(act)
+        if update_mask is not None:
+            update = update * update_mask.astype(update.dtype)[..., None]
+        quaternion = jnp.concatenate([jnp.ones_like(update[..., :1]), update[..., :3]], -1)
+        return Rigid.from_quaternion(quaternion, update[..., 3:])
+
+    def _dropout(self, key: Array | None, act: Float[Array, "*B N c_s"]) -> Float[Array, "*B N c_s"]:
+        return act if key is None else hk.dropout(key, self.config.dropout, act)
+
+
+class QuatRigid(hk.Module):
+    """The six numbers of a backbone update, under AlphaFold-Multimer's name."""
+
+    def __init__(self, *, initializer: Initializer = "zeros", name: str = "quat_rigid") -> None:
+        super().__init__(name=name)
+        self.initializer = initializer
+
+    def __call__(self, act: Float[Array, "*B N c_s"]) -> Float[Array, "*B N 6"]:
+        """Projects the activations, in at least float32."""
+        return Linear(6, initializer=self.initializer, full_precision=True, name="rigid")(act)
+
+
+class StructureModule(hk.Module):
+    """From representations to frames, torsions and atoms, layer by layer (Alg. 20).
+
+    Parameters carry AlphaFold's haiku names and shapes, so its published ones load as they are. Frames stay in at
+    least float32. Gradients of rotations stop between layers.
+
+    Args:
+        config: the widths and forms; see `StructureModuleConfig`.
+        implementation: of the attention, see `point_attention`.
+        name: haiku name.
+    """
+
+    def __init__(
+        self, config: StructureModuleConfig, *, implementation: str | None = None, name: str = "structure_module"
+    ) -> None:
+        super().__init__(name=name)
+        self.config = config
+        self.implementation = implementation
+
+    def __call__(
+        self,
+        single: Float[Array, "*B N c_s"],
+        pair: Float[Array, "*B N N c_z"],
+        aatype: Int[Array, "*B N"],
+        mask: Shaped[Array, "*B N"] | None = None,
+        *,
+        rigids: Rigid | None = None,
+        update_mask: Shaped[Array, "*B N"] | None = None,
+        is_training: bool = False,
+    ) -> StructureModuleOutput:
+        """Every layer's prediction.
+
+        Args:
+            single: single representation.
+            pair: pair representation.
+            aatype: 0–19 in AlphaFold's order, or 20 for unknown.
+            mask: 1 or True where a residue is valid; valid residues ignore all others.
+            rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, all at the origin.
+            update_mask: 1 or True where a residue's frame may change, elsewhere it stays; None for everywhere.
+            is_training: apply dropout, with haiku's rng.
+
+        Raises:
+            ValueError: shapes that do not fit the config or each other, or an aatype that is no integer.
+        """
+        c = self.config
+        check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, *(rigids or ()))))
+        rigids = Rigid.identity(aatype.shape, dtype=dtype) if rigids is None else rigids.astype(dtype)
+        rigids = rigids.scale_translation(1 / c.position_scale)
+        initial_act = LayerNorm(name="single_layer_norm")(single)  # line 1
+        pair = LayerNorm(name="pair_layer_norm")(pair)  # line 2
+        act = Linear(c.num_channel, name="initial_projection")(initial_act).astype(single.dtype)  # line 3
+        layers = [
+            FoldIteration(c, implementation=self.implementation) for _ in range(1 if c.tied_layers else c.num_layer)
+        ]
+        keys = hk.next_rng_keys(c.num_layer) if is_training and c.dropout else None
+
+        def fold(fold_iteration: FoldIteration, carry: tuple[Array, Rigid], key: Array | None) -> tuple:
+            act, rigids = carry
+            act, rigids, *angles = fold_iteration(
+                act, pair, rigids, initial_act, mask, update_mask=update_mask, dropout_key=key
+            )
+            return (act, rigids.stop_rotation_gradient()), (act, rigids, *angles)  # line 20
+
+        if c.tied_layers:
+            _, outputs = hk.scan(lambda carry, key: fold(layers[0], carry, key), (act, rigids), keys, c.num_layer)
+        else:
+            carry, each = (act, rigids), []
+            for i, layer in enumerate(layers):
+                carry, output = fold(layer, carry, None if keys is None else keys[i])
+                each.append(output)
+            outputs = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+        act, rigids, angles, unnormalized_angles = outputs
+        rigids = rigids.scale_translation(c.position_scale)
+        aatype = jnp.broadcast_to(aatype, (c.num_layer, *aatype.shape))
+        frames = torsion_angles_to_frames(rigids, angles, aatype)  # Alg. 24
+        atom14 = frames_to_atom14(frames, aatype)
+        return StructureModuleOutput(rigids, frames, angles, unnormalized_angles, atom14, act)
+
+
+def transform_structure_module(config: StructureModuleConfig, *, implementation: str | None = None) -> hk.Transformed:
+    """A structure module as a pair of pure functions, init(rng, …) and apply(params, rng, …).
+
+    Both take what `StructureModule.__call__` takes; apply's rng may be None where is_training is False.
+    """
+
+    def forward(
+        single: Float[Array, "*B N c_s"],
+        pair: Float[Array, "*B N N c_z"],
+        aatype: Int[Array, "*B N"],
+        mask: Shaped[Array, "*B N"] | None = None,
+        *,
+        rigids: Rigid | None = None,
+        update_mask: Shaped[Array, "*B N"] | None = None,
+        is_training: bool = False,
+    ) -> StructureModuleOutput:
+        module = StructureModule(config, implementation=implementation)
+        return module(single, pair, aatype, mask, rigids=rigids, update_mask=update_mask, is_training=is_training)
+
+    return hk.transform(forward)

@@ -1,0 +1,36 @@
+"""The confidence head, pLDDT (Jumper et al. 2021, Suppl. 1.9.6 and Alg. 29)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ipa_bridge.config import PredictedLDDTConfig
+from ipa_torch.layers import LayerNorm, Linear, at_least_float32
+
+
+class PredictedLDDT(nn.Module):
+    """Logits over bins of each residue's lDDT-Cα, with the parameters of AlphaFold's `predicted_lddt_head`."""
+
+    def __init__(self, config: PredictedLDDTConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.input_layer_norm = LayerNorm(c.num_channel)
+        self.act_0 = Linear(c.num_channel, c.hidden_channel, initializer="relu")
+        self.act_1 = Linear(c.hidden_channel, c.hidden_channel, initializer="relu")
+        self.logits = Linear(c.hidden_channel, c.num_bin, initializer="zeros" if c.zero_init else "linear")
+
+    def forward(self, act: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N bins"]:
+        """Reads the activations of the structure module's last layer (Alg. 29, lines 1–3)."""
+        hidden = self.input_layer_norm(act)
+        return self.logits(F.relu(self.act_1(F.relu(self.act_0(hidden)))))
+
+
+def predicted_lddt(logits: Float[Tensor, "*B N bins"]) -> Float[Tensor, "*B N"]:
+    """The expected lDDT-Cα, from 0 to 100, in at least float32 (Alg. 29, lines 4–6)."""
+    dtype = at_least_float32(logits.dtype)
+    num_bin = logits.shape[-1]
+    centres = (torch.arange(num_bin, dtype=dtype, device=logits.device) + 0.5) / num_bin
+    return 100 * torch.sum(torch.softmax(logits.to(dtype), -1) * centres, -1)

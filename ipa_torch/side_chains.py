@@ -1,0 +1,208 @@
+"""Torsion angles to rigid groups to atoms, and back (Jumper et al. 2021, Suppl. 1.8.4 and Alg. 24–25)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from ipa_bridge import residues
+from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.parameters import numbered
+from ipa_torch.layers import Initializer, Linear, at_least_float32
+from ipa_torch.rigid import SMALLEST_LENGTH, Rigid
+
+SMALLEST_ANGLE_LENGTH = 1e-6
+"""A predicted (sin, cos) shorter than this is divided by it instead of its length."""
+
+
+class GroupFrames(NamedTuple):
+    """Rigid groups of residues whose atoms are known, (*B, N, 8), in the global frame and Å.
+
+    `alternative_frames` are those under the other naming of ambiguous atoms (the last χ of ASP, GLU, PHE and TYR turned
+    by π); `mask` is True where the residue has the group and the three atoms that define it are known. Elsewhere frames
+    are the identity.
+    """
+
+    frames: Rigid
+    alternative_frames: Rigid
+    mask: Shaped[Tensor, "*B N 8"]
+
+
+class TorsionAngles(NamedTuple):
+    """(sin, cos) of pre-ω, φ, ψ and χ1–χ4 of residues whose atoms are known.
+
+    `alternative_angles` are those under the other naming of ambiguous atoms; `mask` is True where the residue has the
+    torsion and the four atoms that define it are known. Elsewhere sine and cosine are zero.
+    """
+
+    angles: Float[Tensor, "*B N 7 2"]
+    alternative_angles: Float[Tensor, "*B N 7 2"]
+    mask: Shaped[Tensor, "*B N 7"]
+
+
+class MultiRigidSidechain(nn.Module):
+    """Torsion angles from activations, by a small residual network (Suppl. Alg. 20, lines 11–14)."""
+
+    def __init__(self, config: StructureModuleConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        width = c.sidechain_channel
+        final: Initializer = "zeros" if c.ipa.zero_init else "linear"
+        self.input_projection = Linear(c.num_channel, width)
+        self.input_projection_1 = Linear(c.num_channel, width)
+        for i in range(c.num_residual_block):
+            self.add_module(numbered("resblock1", i), Linear(width, width, initializer="relu"))
+            self.add_module(numbered("resblock2", i), Linear(width, width, initializer=final))
+        self.unnormalized_angles = Linear(width, 14, full_precision=True)
+
+    def forward(
+        self, act: Float[Tensor, "*B N c_s"], initial_act: Float[Tensor, "*B N c_s"]
+    ) -> tuple[Float[Tensor, "*B N 7 2"], Float[Tensor, "*B N 7 2"]]:
+        """Unit (sin, cos) of the seven torsions, and the same before normalisation, in at least float32."""
+        hidden = self.input_projection(F.relu(act)) + self.input_projection_1(F.relu(initial_act))
+        for i in range(self.config.num_residual_block):
+            update = self.get_submodule(numbered("resblock1", i))(F.relu(hidden))
+            hidden = hidden + self.get_submodule(numbered("resblock2", i))(F.relu(update))
+        unnormalized = self.unnormalized_angles(F.relu(hidden)).unflatten(-1, (7, 2))
+        return _unit(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
+
+
+def torsion_angles_to_frames(rigids: Rigid, angles: Float[Tensor, "*B N 7 2"], aatype: Int[Tensor, "*B N"]) -> Rigid:
+    """Frames of the eight rigid groups of every residue, (*B, N, 8) (Alg. 24, lines 1–10).
+
+    Args:
+        rigids: backbone frames, (*B, N), in Å.
+        angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4.
+        aatype: 0–19, or 20 for an unknown residue, whose groups all lie on its backbone.
+    """
+    dtype = at_least_float32(rigids.translation.dtype, angles.dtype)
+    rigids, angles = rigids.astype(dtype), angles.to(dtype)
+    still = angles.new_tensor([0, 1]).expand(*angles.shape[:-2], 1, 2)
+    sine, cosine = torch.cat([still, angles], -2)[..., None, :].unbind(-1)
+    at_rest = _table(residues.GROUP_ROTATION, aatype, dtype)
+    x, y, z = at_rest.unbind(-1)
+    turned = torch.stack([x.expand_as(cosine * y), cosine * y + sine * z, cosine * z - sine * y], -1)
+    groups = Rigid(turned, _table(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
+    chain = [_group(groups, group) for group in range(residues.NUM_GROUP)]
+    for group in (5, 6, 7):  # χ2–χ4 turn with the χ before
+        chain[group] = chain[group - 1].compose(chain[group])
+    to_backbone = Rigid(torch.stack([g.rotation for g in chain], -3), torch.stack([g.translation for g in chain], -2))
+    return Rigid(rigids.rotation[..., None, :, :], rigids.translation[..., None, :]).compose(to_backbone)
+
+
+def frames_to_atom14(frames: Rigid, aatype: Int[Tensor, "*B N"]) -> Float[Tensor, "*B N 14 3"]:
+    """Atoms in the frames of their rigid groups, (*B, N, 8), in the frames' unit of Å (Alg. 24, line 11).
+
+    Slots without an atom are zero.
+    """
+    group = _table(residues.ATOM14_GROUP, aatype)
+    of_atom = Rigid(
+        torch.take_along_dim(frames.rotation, group[..., None, None], -3),
+        torch.take_along_dim(frames.translation, group[..., None], -2),
+    )
+    dtype = frames.translation.dtype
+    atoms = of_atom.apply(_table(residues.ATOM14_POSITIONS, aatype, dtype))
+    return atoms * _table(residues.ATOM14_MASK, aatype, dtype)[..., None]
+
+
+def atom14_to_atom37(atom14: Shaped[Tensor, "*B N 14 *D"], aatype: Int[Tensor, "*B N"]) -> Shaped[Tensor, "*B N 37 *D"]:
+    """Positions, masks or anything else per atom, from slots by residue to slots by name; absent atoms are zero."""
+    return _gather(atom14, residues.ATOM37_TO_ATOM14, residues.ATOM37_MASK, aatype)
+
+
+def atom37_to_atom14(atom37: Shaped[Tensor, "*B N 37 *D"], aatype: Int[Tensor, "*B N"]) -> Shaped[Tensor, "*B N 14 *D"]:
+    """The way back; what belongs to no atom of the residue type is dropped."""
+    return _gather(atom37, residues.ATOM14_TO_ATOM37, residues.ATOM14_MASK, aatype)
+
+
+def atom37_to_frames(
+    atom37: Float[Tensor, "*B N 37 3"], atom37_mask: Shaped[Tensor, "*B N 37"], aatype: Int[Tensor, "*B N"]
+) -> GroupFrames:
+    """Frames of the rigid groups from the atoms that define them (Suppl. 1.8.4, Table 2).
+
+    Args:
+        atom37: positions in Å.
+        atom37_mask: 1 where an atom is known.
+        aatype: 0–19, or 20 for an unknown residue, which has a backbone and a ψ.
+    """
+    dtype = at_least_float32(atom37.dtype)
+    index = _table(residues.GROUP_ATOMS, aatype)
+    first, origin, in_plane = _pick(atom37.to(dtype), index)
+    backbone = (torch.arange(residues.NUM_GROUP, device=atom37.device) == 0)[:, None]
+    on_axis = torch.where(backbone, first, 2 * origin - first)
+    known = torch.all(torch.stack(_pick((atom37_mask != 0)[..., None], index)), 0)[..., 0]
+    known = known & _table(residues.GROUP_MASK, aatype)
+    frames = Rigid.from_three_points(in_plane, origin, on_axis)
+    rotation = torch.where(known[..., None, None], frames.rotation, torch.eye(3, dtype=dtype, device=atom37.device))
+    translation = torch.where(known[..., None], frames.translation, 0)
+    sign = 1 - 2 * _table(residues.GROUP_IS_AMBIGUOUS, aatype, dtype)
+    by_pi = torch.stack([torch.ones_like(sign), sign, sign], -1)[..., None, :]
+    return GroupFrames(Rigid(rotation, translation), Rigid(rotation * by_pi, translation), known)
+
+
+def atom37_to_torsion_angles(
+    atom37: Float[Tensor, "*B N 37 3"],
+    atom37_mask: Shaped[Tensor, "*B N 37"],
+    aatype: Int[Tensor, "*B N"],
+    *,
+    bonded: Shaped[Tensor, "*B N"] | None = None,
+) -> TorsionAngles:
+    """The torsions of residues whose atoms are known (Suppl. 1.8.4, Table 2).
+
+    Args:
+        atom37: positions in Å.
+        atom37_mask: 1 where an atom is known.
+        aatype: 0–19, or 20 for an unknown residue, which has no χ.
+        bonded: 1 where a residue is bonded to the one before it in the array, without which it has no pre-ω and no φ;
+            None for all but the first, as in AlphaFold.
+    """
+    dtype = at_least_float32(atom37.dtype)
+    atoms, known = atom37.to(dtype), atom37_mask != 0
+    known_before = _of_residue_before(known[..., :3, None])
+    if bonded is not None:
+        known_before = known_before & (bonded != 0)[..., None, None]
+    index = _table(residues.TORSION_ATOMS, aatype)
+    a, b, c, d = _pick(torch.cat([atoms, _of_residue_before(atoms[..., :3, :])], -2), index)
+    mask = torch.all(torch.stack(_pick(torch.cat([known[..., None], known_before], -2), index)), 0)[..., 0]
+    mask = mask & _table(residues.TORSION_MASK, aatype)
+    _, y, z = Rigid.from_three_points(a, c, 2 * c - b).apply_inverse(d).unbind(-1)
+    by_oxygen = atoms.new_tensor([1, 1, -1, 1, 1, 1, 1])
+    angles = _unit(torch.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.to(dtype))[..., None]
+    other = 1 - 2 * _table(residues.TORSION_PI_PERIODIC, aatype, dtype)
+    return TorsionAngles(angles, angles * other[..., None], mask)
+
+
+def _table(table: np.ndarray, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.tensor(table.tolist(), dtype=dtype, device=aatype.device)[aatype]
+
+
+def _group(groups: Rigid, group: int) -> Rigid:
+    return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
+
+
+def _unit(vectors: Float[Tensor, "*B D"], smallest_length: float) -> Float[Tensor, "*B D"]:
+    length2 = torch.sum(vectors * vectors, -1, keepdim=True)
+    return vectors / torch.sqrt(torch.clamp(length2, min=smallest_length**2))
+
+
+def _gather(
+    atoms: Shaped[Tensor, "*B N A *D"], slots: np.ndarray, exists: np.ndarray, aatype: Int[Tensor, "*B N"]
+) -> Shaped[Tensor, "*B N A2 *D"]:
+    index, present = _table(slots, aatype), _table(exists, aatype)
+    trailing = (1,) * (atoms.ndim - index.ndim)
+    found = torch.take_along_dim(atoms, index.reshape(*index.shape, *trailing), index.ndim - 1)
+    return torch.where(present.reshape(*present.shape, *trailing), found, torch.zeros_like(found))
+
+
+def _pick(atoms: Shaped[Tensor, "*B N A D"], index: Int[Tensor, "*B N G K"]) -> list[Shaped[Tensor, "*B N G D"]]:
+    """The K atoms that each group names."""
+    return [torch.take_along_dim(atoms, index[..., k, None], -2) for k in range(index.shape[-1])]
+
+
+def _of_residue_before(atoms: Shaped[Tensor, "*B N A D"]) -> Shaped[Tensor, "*B N A D"]:
+    return torch.cat([torch.zeros_like(atoms[..., :1, :, :]), atoms[..., :-1, :, :]], -3)

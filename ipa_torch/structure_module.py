@@ -1,0 +1,183 @@
+"""The structure module (Jumper et al. 2021, Suppl. Alg. 20) with AlphaFold's parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from ipa_bridge.checks import check_structure_module_inputs
+from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.parameters import numbered
+from ipa_torch.invariant_point_attention import InvariantPointAttention
+from ipa_torch.layers import Initializer, LayerNorm, Linear, at_least_float32
+from ipa_torch.rigid import Rigid
+from ipa_torch.side_chains import MultiRigidSidechain, frames_to_atom14, torsion_angles_to_frames
+
+
+class StructureModuleOutput(NamedTuple):
+    """What every layer predicts, layers stacked first; the last is the prediction.
+
+    Attributes:
+        rigids: backbone frames, (L, *B, N), translations in Å.
+        frames: the eight rigid groups, (L, *B, N, 8), in Å.
+        angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4.
+        unnormalized_angles: the same before normalisation.
+        atom14: positions in Å; zero where the residue has no such atom.
+        act: the single representation.
+    """
+
+    rigids: Rigid
+    frames: Rigid
+    angles: Float[Tensor, "L *B N 7 2"]
+    unnormalized_angles: Float[Tensor, "L *B N 7 2"]
+    atom14: Float[Tensor, "L *B N 14 3"]
+    act: Float[Tensor, "L *B N c_s"]
+
+
+class FoldIteration(nn.Module):
+    """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14)."""
+
+    def __init__(self, config: StructureModuleConfig, *, implementation: str | None = None) -> None:
+        super().__init__()
+        self.config = c = config
+        width = c.num_channel
+        final: Initializer = "zeros" if c.ipa.zero_init else "linear"
+        self.invariant_point_attention = InvariantPointAttention(c.ipa, implementation=implementation)
+        self.attention_layer_norm = LayerNorm(width)
+        for i in range(c.num_layer_in_transition):
+            last = i == c.num_layer_in_transition - 1
+            self.add_module(numbered("transition", i), Linear(width, width, initializer=final if last else "relu"))
+        self.transition_layer_norm = LayerNorm(width)
+        if c.ipa.layout == "monomer":
+            self.affine_update = Linear(width, 6, initializer=final, full_precision=True)
+        else:
+            self.quat_rigid = QuatRigid(width, initializer=final)
+        self.rigid_sidechain = MultiRigidSidechain(c)
+
+    def forward(
+        self,
+        act: Float[Tensor, "*B N c_s"],
+        pair: Float[Tensor, "*B N N c_z"],
+        rigids: Rigid,
+        initial_act: Float[Tensor, "*B N c_s"],
+        mask: Shaped[Tensor, "*B N"] | None = None,
+        *,
+        update_mask: Shaped[Tensor, "*B N"] | None = None,
+    ) -> tuple[Float[Tensor, "*B N c_s"], Rigid, Float[Tensor, "*B N 7 2"], Float[Tensor, "*B N 7 2"]]:
+        """The next activations and frames, unit torsion angles and the same before normalisation.
+
+        Args:
+            act: single representation, normalised.
+            pair: pair representation, normalised.
+            rigids: backbone frames, (*B, N), in units of position_scale.
+            initial_act: the single representation that the module began with, normalised.
+            mask: 1 or True where a residue is valid.
+            update_mask: 1 or True where a residue's frame may change; None for everywhere.
+        """
+        act = act + self.invariant_point_attention(act, pair, rigids, mask)  # line 6
+        act = self.attention_layer_norm(self._dropout(act))  # line 7
+        act = act + self._transition(act)  # lines 8–9
+        act = self.transition_layer_norm(self._dropout(act))
+        rigids = rigids.compose(self._backbone_update(act, update_mask))  # line 10
+        angles, unnormalized_angles = self.rigid_sidechain(act, initial_act)
+        return act, rigids, angles, unnormalized_angles
+
+    def _transition(self, act: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N c_s"]:
+        last = self.config.num_layer_in_transition - 1
+        hidden = act
+        for i in range(last):
+            hidden = F.relu(self.get_submodule(numbered("transition", i))(hidden))
+        return self.get_submodule(numbered("transition", last))(hidden).to(act.dtype)
+
+    def _backbone_update(self, act: Float[Tensor, "*B N c_s"], update_mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
+        """Alg. 23: the quaternion (1, b, c, d), normalised, and a translation, in the residue's own frame."""
+        update = self.affine_update(act) if self.config.ipa.layout == "monomer" else self.quat_rigid(act)
+        if update_mask is not None:
+            update = update * update_mask.to(update.dtype)[..., None]
+        quaternion = torch.cat([torch.ones_like(update[..., :1]), update[..., :3]], -1)
+        return Rigid.from_quaternion(quaternion, update[..., 3:])
+
+    def _dropout(self, act: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N c_s"]:
+        return F.dropout(act, self.config.dropout, self.training)
+
+
+class QuatRigid(nn.Module):
+    """The six numbers of a backbone update, under AlphaFold-Multimer's name."""
+
+    def __init__(self, num_channel: int, *, initializer: Initializer = "zeros") -> None:
+        super().__init__()
+        self.rigid = Linear(num_channel, 6, initializer=initializer, full_precision=True)
+
+    def forward(self, act: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N 6"]:
+        """Projects the activations, in at least float32."""
+        return self.rigid(act)
+
+
+class StructureModule(nn.Module):
+    """From representations to frames, torsions and atoms, layer by layer (Alg. 20).
+
+    Submodules carry AlphaFold's haiku names, so its published parameters load by a rule. Frames stay in at least
+    float32, under autocast too. Gradients of rotations stop between layers. Dropout acts in training mode.
+
+    Args:
+        config: the widths and forms; see `StructureModuleConfig`.
+        implementation: of the attention, see `point_attention`.
+    """
+
+    def __init__(self, config: StructureModuleConfig, *, implementation: str | None = None) -> None:
+        super().__init__()
+        self.config = c = config
+        self.single_layer_norm = LayerNorm(c.num_channel)
+        self.initial_projection = Linear(c.num_channel, c.num_channel)
+        self.pair_layer_norm = LayerNorm(c.pair_channel)
+        for layer in range(1 if c.tied_layers else c.num_layer):
+            self.add_module(numbered("fold_iteration", layer), FoldIteration(c, implementation=implementation))
+
+    def forward(
+        self,
+        single: Float[Tensor, "*B N c_s"],
+        pair: Float[Tensor, "*B N N c_z"],
+        aatype: Int[Tensor, "*B N"],
+        mask: Shaped[Tensor, "*B N"] | None = None,
+        *,
+        rigids: Rigid | None = None,
+        update_mask: Shaped[Tensor, "*B N"] | None = None,
+    ) -> StructureModuleOutput:
+        """Every layer's prediction.
+
+        Args:
+            single: single representation.
+            pair: pair representation.
+            aatype: 0–19 in AlphaFold's order, or 20 for unknown.
+            mask: 1 or True where a residue is valid; valid residues ignore all others.
+            rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, all at the origin.
+            update_mask: 1 or True where a residue's frame may change, elsewhere it stays; None for everywhere.
+
+        Raises:
+            ValueError: shapes that do not fit the config or each other, or an aatype that is no integer.
+        """
+        c = self.config
+        check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, *(rigids or ()))))
+        if rigids is None:
+            rigids = Rigid.identity(aatype.shape, dtype=dtype, device=single.device)
+        rigids = rigids.astype(dtype).scale_translation(1 / c.position_scale)
+        initial_act = self.single_layer_norm(single)  # line 1
+        pair = self.pair_layer_norm(pair)  # line 2
+        act = self.initial_projection(initial_act).to(single.dtype)  # line 3
+        each = []
+        for layer in range(c.num_layer):
+            fold_iteration = self.get_submodule(numbered("fold_iteration", 0 if c.tied_layers else layer))
+            act, rigids, *angles = fold_iteration(act, pair, rigids, initial_act, mask, update_mask=update_mask)
+            each.append((act, *rigids, *angles))
+            rigids = rigids.stop_rotation_gradient()  # line 20
+        act, rotation, translation, angles, unnormalized_angles = (torch.stack(xs) for xs in zip(*each, strict=True))
+        rigids = Rigid(rotation, translation).scale_translation(c.position_scale)
+        aatype = aatype.expand(c.num_layer, *aatype.shape)
+        frames = torsion_angles_to_frames(rigids, angles, aatype)  # Alg. 24
+        atom14 = frames_to_atom14(frames, aatype)
+        return StructureModuleOutput(rigids, frames, angles, unnormalized_angles, atom14, act)
