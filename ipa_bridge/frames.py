@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float64
-from numpy import ndarray
 
-from ipa_bridge.residues import RESTYPES
+from ipa_bridge.residues import ATOM14_NAMES, ATOM14_POSITIONS, ATOM37_MASK, ATOM_TYPES, GROUP_ROTATION, RESTYPES
 from ipa_bridge.structures import Structure, backbone_frames
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64
+    from numpy import ndarray
 
 BOND_LENGTHS = {"N-CA": 1.458, "CA-C": 1.525, "C-N": 1.329}
 """Å; Engh & Huber, Acta Cryst. A47 (1991) 392–400."""
 
 BOND_ANGLES = {"N-CA-C": 111.0, "CA-C-N": 117.2, "C-N-CA": 121.7}
 """Degrees; the same authors' revision, International Tables for Crystallography F (2001), ch. 18.3."""
+
+PSI = 3
+"""The rigid group that turns by ψ and carries O."""
 
 HELIX = (-57.8, -47.0)
 STRAND = (-120.0, 115.0)
@@ -55,21 +61,42 @@ def random_frames(
 
 
 def idealised_peptide() -> Structure:
-    """A poly-alanine of 42 residues: an α-helix of 20, a type I turn of two and a β-strand of 20."""
+    """A poly-alanine of 42 residues: an α-helix of 20, a type I turn of two and a β-strand of 20.
+
+    O and Cβ lie where `residues` has them, in the frames of ψ and of the backbone.
+    """
     dihedrals = [HELIX] * 20 + list(TURN) + [STRAND] * 20
     n, ca, c = build_backbone(dihedrals)
     rotation, translation = backbone_frames(n, ca, c)
     number = len(dihedrals)
+    alanine = RESTYPES.index("A")
+    local = dict(zip(ATOM14_NAMES[alanine], ATOM14_POSITIONS[alanine], strict=True))
+    cb = ca + rotation @ local["CB"]
+    o = c + np.einsum("nij,jk,nkl,l->ni", rotation, GROUP_ROTATION[alanine, PSI], _turns(dihedrals), local["O"])
+    atom37 = np.zeros((number, len(ATOM_TYPES), 3))
+    for name, position in {"N": n, "CA": ca, "C": c, "CB": cb, "O": o}.items():
+        atom37[:, ATOM_TYPES.index(name)] = position
     return Structure(
         name="idealised peptide",
         rotation=rotation,
         translation=translation,
         mask=np.ones(number, bool),
-        aatype=np.full(number, RESTYPES.index("A")),
+        atom37=atom37,
+        atom37_mask=np.tile(ATOM37_MASK[alanine], (number, 1)),
+        aatype=np.full(number, alanine),
         chain_id=np.full(number, "A"),
         residue_number=np.arange(1, number + 1),
         insertion_code=np.full(number, ""),
     )
+
+
+def _turns(dihedrals: Sequence[tuple[float, float]]) -> Float64[ndarray, "N 3 3"]:
+    """Rotations by ψ about the x-axis."""
+    psi = np.deg2rad([psi for _, psi in dihedrals])
+    turns = np.tile(np.eye(3), (len(psi), 1, 1))
+    turns[:, 1, 1] = turns[:, 2, 2] = np.cos(psi)
+    turns[:, 2, 1], turns[:, 1, 2] = np.sin(psi), -np.sin(psi)
+    return turns
 
 
 def build_backbone(dihedrals: Sequence[tuple[float, float]]) -> tuple[Float64[ndarray, "N 3"], ...]:

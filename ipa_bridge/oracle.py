@@ -1,4 +1,4 @@
-"""Algorithm 22 in float64 numpy: the truth that every implementation is held against (Jumper et al. 2021)."""
+"""Algorithms 22 and 24 in float64 numpy: the truth that every implementation is held against (Jumper et al. 2021)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
+from ipa_bridge import residues
 from ipa_bridge.config import IPAConfig
 
 einsum = partial(np.einsum, optimize=True)
@@ -89,16 +90,16 @@ def _project(p: Mapping[str, ndarray], config: IPAConfig, single: ndarray) -> tu
         output = np.tensordot(single, p[f"{name}/weights"], 1)
         return output + p[f"{name}/bias"] if f"{name}/bias" in p else output
 
-    residues = single.shape[:-1]
+    batch = single.shape[:-1]
     if config.layout == "multimer":
         scalars = [linear(f"{letter}_scalar_projection") for letter in "qkv"]
         points = [linear(f"{letter}_point_projection/point_projection") for letter in "qkv"]
-        return *scalars, *(np.swapaxes(x.reshape(*residues, h, 3, x.shape[-1] // 3), -1, -2) for x in points)
+        return *scalars, *(np.swapaxes(x.reshape(*batch, h, 3, x.shape[-1] // 3), -1, -2) for x in points)
     qk, p_qk = config.num_scalar_qk, config.num_point_qk
-    q = linear("q_scalar").reshape(*residues, h, qk)
-    kv = linear("kv_scalar").reshape(*residues, h, qk + config.num_scalar_v)
-    q_points = np.moveaxis(linear("q_point_local").reshape(*residues, 3, h, p_qk), -3, -1)
-    kv_points = linear("kv_point_local").reshape(*residues, 3, h, p_qk + config.num_point_v)
+    q = linear("q_scalar").reshape(*batch, h, qk)
+    kv = linear("kv_scalar").reshape(*batch, h, qk + config.num_scalar_v)
+    q_points = np.moveaxis(linear("q_point_local").reshape(*batch, 3, h, p_qk), -3, -1)
+    kv_points = linear("kv_point_local").reshape(*batch, 3, h, p_qk + config.num_point_v)
     kv_points = np.moveaxis(kv_points, -3, -1)
     return q, kv[..., :qk], kv[..., qk:], q_points, kv_points[..., :p_qk, :], kv_points[..., p_qk:, :]
 
@@ -119,3 +120,36 @@ def _softmax(logits: ndarray) -> ndarray:
 def _double(x: ndarray) -> ndarray:
     x = np.asarray(x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def rigid_groups(rotation: ndarray, translation: ndarray, angles: ndarray, aatype: ndarray) -> tuple[ndarray, ndarray]:
+    """Rotations (*B, N, 8, 3, 3) and translations of every residue's rigid groups in float64 (Alg. 24, lines 1–10).
+
+    Args:
+        rotation: of the backbone frames, (*B, N, 3, 3).
+        translation: of the backbone frames, Å.
+        angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4, (*B, N, 7, 2).
+        aatype: 0–20.
+    """
+    parent = [0, 0, 0, 0, 0, 4, 5, 6]
+    turns = np.zeros((*angles.shape[:-2], residues.NUM_GROUP, 3, 3))
+    turns[..., 0, 0] = turns[..., 0, 1, 1] = turns[..., 0, 2, 2] = 1
+    turns[..., 1:, 2, 1], turns[..., 1:, 1, 1] = np.moveaxis(_double(angles), -1, 0)
+    turns[..., 1, 2], turns[..., 2, 2] = -turns[..., 2, 1], turns[..., 1, 1]
+    local_rotation = residues.GROUP_ROTATION[aatype] @ turns
+    local_translation = residues.GROUP_TRANSLATION[aatype]
+    rotations, translations = [_double(rotation)], [_double(translation)]
+    for group in range(1, residues.NUM_GROUP):
+        frame, origin = rotations[parent[group]], translations[parent[group]]
+        rotations.append(frame @ local_rotation[..., group, :, :])
+        translations.append(einsum("...xy,...y->...x", frame, local_translation[..., group, :]) + origin)
+    return np.stack(rotations, -3), np.stack(translations, -2)
+
+
+def atom14(rotations: ndarray, translations: ndarray, aatype: ndarray) -> ndarray:
+    """Atoms (*B, N, 14, 3) in Å from the rigid groups, in float64; zero where there is none (Alg. 24, line 11)."""
+    group = residues.ATOM14_GROUP[aatype]
+    rotation = np.take_along_axis(rotations, group[..., None, None], -3)
+    origin = np.take_along_axis(translations, group[..., None], -2)
+    atoms = einsum("...xy,...y->...x", rotation, residues.ATOM14_POSITIONS[aatype]) + origin
+    return atoms * residues.ATOM14_MASK[aatype][..., None]

@@ -131,7 +131,7 @@ def atom37_to_frames(
     first, origin, in_plane = _pick(atom37.astype(dtype), index)
     backbone = (jnp.arange(residues.NUM_GROUP) == 0)[:, None]
     on_axis = jnp.where(backbone, first, 2 * origin - first)
-    known = jnp.all(jnp.stack(_pick((atom37_mask != 0)[..., None], index)), 0)[..., 0]
+    known = jnp.all(jnp.stack(_pick(atom37_mask.astype(bool)[..., None], index)), 0)[..., 0]
     known = known & jnp.asarray(residues.GROUP_MASK)[aatype]
     frames = Rigid.from_three_points(in_plane, origin, on_axis)
     rotation = jnp.where(known[..., None, None], frames.rotation, jnp.eye(3, dtype=dtype))
@@ -158,10 +158,10 @@ def atom37_to_torsion_angles(
             None for all but the first, as in AlphaFold.
     """
     dtype = at_least_float32(atom37.dtype)
-    atoms, known = atom37.astype(dtype), atom37_mask != 0
+    atoms, known = atom37.astype(dtype), atom37_mask.astype(bool)
     known_before = _of_residue_before(known[..., :3, None])
     if bonded is not None:
-        known_before = known_before & (bonded != 0)[..., None, None]
+        known_before = known_before & bonded.astype(bool)[..., None, None]
     index = jnp.asarray(residues.TORSION_ATOMS)[aatype]
     a, b, c, d = _pick(jnp.concatenate([atoms, _of_residue_before(atoms[..., :3, :])], -2), index)
     mask = jnp.all(jnp.stack(_pick(jnp.concatenate([known[..., None], known_before], -2), index)), 0)[..., 0]

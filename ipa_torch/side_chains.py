@@ -135,7 +135,7 @@ def atom37_to_frames(
     first, origin, in_plane = _pick(atom37.to(dtype), index)
     backbone = (torch.arange(residues.NUM_GROUP, device=atom37.device) == 0)[:, None]
     on_axis = torch.where(backbone, first, 2 * origin - first)
-    known = torch.all(torch.stack(_pick((atom37_mask != 0)[..., None], index)), 0)[..., 0]
+    known = torch.all(torch.stack(_pick(atom37_mask.bool()[..., None], index)), 0)[..., 0]
     known = known & _table(residues.GROUP_MASK, aatype)
     frames = Rigid.from_three_points(in_plane, origin, on_axis)
     rotation = torch.where(known[..., None, None], frames.rotation, torch.eye(3, dtype=dtype, device=atom37.device))
@@ -162,10 +162,10 @@ def atom37_to_torsion_angles(
             None for all but the first, as in AlphaFold.
     """
     dtype = at_least_float32(atom37.dtype)
-    atoms, known = atom37.to(dtype), atom37_mask != 0
+    atoms, known = atom37.to(dtype), atom37_mask.bool()
     known_before = _of_residue_before(known[..., :3, None])
     if bonded is not None:
-        known_before = known_before & (bonded != 0)[..., None, None]
+        known_before = known_before & bonded.bool()[..., None, None]
     index = _table(residues.TORSION_ATOMS, aatype)
     a, b, c, d = _pick(torch.cat([atoms, _of_residue_before(atoms[..., :3, :])], -2), index)
     mask = torch.all(torch.stack(_pick(torch.cat([known[..., None], known_before], -2), index)), 0)[..., 0]
@@ -178,7 +178,7 @@ def atom37_to_torsion_angles(
 
 
 def _table(table: np.ndarray, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None) -> Tensor:
-    return torch.tensor(table.tolist(), dtype=dtype, device=aatype.device)[aatype]
+    return torch.from_numpy(table.copy()).to(aatype.device, dtype)[aatype.long()]
 
 
 def _group(groups: Rigid, group: int) -> Rigid:

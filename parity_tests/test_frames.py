@@ -18,6 +18,7 @@ from ipa_bridge.frames import (
     random_frames,
     random_rotations,
 )
+from ipa_bridge.residues import ATOM37_MASK, ATOM_TYPES
 from ipa_bridge.structures import backbone_frames
 
 MANY = 40_000
@@ -168,6 +169,33 @@ def test_peptide_is_a_helix_a_turn_and_a_strand():
     assert set(peptide.chain_id) == {"A"}
     assert set(peptide.insertion_code) == {""}
     assert peptide.name == "idealised peptide"
+
+
+def test_peptides_atoms_are_alanines():
+    """Bonds and angles within three standard deviations of Engh & Huber's, and L-amino acids."""
+    peptide = idealised_peptide()
+    n, ca, c, cb, o = (peptide.atom37[:, ATOM_TYPES.index(name)] for name in ("N", "CA", "C", "CB", "O"))
+    for ours, built in zip((n, ca, c), build_backbone([HELIX] * 20 + list(TURN) + [STRAND] * 20), strict=True):
+        np.testing.assert_array_equal(ours, built)
+    np.testing.assert_array_equal(peptide.atom37_mask, ATOM37_MASK[peptide.aatype])
+    np.testing.assert_array_equal(peptide.atom37.any(-1) | (np.arange(37) == 1), peptide.atom37_mask)
+    np.testing.assert_allclose(length(c, o), 1.229, rtol=0, atol=3 * 0.019)
+    np.testing.assert_allclose(length(ca, cb), 1.520, rtol=0, atol=3 * 0.021)
+    np.testing.assert_allclose(bend(ca, c, o), 120.1, rtol=0, atol=3 * 2.1)
+    np.testing.assert_allclose(bend(n, ca, cb), 110.1, rtol=0, atol=3 * 1.4)
+    np.testing.assert_allclose(bend(c, ca, cb), 110.1, rtol=0, atol=3 * 1.5)
+    # Seen along N–Cα, Cβ lies 122.5° from C, on the side that makes an L-amino acid.
+    np.testing.assert_allclose(dihedral(c, n, ca, cb), -122.5, rtol=0, atol=3.0)
+    # The peptide group is planar, O opposite to the next N.
+    np.testing.assert_allclose(np.abs(dihedral(n[1:], ca[:-1], c[:-1], o[:-1])), 180.0, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(bend(o[:-1], c[:-1], n[1:]), 122.7, rtol=0, atol=3 * 1.6)
+
+
+def test_helix_has_its_hydrogen_bonds():
+    """O of residue i lies near N of residue i + 4, 2.9 Å in Pauling's helix."""
+    peptide = idealised_peptide()
+    o, n = peptide.atom37[:16, ATOM_TYPES.index("O")], peptide.atom37[4:20, ATOM_TYPES.index("N")]
+    np.testing.assert_allclose(length(o, n), 2.9, rtol=0, atol=0.2)
 
 
 def test_the_helix_is_an_alpha_helix():

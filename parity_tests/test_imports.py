@@ -49,9 +49,11 @@ else:
 """
 
 LIGHT = """
+at_start = {name.partition(".")[0] for name in sys.modules}
 import ipa_bridge
-heavy = {"jax", "torch", "haiku", "gemmi", "safetensors", "ml_dtypes"} & set(sys.modules)
-assert not heavy, heavy
+ours = {"ipa_bridge", "numpy"} | set(sys.stdlib_module_names)
+third_party = {name.partition(".")[0] for name, module in sys.modules.items() if module} - ours - at_start
+assert not third_party, third_party
 """
 
 

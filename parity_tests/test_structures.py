@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipa_bridge.frames import build_backbone, random_frames, random_rotations
-from ipa_bridge.residues import RESTYPES, UNKNOWN_AATYPE
+from ipa_bridge.residues import ATOM37_MASK, ATOM_TYPES, RESTYPES, UNKNOWN_AATYPE
 from ipa_bridge.structures import Structure, backbone_frames, load_structure
 
 pytest.importorskip("gemmi", reason="structures are read by gemmi")
@@ -108,7 +109,7 @@ def written(tmp_path: Path, content: str | bytes, name: str = "small.pdb") -> Pa
 
 
 def assert_same(left: Structure, right: Structure) -> None:
-    for field in ("rotation", "translation", "mask", "aatype", "chain_id", "residue_number", "insertion_code"):
+    for field in (field.name for field in dataclasses.fields(Structure) if field.name != "name"):
         np.testing.assert_array_equal(getattr(left, field), getattr(right, field), err_msg=field, strict=True)
 
 
@@ -134,7 +135,9 @@ def test_types_and_numbers_of_residues(structures_dir, name):
     assert structure.mask.all()
     assert structure.name == name
     shapes = {"rotation": (n, 3, 3), "translation": (n, 3), "mask": (n,), "aatype": (n,), "residue_number": (n,)}
+    shapes |= {"atom37": (n, 37, 3), "atom37_mask": (n, 37)}
     dtypes = {"rotation": "f8", "translation": "f8", "mask": "?", "aatype": "i8", "residue_number": "i8"}
+    dtypes |= {"atom37": "f8", "atom37_mask": "?"}
     assert {field: getattr(structure, field).shape for field in shapes} == shapes
     assert {field: getattr(structure, field).dtype.str[1:].replace("b1", "?") for field in dtypes} == dtypes
     assert structure.chain_id.dtype.kind == structure.insertion_code.dtype.kind == "U"
@@ -155,6 +158,64 @@ def test_biopython_reads_the_same(structures_dir, name):
     rotation, translation = backbone_frames(n, ca, c)
     np.testing.assert_array_equal(structure.translation, translation)
     np.testing.assert_allclose(structure.rotation, rotation, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RESIDUES)
+def test_biopython_finds_the_same_atoms(structures_dir, name):
+    structure = load_structure(structures_dir / name)
+    for i, (_, theirs) in enumerate(biopython_residues(structures_dir / name)):
+        atoms = {"SD" if atom.id == "SE" else atom.id: atom.coord for atom in theirs if atom.element not in "HD"}
+        nitrogens = ["NH1", "NH2"] if {"CD", "NH1", "NH2"} <= set(atoms) else []
+        nearest = sorted(nitrogens, key=lambda x, atoms=atoms: np.linalg.norm(atoms[x] - atoms["CD"]))
+        atoms |= dict(zip(nitrogens, [atoms[x] for x in nearest], strict=True))
+        assert {ATOM_TYPES[slot] for slot in np.flatnonzero(structure.atom37_mask[i])} == set(atoms)
+        for atom, position in atoms.items():
+            theirs_rounded = np.round(position.astype(np.float64), 3)
+            np.testing.assert_array_equal(structure.atom37[i, ATOM_TYPES.index(atom)], theirs_rounded, err_msg=atom)
+
+
+@pytest.mark.parametrize("name", RESIDUES)
+def test_absent_atoms_are_zero_and_no_other_is(structures_dir, name):
+    structure = load_structure(structures_dir / name)
+    np.testing.assert_array_equal(structure.atom37.any(-1), structure.atom37_mask)
+    assert not (structure.atom37_mask & ~ATOM37_MASK[structure.aatype])[:, : ATOM_TYPES.index("OXT")].any()
+    frames = backbone_frames(*np.moveaxis(structure.atom37[:, :3], 1, 0))
+    for ours, theirs in zip((structure.rotation, structure.translation), frames, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", PDB_FILES)
+def test_alphafolds_pdb_reader_finds_the_same_atoms(structures_dir, name):
+    protein = pytest.importorskip("alphafold.common.protein", reason="alphafold-colabfold is not installed")
+    structure = load_structure(structures_dir / name)
+    theirs = protein.from_pdb_string((structures_dir / name).read_text())
+    kept = theirs.atom_mask[:, :3].all(-1)
+    mask, positions = theirs.atom_mask[kept].astype(bool), np.round(theirs.atom_positions[kept].astype(np.float64), 3)
+    # This reader knows neither selenium nor, unlike AlphaFold's mmCIF reader, wrong names in arginines.
+    ours = structure.atom37_mask & ~((theirs.aatype[kept] == 20)[:, None] & (np.array(ATOM_TYPES) == "SD"))
+    np.testing.assert_array_equal(ours, mask)
+    cd, nh1, nh2 = (ATOM_TYPES.index(x) for x in ("CD", "NH1", "NH2"))
+    wrong = np.linalg.norm(positions[:, nh1] - positions[:, cd], axis=-1)
+    wrong = mask[:, [cd, nh1, nh2]].all(-1) & (wrong > np.linalg.norm(positions[:, nh2] - positions[:, cd], axis=-1))
+    positions[wrong, nh1], positions[wrong, nh2] = positions[wrong, nh2], positions[wrong, nh1]
+    np.testing.assert_array_equal(structure.atom37[ours], positions[mask])
+
+
+@pytest.mark.parametrize("name", [name for name in RESIDUES if name.endswith(".cif")])
+def test_alphafolds_mmcif_reader_finds_the_same_atoms(structures_dir, name):
+    """Selenomethionine and arginine's names included."""
+    reason = "alphafold-colabfold is not installed"
+    mmcif_parsing = pytest.importorskip("alphafold.data.mmcif_parsing", reason=reason)
+    templates = pytest.importorskip("alphafold.data.templates", reason=reason)
+    structure = load_structure(structures_dir / name)
+    parsed = mmcif_parsing.parse(file_id=name, mmcif_string=(structures_dir / name).read_text()).mmcif_object
+    assert set(parsed.chain_to_seqres) == set(structure.chain_id)
+    for chain in parsed.chain_to_seqres:
+        positions, mask = templates._get_atom_positions(parsed, chain, max_ca_ca_distance=150.0)
+        observed = mask.any(-1)
+        ours = structure.chain_id == chain
+        np.testing.assert_array_equal(structure.atom37_mask[ours], mask[observed].astype(bool))
+        np.testing.assert_array_equal(structure.atom37[ours], np.round(positions[observed], 3))
 
 
 @pytest.mark.parametrize("name", PDB_FILES)
@@ -329,6 +390,81 @@ def test_chains_follow_in_file_order(load):
     assert structure.residue_number.tolist() == [5, 1, 3]
 
 
+# Atoms beyond the backbone
+
+
+def names(structure: Structure, i: int = 0) -> list[str]:
+    return [ATOM_TYPES[slot] for slot in np.flatnonzero(structure.atom37_mask[i])]
+
+
+def with_atoms(atoms: list[Atom], **positions: tuple[float, float, float]) -> list[Atom]:
+    """A residue with more atoms."""
+    return atoms + [atoms[0]._replace(name=name, xyz=xyz) for name, xyz in positions.items()]
+
+
+@pytest.mark.parametrize(
+    ("residue_name", "others", "kept"),
+    [
+        ("ALA", "CB O OXT HA CG", "CB O OXT"),
+        ("GLY", "O CB", "O"),
+        ("MSE", "CB O CG SE CE", "CB O CG SD CE"),
+        ("MET", "CB O CG SE CE", "CB O CG CE"),
+        # Methylated lysine's CH2 is not tryptophan's.
+        ("MLY", "CB O CG CD CE NZ CH1 CH2", "CB O CG CD CE NZ"),
+        ("SEP", "CB O OG P O1P", "CB O OG"),
+        ("UNK", "CB O CG CH2 OXT XX1", "CB O CG CH2 OXT"),
+        ("SEC", "CB O SE", "CB O"),
+    ],
+)
+def test_atoms_that_the_residue_can_have(load, residue_name, others, kept):
+    positions = {name: (10.0 + i, 2.5, -3.125) for i, name in enumerate(others.split())}
+    atoms = with_atoms(residue(residue_name, 2), **positions)
+    structure = load([*residue("GLY", 1), *atoms, *residue("GLY", 3)])
+    assert set(names(structure, 1)) == {"N", "CA", "C", *kept.split()}
+    for name, position in positions.items():
+        kept_as = "SD" if residue_name == "MSE" and name == "SE" else name
+        if kept_as in kept.split():
+            assert tuple(structure.atom37[1, ATOM_TYPES.index(kept_as)]) == position
+    assert not structure.atom37[~structure.atom37_mask].any()
+
+
+@pytest.mark.parametrize(("nh1", "nh2"), [(1.0, 2.0), (2.0, 1.0), (1.0, 1.0), (2.0, None), (None, 1.0)])
+@pytest.mark.parametrize("cd", [True, False])
+def test_nearer_nitrogen_of_arginine_is_nh1(load, nh1, nh2, cd):
+    x = {name: (20.0 + x, 0.0, 0.0) for name, x in {"NH1": nh1, "NH2": nh2}.items() if x}
+    arginine = with_atoms(residue("ARG", 1), **x, **({"CD": (20.0, 0.0, 0.0)} if cd else {}))
+    structure = load([*arginine, *residue("GLY", 2)])
+    swapped = cd and (nh1, nh2) == (2.0, 1.0)
+    for name, position in x.items():
+        renamed = {"NH1": "NH2", "NH2": "NH1"}[name] if swapped else name
+        assert tuple(structure.atom37[0, ATOM_TYPES.index(renamed)]) == position
+    assert set(names(structure)) == {"N", "CA", "C", *x, *(["CD"] if cd else [])}
+
+
+@pytest.mark.parametrize(("occupancies", "x"), [((0.3, 0.7), 2.0), ((0.5, 0.5), 1.0)])
+def test_side_chain_atom_of_highest_occupancy(load, occupancies, x):
+    alanine = residue("ALA", 1)
+    alternatives = [
+        alanine[0]._replace(name="CB", xyz=(x, 9.0, 9.0), altloc=altloc, occupancy=occupancy)
+        for altloc, x, occupancy in zip("AB", (1.0, 2.0), occupancies, strict=True)
+    ]
+    assert load([*alanine, *alternatives]).atom37[0, ATOM_TYPES.index("CB")].tolist() == [x, 9.0, 9.0]
+
+
+def test_side_chain_atom_given_twice_is_refused(load):
+    alanine = with_atoms(residue("ALA", 1), CB=(1.0, 9.0, 9.0))
+    with pytest.raises(ValueError, match="1 ALA"):
+        load([*alanine, alanine[-1]._replace(xyz=(2.0, 9.0, 9.0))])
+
+
+@pytest.mark.parametrize("missing", ["N", "CA", "C"])
+def test_atoms_stay_where_there_is_no_frame(load, missing):
+    atoms = with_atoms([a for a in residue("ALA", 2) if a.name != missing], CB=(1.0, 9.0, 9.0))
+    structure = load([*residue("GLY", 1), *atoms, *residue("GLY", 3)])
+    assert structure.mask.tolist() == [True, False, True]
+    assert set(names(structure, 1)) == {"N", "CA", "C", "CB"} - {missing}
+
+
 # PDB alone
 
 
@@ -453,8 +589,12 @@ def test_without_gemmi_the_message_names_the_extra(monkeypatch, tmp_path):
         load_structure(written(tmp_path, pdb(WHOLE)))
 
 
-def test_import_needs_no_gemmi():
-    code = "import sys; sys.modules['gemmi'] = None; import ipa_bridge.structures, ipa_bridge.frames"
+def test_import_loads_no_third_party_module_but_numpy():
+    code = (
+        "import sys; before = set(sys.modules); import ipa_bridge.structures, ipa_bridge.frames; "
+        "loaded = {name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names; "
+        "assert loaded == {'ipa_bridge', 'numpy'}, loaded"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,0 +1,254 @@
+"""Torsions to rigid groups to atoms and back: against the oracle, AlphaFold's functions, and real proteins."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ipa_bridge import oracle, residues
+from ipa_bridge.frames import random_frames
+from ipa_bridge.structures import load_structure
+from ipa_bridge.tensors import numpy_array, torch_tensor
+from ipa_parity.report import compare
+
+RMSD = {"1gcn.pdb": 0.284, "2rbg.pdb": 0.148, "5nmu.pdb": 0.002}
+"""Å between a protein and its rebuilt self: what ideal bonds and angles cost. 5nmu.pdb, a prediction, has them."""
+
+PROTEINS = tuple(RMSD)
+
+
+class Jax:
+    name = "jax"
+
+    def __init__(self):
+        self.jax = pytest.importorskip("jax")
+        pytest.importorskip("haiku")
+        import ipa_jax
+
+        self.array, self.numpy = self.jax.numpy.asarray, np.asarray
+        functions = [name for name in ipa_jax.__all__ if "atom" in name or "frames" in name]
+        compiled = {name: self.jax.jit(getattr(ipa_jax, name)) for name in functions}
+        self.ipa = SimpleNamespace(Rigid=ipa_jax.Rigid, **compiled)
+        self.transforms = {"jit": self.jax.jit, "vmap": self.jax.vmap}
+
+    def gradient(self, function, *arrays):
+        return [np.asarray(x) for x in self.jax.jit(self.jax.grad(function, tuple(range(len(arrays)))))(*arrays)]
+
+
+class Torch:
+    name = "torch"
+
+    def __init__(self):
+        self.torch = pytest.importorskip("torch")
+        import ipa_torch
+
+        self.ipa, self.array, self.numpy = ipa_torch, torch_tensor, numpy_array
+        compiled = lambda f: self.torch.compile(f, fullgraph=True, backend="aot_eager")  # noqa: E731
+        self.transforms = {"jit": compiled, "vmap": self.torch.func.vmap}
+
+    def gradient(self, function, *arrays):
+        leaves = [x.clone().requires_grad_() for x in arrays]
+        return [x.numpy() for x in self.torch.autograd.grad(function(*leaves), leaves)]
+
+
+@pytest.fixture(params=[Jax, Torch], ids=lambda kind: kind.name)
+def framework(request):
+    return request.param()
+
+
+def drawn(shape, seed=0, dtype="float64"):
+    """Frames, unit angles and every residue type."""
+    rng = np.random.default_rng(seed)
+    rotation, translation = random_frames(rng, shape)
+    angles = rng.standard_normal((*shape, 7, 2))
+    angles /= np.linalg.norm(angles, axis=-1, keepdims=True)
+    aatype = np.resize(np.arange(21), shape)
+    return *(x.astype(dtype) for x in (rotation, translation, angles)), aatype
+
+
+def judge(actual, expected, stage, dtype, reference="oracle", conditioning=1.0):
+    names = {"case": "side chains", "stage": stage, "dtype": dtype, "subject": "ours", "reference": reference}
+    row = compare(actual, expected, **names, conditioning=conditioning)
+    assert row.passed, str(row)
+
+
+def spread(atoms):
+    """How much larger coordinates are than bonds: the bits that a torsion's differences of coordinates lose."""
+    return 1 + np.abs(atoms).max() / 1.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(21,), (2, 3, 42), (0,)])
+def test_atoms_are_the_oracles(framework, shape, dtype):
+    rotation, translation, angles, aatype = drawn(shape, dtype=dtype)
+    rigids = framework.ipa.Rigid(framework.array(rotation), framework.array(translation))
+    frames = framework.ipa.torsion_angles_to_frames(rigids, framework.array(angles), framework.array(aatype))
+    atoms = framework.numpy(framework.ipa.frames_to_atom14(frames, framework.array(aatype)))
+    assert atoms.dtype == dtype
+    expected_rotation, expected_translation = oracle.rigid_groups(rotation, translation, angles, aatype)
+    expected = oracle.atom14(expected_rotation, expected_translation, aatype)
+    assert atoms.shape == expected.shape
+    if atoms.size:
+        judge(framework.numpy(frames.rotation), expected_rotation, "rotation", dtype)
+        judge(framework.numpy(frames.translation), expected_translation, "translation", dtype)
+        judge(atoms, expected, "atom14", dtype)
+
+
+@pytest.mark.parametrize("transform", ["jit", "vmap"])
+def test_transforms(framework, transform):
+    rotation, translation, angles, aatype = (framework.array(x) for x in drawn((3, 21)))
+
+    def build(rotation, translation, angles, aatype):
+        frames = framework.ipa.torsion_angles_to_frames(framework.ipa.Rigid(rotation, translation), angles, aatype)
+        atoms = framework.ipa.atom14_to_atom37(framework.ipa.frames_to_atom14(frames, aatype), aatype)
+        mask = framework.ipa.atom14_to_atom37(framework.ipa.frames_to_atom14(frames, aatype)[..., 0] != 0, aatype)
+        return framework.ipa.atom37_to_torsion_angles(atoms, mask, aatype).angles
+
+    arguments = (rotation, translation, angles, aatype)
+    expected = framework.numpy(build(*arguments))
+    actual = framework.numpy(framework.transforms[transform](build)(*arguments))
+    judge(actual, expected, "angles", "float64", "plain", spread(framework.numpy(translation)))
+
+
+def test_angles_come_back(framework):
+    """φ and pre-ω belong to neighbours' atoms, so only ψ and the χs of a residue are its own."""
+    rotation, translation, angles, aatype = drawn((42,))
+    atoms = oracle.atom14(*oracle.rigid_groups(rotation, translation, angles, aatype), aatype)
+    atoms, aatype = framework.array(atoms), framework.array(aatype)
+    atom37 = framework.ipa.atom14_to_atom37(atoms, aatype)
+    mask = framework.array(residues.ATOM37_MASK[framework.numpy(aatype)])
+    found = framework.ipa.atom37_to_torsion_angles(atom37, mask, aatype)
+    own = framework.numpy(found.mask).copy()
+    own[:, :2] = False
+    np.testing.assert_array_equal(own[:, 3:], residues.CHI_MASK[framework.numpy(aatype)])
+    judge(framework.numpy(found.angles)[own], angles[own], "angles", "float64", conditioning=spread(translation))
+    frames = framework.ipa.atom37_to_frames(atom37, mask, aatype)
+    expected, _ = oracle.rigid_groups(rotation, translation, angles, framework.numpy(aatype))
+    known = framework.numpy(frames.mask)
+    judge(framework.numpy(frames.frames.rotation)[known], expected[known], "rotation", "float64")
+
+
+def test_atom_slots_go_both_ways(framework):
+    aatype = np.arange(21)
+    atoms = np.random.default_rng(0).standard_normal((21, 14, 3)) * residues.ATOM14_MASK[..., None]
+    there = framework.ipa.atom14_to_atom37(framework.array(atoms), framework.array(aatype))
+    np.testing.assert_array_equal(
+        framework.numpy(framework.ipa.atom37_to_atom14(there, framework.array(aatype))), atoms
+    )
+    masks = framework.ipa.atom14_to_atom37(framework.array(residues.ATOM14_MASK), framework.array(aatype))
+    np.testing.assert_array_equal(framework.numpy(masks), residues.ATOM37_MASK)
+
+
+@pytest.mark.parametrize("name", PROTEINS[:2])
+def test_frames_and_torsions_are_alphafolds(framework, name, structures_dir):
+    """In float32, which its tables are in; where an angle or a frame is not defined ours says zero or the identity."""
+    pytest.importorskip("alphafold")
+    jax = pytest.importorskip("jax")
+    from alphafold.model import all_atom
+
+    structure = load_structure(structures_dir / name)
+    atoms, mask, aatype = structure.atom37.astype("float32"), structure.atom37_mask, structure.aatype
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        floats = mask.astype("float32")
+        torsions = all_atom.atom37_to_torsion_angles(aatype[None], atoms[None], floats[None])
+        frames = all_atom.atom37_to_frames(aatype, atoms, floats)
+    torsions, frames = ({key: np.asarray(x) for key, x in found.items()} for found in (torsions, frames))
+    arrays = [framework.array(x) for x in (atoms, mask, aatype)]
+    ours = framework.ipa.atom37_to_torsion_angles(*arrays)
+    known = framework.numpy(ours.mask)
+    np.testing.assert_array_equal(known, torsions["torsion_angles_mask"][0] > 0)
+    for field, key in (("angles", "torsion_angles_sin_cos"), ("alternative_angles", "alt_torsion_angles_sin_cos")):
+        actual, expected = framework.numpy(getattr(ours, field))[known], torsions[key][0][known]
+        judge(actual, expected, "angles", "float32", "AlphaFold", spread(atoms))
+    groups = framework.ipa.atom37_to_frames(*arrays)
+    known = framework.numpy(groups.mask)
+    np.testing.assert_array_equal(known, frames["rigidgroups_gt_exists"] > 0)
+    for field, key in (("frames", "rigidgroups_gt_frames"), ("alternative_frames", "rigidgroups_alt_gt_frames")):
+        flat = frames[key][known]
+        rigids = getattr(groups, field)
+        rotation = framework.numpy(rigids.rotation)[known].reshape(-1, 9)
+        judge(rotation, flat[:, :9], "rotation", "float32", "AlphaFold")
+        judge(framework.numpy(rigids.translation)[known], flat[:, 9:], "translation", "float32", "AlphaFold")
+
+
+@pytest.mark.parametrize("name", PROTEINS)
+def test_real_proteins_are_rebuilt_from_frames_and_torsions(framework, name, structures_dir):
+    """To within the idealisation of bond lengths and angles; missing atoms neither hinder nor count."""
+    structure = load_structure(structures_dir / name)
+    atoms, mask, aatype = (framework.array(x) for x in (structure.atom37, structure.atom37_mask, structure.aatype))
+    torsions = framework.ipa.atom37_to_torsion_angles(atoms, mask, aatype)
+    known = framework.numpy(torsions.mask)
+    at_zero = np.where(known[..., None], framework.numpy(torsions.angles), [0.0, 1.0])
+    rigids = framework.ipa.Rigid(framework.array(structure.rotation), framework.array(structure.translation))
+    frames = framework.ipa.torsion_angles_to_frames(rigids, framework.array(at_zero), aatype)
+    built = framework.numpy(framework.ipa.atom14_to_atom37(framework.ipa.frames_to_atom14(frames, aatype), aatype))
+    atom14 = residues.ATOM14_GROUP[structure.aatype]
+    torsion_known = np.concatenate([np.ones((len(structure), 1), bool), known], -1)
+    whole = np.take_along_axis(torsion_known, atom14, -1)
+    compared = framework.numpy(framework.ipa.atom14_to_atom37(framework.array(whole), aatype))
+    compared = compared & structure.atom37_mask & structure.mask[:, None]
+    error = np.linalg.norm(built - structure.atom37, axis=-1)[compared]
+    assert np.isfinite(built).all()
+    assert compared.sum() > 0.95 * structure.atom37_mask.sum() - 3 * len(structure)
+    rmsd = np.sqrt((error**2).mean())
+    assert rmsd == pytest.approx(RMSD[name], abs=0.001), f"RMSD {rmsd:.4f} Å"
+
+
+def test_rebuilt_atoms_are_alphafolds(framework, structures_dir):
+    """From the same frames and torsions, in float32: the RMSDs above are its tables' too."""
+    pytest.importorskip("alphafold")
+    jax = pytest.importorskip("jax")
+    from alphafold.model import all_atom, r3
+
+    structure = load_structure(structures_dir / "1gcn.pdb")
+    rotation, translation, angles, _ = drawn((len(structure),), dtype="float32")
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        rigids = r3.Rigids(r3.rots_from_tensor3x3(rotation), r3.vecs_from_tensor(translation))
+        groups = all_atom.torsion_angles_to_frames(structure.aatype, rigids, angles)
+        theirs = all_atom.frames_and_literature_positions_to_atom14_pos(structure.aatype, groups)
+        expected = np.asarray(r3.vecs_to_tensor(theirs))
+    arrays = [framework.array(x) for x in (rotation, translation, angles, structure.aatype)]
+    frames = framework.ipa.torsion_angles_to_frames(framework.ipa.Rigid(*arrays[:2]), *arrays[2:])
+    judge(
+        framework.numpy(framework.ipa.frames_to_atom14(frames, arrays[3])), expected, "atom14", "float32", "AlphaFold"
+    )
+
+
+def test_unbonded_neighbours_have_no_common_torsions(framework, structures_dir):
+    structure = load_structure(structures_dir / "2rbg.pdb")
+    bonded = np.ones(len(structure), bool)
+    bonded[5] = False
+    arrays = [framework.array(x) for x in (structure.atom37, structure.atom37_mask, structure.aatype)]
+    plain = framework.numpy(framework.ipa.atom37_to_torsion_angles(*arrays).mask)
+    broken = framework.numpy(framework.ipa.atom37_to_torsion_angles(*arrays, bonded=framework.array(bonded)).mask)
+    assert np.argwhere(plain != broken).tolist() == [[5, 0], [5, 1]]
+    assert not plain[0, :2].any()
+
+
+def test_gradients_are_finite_where_atoms_are_missing(framework):
+    """Residues without any atom, glycine, alanine, and atoms that coincide."""
+    aatype = np.arange(21)
+    atoms = np.zeros((21, 37, 3))
+    atoms[1:3] = np.random.default_rng(0).standard_normal((2, 37, 3))
+    mask = residues.ATOM37_MASK[aatype]
+    aatype, mask = framework.array(aatype), framework.array(mask)
+
+    def loss(atoms):
+        frames = framework.ipa.atom37_to_frames(atoms, mask, aatype)
+        angles = framework.ipa.atom37_to_torsion_angles(atoms, mask, aatype)
+        return frames.frames.rotation.sum() + frames.alternative_frames.translation.sum() + angles.angles.sum()
+
+    (gradient,) = framework.gradient(loss, framework.array(atoms))
+    assert np.isfinite(gradient).all()
+    rotation, translation, angles, aatypes = drawn((21,))
+    of_all = framework.gradient(
+        lambda r, t, a: framework.ipa.frames_to_atom14(
+            framework.ipa.torsion_angles_to_frames(framework.ipa.Rigid(r, t), a, framework.array(aatypes)),
+            framework.array(aatypes),
+        ).sum(),
+        *(framework.array(x) for x in (rotation, translation, angles)),
+    )
+    assert all(np.isfinite(x).all() for x in of_all)
+    assert not of_all[2][7, 3:].any(), "glycine has no χ"
