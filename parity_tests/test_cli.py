@@ -71,7 +71,7 @@ def test_untrained_weights_are_refused(tmp_path, capsys):
 
 def test_a_preset_tells_the_norm_that_a_file_cannot(tmp_path):
     weights = Weights.random(IPAConfig.esmfold())
-    with pytest.warns(UserWarning, match=r"cannot say that the norm is 'add' with ε = 1e-12"):
+    with pytest.warns(UserWarning, match="cannot say that norm_epsilon is 1e-12, not 1e-08"):
         weights.save(tmp_path / "esm.npz")
     assert load_weights(tmp_path / "esm.npz").config.norm_epsilon == 1e-8
     assert load_weights(tmp_path / "esm.npz", "esmfold").config.norm_epsilon == 1e-12
