@@ -45,6 +45,11 @@ class TorsionAngles(NamedTuple):
     mask: Shaped[Array, "*B N 7"]
 
 
+def lookup(table: np.ndarray, aatype: Int[Array, "*B N"], dtype: DTypeLike | None = None) -> Shaped[Array, "*B N *T"]:
+    """The rows of a table of `ipa_bridge.residues` for residue types."""
+    return jnp.asarray(table, dtype)[aatype]
+
+
 class MultiRigidSidechain(hk.Module):
     """Torsion angles from activations, by a small residual network (Suppl. Alg. 20, lines 11–14)."""
 
@@ -80,10 +85,10 @@ def torsion_angles_to_frames(rigids: Rigid, angles: Float[Array, "*B N 7 2"], aa
     rigids, angles = rigids.astype(dtype), angles.astype(dtype)
     still = jnp.broadcast_to(jnp.asarray([0, 1], dtype), (*angles.shape[:-2], 1, 2))
     sine, cosine = jnp.moveaxis(jnp.concatenate([still, angles], -2)[..., None, :], -1, 0)
-    at_rest = _table(residues.GROUP_ROTATION, aatype, dtype)
+    at_rest = lookup(residues.GROUP_ROTATION, aatype, dtype)
     x, y, z = jnp.moveaxis(at_rest, -1, 0)
     turned = jnp.stack([jnp.broadcast_to(x, (cosine * y).shape), cosine * y + sine * z, cosine * z - sine * y], -1)
-    groups = Rigid(turned, _table(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
+    groups = Rigid(turned, lookup(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
     chain = [_group(groups, group) for group in range(residues.NUM_GROUP)]
     for group in (5, 6, 7):  # χ2–χ4 turn with the χ before
         chain[group] = chain[group - 1].compose(chain[group])
@@ -96,14 +101,14 @@ def frames_to_atom14(frames: Rigid, aatype: Int[Array, "*B N"]) -> Float[Array, 
 
     Slots without an atom are zero.
     """
-    group = jnp.asarray(residues.ATOM14_GROUP)[aatype]
+    group = lookup(residues.ATOM14_GROUP, aatype)
     of_atom = Rigid(
         jnp.take_along_axis(frames.rotation, group[..., None, None], -3),
         jnp.take_along_axis(frames.translation, group[..., None], -2),
     )
     dtype = frames.translation.dtype
-    atoms = of_atom.apply(_table(residues.ATOM14_POSITIONS, aatype, dtype))
-    return atoms * _table(residues.ATOM14_MASK, aatype, dtype)[..., None]
+    atoms = of_atom.apply(lookup(residues.ATOM14_POSITIONS, aatype, dtype))
+    return atoms * lookup(residues.ATOM14_MASK, aatype, dtype)[..., None]
 
 
 def atom14_to_atom37(atom14: Shaped[Array, "*B N 14 *D"], aatype: Int[Array, "*B N"]) -> Shaped[Array, "*B N 37 *D"]:
@@ -127,16 +132,16 @@ def atom37_to_frames(
         aatype: 0–19, or 20 for an unknown residue, which has a backbone and a ψ.
     """
     dtype = at_least_float32(atom37.dtype)
-    index = jnp.asarray(residues.GROUP_ATOMS)[aatype]
+    index = lookup(residues.GROUP_ATOMS, aatype)
     first, origin, in_plane = _pick(atom37.astype(dtype), index)
     backbone = (jnp.arange(residues.NUM_GROUP) == 0)[:, None]
     on_axis = jnp.where(backbone, first, 2 * origin - first)
     known = jnp.all(jnp.stack(_pick(atom37_mask.astype(bool)[..., None], index)), 0)[..., 0]
-    known = known & jnp.asarray(residues.GROUP_MASK)[aatype]
+    known = known & lookup(residues.GROUP_MASK, aatype)
     frames = Rigid.from_three_points(in_plane, origin, on_axis)
     rotation = jnp.where(known[..., None, None], frames.rotation, jnp.eye(3, dtype=dtype))
     translation = jnp.where(known[..., None], frames.translation, jnp.zeros((), dtype))
-    sign = 1 - 2 * _table(residues.GROUP_IS_AMBIGUOUS, aatype, dtype)
+    sign = 1 - 2 * lookup(residues.GROUP_IS_AMBIGUOUS, aatype, dtype)
     by_pi = jnp.stack([jnp.ones_like(sign), sign, sign], -1)[..., None, :]
     return GroupFrames(Rigid(rotation, translation), Rigid(rotation * by_pi, translation), known)
 
@@ -162,19 +167,15 @@ def atom37_to_torsion_angles(
     known_before = _of_residue_before(known[..., :3, None])
     if bonded is not None:
         known_before = known_before & bonded.astype(bool)[..., None, None]
-    index = jnp.asarray(residues.TORSION_ATOMS)[aatype]
+    index = lookup(residues.TORSION_ATOMS, aatype)
     a, b, c, d = _pick(jnp.concatenate([atoms, _of_residue_before(atoms[..., :3, :])], -2), index)
     mask = jnp.all(jnp.stack(_pick(jnp.concatenate([known[..., None], known_before], -2), index)), 0)[..., 0]
-    mask = mask & jnp.asarray(residues.TORSION_MASK)[aatype]
+    mask = mask & lookup(residues.TORSION_MASK, aatype)
     _, y, z = jnp.moveaxis(Rigid.from_three_points(a, c, 2 * c - b).apply_inverse(d), -1, 0)
     by_oxygen = jnp.asarray([1, 1, -1, 1, 1, 1, 1], dtype)
     angles = _unit(jnp.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.astype(dtype))[..., None]
-    other = 1 - 2 * _table(residues.TORSION_PI_PERIODIC, aatype, dtype)
+    other = 1 - 2 * lookup(residues.TORSION_PI_PERIODIC, aatype, dtype)
     return TorsionAngles(angles, angles * other[..., None], mask)
-
-
-def _table(table: np.ndarray, aatype: Int[Array, "*B N"], dtype: DTypeLike) -> Array:
-    return jnp.asarray(table, dtype)[aatype]
 
 
 def _group(groups: Rigid, group: int) -> Rigid:
@@ -189,7 +190,7 @@ def _unit(vectors: Float[Array, "*B D"], smallest_length: float) -> Float[Array,
 def _gather(
     atoms: Shaped[Array, "*B N A *D"], slots: np.ndarray, exists: np.ndarray, aatype: Int[Array, "*B N"]
 ) -> Shaped[Array, "*B N A2 *D"]:
-    index, present = jnp.asarray(slots)[aatype], jnp.asarray(exists)[aatype]
+    index, present = lookup(slots, aatype), lookup(exists, aatype)
     trailing = tuple(range(index.ndim, atoms.ndim))
     found = jnp.take_along_axis(atoms, jnp.expand_dims(index, trailing), index.ndim - 1)
     return jnp.where(jnp.expand_dims(present, trailing), found, jnp.zeros((), atoms.dtype))

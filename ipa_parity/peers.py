@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ipa_bridge import residues
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case
 from ipa_parity.stages import Arrays
+from ipa_parity.structure_module import StructureModuleCase
 
 
 def alphafold_forward(config: IPAConfig) -> Callable[..., Any]:
@@ -217,3 +219,141 @@ def _torch_gradients(case: Case, module: Any, call: Callable) -> tuple[np.ndarra
 
 def _named(out: np.ndarray, by_input: Arrays, by_name: Arrays) -> Arrays:
     return {"out": out} | {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
+
+
+def run_alphafold_structure_module(case: StructureModuleCase, *, gradients: bool = True) -> Arrays:
+    """`alphafold-colabfold`'s structure module of the config's layout, given our haiku parameters as they are.
+
+    Of the activations it returns the last layer's only; gradients are those of `_combination` in our stages.
+    """
+    import haiku as hk
+    import jax
+    import ml_collections
+    from alphafold.model import folding, folding_multimer, r3
+    from alphafold.model.config import model_config
+
+    multimer = case.config.ipa.layout == "multimer"
+    config = model_config("model_1_multimer_v3" if multimer else "model_1").model
+    module = folding_multimer.StructureModule if multimer else folding.StructureModule
+    global_config = ml_collections.ConfigDict({"deterministic": True, "zero_init": True})
+    aatype, exists = case.aatype, residues.ATOM14_MASK[case.aatype]
+
+    def forward(single: Any, pair: Any) -> dict[str, Any]:
+        batch = {
+            "aatype": jax.numpy.asarray(aatype),
+            "seq_mask": jax.numpy.asarray(case.mask, single.dtype),
+            "atom14_atom_exists": jax.numpy.asarray(exists, single.dtype),
+            "atom37_atom_exists": jax.numpy.asarray(residues.ATOM37_MASK[aatype], single.dtype),
+            "residx_atom37_to_atom14": jax.numpy.asarray(residues.ATOM37_TO_ATOM14[aatype]),
+        }
+        options = {"compute_loss": True} if multimer else {}
+        representations = {"single": single, "pair": pair}
+        head = module(config.heads.structure_module, global_config)
+        found = head(representations, batch, is_training=False, **options)
+        angles, atoms, groups = (found["sidechains"][key] for key in ("angles_sin_cos", "atom_pos", "frames"))
+        if not multimer:
+            flat, atoms = r3.rigids_to_tensor_flat12(groups), r3.vecs_to_tensor(atoms)
+            groups = jax.numpy.concatenate([flat[..., :9].reshape(*flat.shape[:-1], 3, 3), flat[..., 9:, None]], -1)
+        last = found["act"] if multimer else found["representations"]["structure_module"]
+        return {
+            "rotation": groups[:, :, 0, :, :3],
+            "translation": groups[:, :, 0, :, 3],
+            "angles": angles,
+            "atom14": atoms,
+            "act": last,
+            "atom37": found["final_atom_positions"],
+        }
+
+    transformed: Any = hk.transform(forward)
+
+    def loss(params: Any, inputs: Mapping[str, Any]) -> Any:
+        output = transformed.apply(params, jax.random.key(0), inputs["single"], inputs["pair"])
+        last = {**case.cotangents, "act": case.cotangents["act"][-1]}
+        scales = {"atom14": 0.1, "angles": 1.0, "act": 1.0}
+        return sum(scales[field] * (output[field] * x).sum() for field, x in last.items()), output
+
+    # Its multimer geometry asserts float32, which its own float64 constants break where x64 is on.
+    with (
+        jax.enable_x64(case.single.dtype == np.float64),
+        jax.numpy_dtype_promotion("standard"),
+        jax.default_matmul_precision("highest"),
+    ):
+        params = jax.tree.map(jax.numpy.asarray, case.weights.to_haiku())
+        inputs = {"single": jax.numpy.asarray(case.single), "pair": jax.numpy.asarray(case.pair)}
+        if gradients:
+            (by_module, by_input), output = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, inputs)
+            grads = {**by_input, **canonical_from_haiku(by_module, case.weights.root)}
+        else:
+            output, grads = jax.jit(lambda p, x: loss(p, x)[1])(params, inputs), {}
+        output, grads = jax.tree.map(np.asarray, (output, grads))
+    return _named_structure_module(output, case.config.num_layer) | {f"gradient/{name}": x for name, x in grads.items()}
+
+
+def run_esmfold_structure_module(case: StructureModuleCase, *, gradients: bool = True) -> Arrays:
+    """`transformers`' EsmFold structure module; its frames are float32 whatever they are given."""
+    import torch
+    from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
+    from transformers.models.esm.modeling_esmfold import EsmFoldStructureModule
+
+    ours, config = case.weights.to_torch(), case.config
+    module = EsmFoldStructureModule(EsmConfig(epsilon=config.ipa.norm_epsilon)).eval()
+    names = {name: _esmfold_name(name) for name, _ in module.named_parameters()}
+    module.load_state_dict({theirs: ours[name] for theirs, name in names.items()})
+    inputs = {"single": torch_tensor(case.single), "pair": torch_tensor(case.pair)}
+    inputs = {name: x[None].requires_grad_(gradients) for name, x in inputs.items()}
+    found = module(inputs, torch_tensor(case.aatype)[None], torch_tensor(case.mask)[None].to(inputs["single"].dtype))
+    groups = found["sidechain_frames"][:, 0, :, 0]
+    output = {
+        "rotation": groups[..., :3, :3],
+        "translation": groups[..., :3, 3],
+        "angles": found["angles"][:, 0],
+        "atom14": found["positions"][:, 0],
+        "act": found["states"][:, 0],
+    }
+    arrays = {}
+    if gradients:
+        scales = {"atom14": 0.1, "angles": 1.0, "act": 1.0}
+        terms = [scales[field] * (output[field] * torch_tensor(x)).sum() for field, x in case.cotangents.items()]
+        parameters = dict(module.named_parameters())
+        grads = torch.autograd.grad(sum(terms), [*inputs.values(), *parameters.values()])
+        arrays = {f"gradient/{name}": x[0].numpy() for name, x in zip(inputs, grads, strict=False)}
+        by_name = {names[name]: x.numpy() for name, x in zip(parameters, grads[len(inputs) :], strict=True)}
+        arrays |= {f"gradient/{name}": x for name, x in canonical_from_torch(by_name, config).items()}
+    detached = {field: x.detach().numpy() for field, x in output.items()}
+    return _named_structure_module(detached, config.num_layer) | arrays
+
+
+def _esmfold_name(theirs: str) -> str:
+    """Our torch name of a parameter of `transformers`' (and OpenFold v1's) structure module."""
+    module, _, leaf = theirs.rpartition(".")
+    fold = "fold_iteration."
+    sidechain = f"{fold}rigid_sidechain."
+    modules = {
+        "layer_norm_s": "single_layer_norm",
+        "layer_norm_z": "pair_layer_norm",
+        "linear_in": "initial_projection",
+        "layer_norm_ipa": f"{fold}attention_layer_norm",
+        "transition.layers.0.linear_1": f"{fold}transition",
+        "transition.layers.0.linear_2": f"{fold}transition_1",
+        "transition.layers.0.linear_3": f"{fold}transition_2",
+        "transition.layer_norm": f"{fold}transition_layer_norm",
+        "bb_update.linear": f"{fold}affine_update",
+        "angle_resnet.linear_in": f"{sidechain}input_projection",
+        "angle_resnet.linear_initial": f"{sidechain}input_projection_1",
+        "angle_resnet.layers.0.linear_1": f"{sidechain}resblock1",
+        "angle_resnet.layers.0.linear_2": f"{sidechain}resblock2",
+        "angle_resnet.layers.1.linear_1": f"{sidechain}resblock1_1",
+        "angle_resnet.layers.1.linear_2": f"{sidechain}resblock2_1",
+        "angle_resnet.linear_out": f"{sidechain}unnormalized_angles",
+    }
+    modules |= {f"ipa.{name}": f"{fold}invariant_point_attention.{ours}" for name, ours in ESMFOLD_NAMES.items()}
+    return f"{modules[module]}.{leaf}" if module in modules else modules[theirs]
+
+
+def _named_structure_module(output: Mapping[str, np.ndarray], num_layer: int) -> Arrays:
+    """Stages by layer; what only the last layer has is the last layer's."""
+    arrays: Arrays = {}
+    for field, x in output.items():
+        layers = {f"{field}/layer {i + 1}": y for i, y in enumerate(x)} if len(x) == num_layer else {}
+        arrays |= layers or {f"{field}/layer {num_layer}": x}
+    return arrays

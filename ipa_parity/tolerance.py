@@ -19,11 +19,12 @@ BOUNDS = {
     "norms": 16,
     "o_pair": 32,
     "out": 32,
-    "rotation": 32,
+    "rotation": 64,
     "translation": 32,
     "angles": 32,
     "atom14": 32,
     "act": 32,
+    "loss": 32,
     "gradient": 256,
 }
 """K per stage in float32 and float64, that of points and norms times their `conditioning`; gradients are one stage.

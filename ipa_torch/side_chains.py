@@ -45,6 +45,13 @@ class TorsionAngles(NamedTuple):
     mask: Shaped[Tensor, "*B N 7"]
 
 
+def lookup(
+    table: np.ndarray, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None
+) -> Shaped[Tensor, "*B N *T"]:
+    """The rows of a table of `ipa_bridge.residues` for residue types."""
+    return torch.from_numpy(table.copy()).to(aatype.device, dtype)[aatype.long()]
+
+
 class MultiRigidSidechain(nn.Module):
     """Torsion angles from activations, by a small residual network (Suppl. Alg. 20, lines 11–14)."""
 
@@ -84,10 +91,10 @@ def torsion_angles_to_frames(rigids: Rigid, angles: Float[Tensor, "*B N 7 2"], a
     rigids, angles = rigids.astype(dtype), angles.to(dtype)
     still = angles.new_tensor([0, 1]).expand(*angles.shape[:-2], 1, 2)
     sine, cosine = torch.cat([still, angles], -2)[..., None, :].unbind(-1)
-    at_rest = _table(residues.GROUP_ROTATION, aatype, dtype)
+    at_rest = lookup(residues.GROUP_ROTATION, aatype, dtype)
     x, y, z = at_rest.unbind(-1)
     turned = torch.stack([x.expand_as(cosine * y), cosine * y + sine * z, cosine * z - sine * y], -1)
-    groups = Rigid(turned, _table(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
+    groups = Rigid(turned, lookup(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
     chain = [_group(groups, group) for group in range(residues.NUM_GROUP)]
     for group in (5, 6, 7):  # χ2–χ4 turn with the χ before
         chain[group] = chain[group - 1].compose(chain[group])
@@ -100,14 +107,14 @@ def frames_to_atom14(frames: Rigid, aatype: Int[Tensor, "*B N"]) -> Float[Tensor
 
     Slots without an atom are zero.
     """
-    group = _table(residues.ATOM14_GROUP, aatype)
+    group = lookup(residues.ATOM14_GROUP, aatype)
     of_atom = Rigid(
         torch.take_along_dim(frames.rotation, group[..., None, None], -3),
         torch.take_along_dim(frames.translation, group[..., None], -2),
     )
     dtype = frames.translation.dtype
-    atoms = of_atom.apply(_table(residues.ATOM14_POSITIONS, aatype, dtype))
-    return atoms * _table(residues.ATOM14_MASK, aatype, dtype)[..., None]
+    atoms = of_atom.apply(lookup(residues.ATOM14_POSITIONS, aatype, dtype))
+    return atoms * lookup(residues.ATOM14_MASK, aatype, dtype)[..., None]
 
 
 def atom14_to_atom37(atom14: Shaped[Tensor, "*B N 14 *D"], aatype: Int[Tensor, "*B N"]) -> Shaped[Tensor, "*B N 37 *D"]:
@@ -131,16 +138,16 @@ def atom37_to_frames(
         aatype: 0–19, or 20 for an unknown residue, which has a backbone and a ψ.
     """
     dtype = at_least_float32(atom37.dtype)
-    index = _table(residues.GROUP_ATOMS, aatype)
+    index = lookup(residues.GROUP_ATOMS, aatype)
     first, origin, in_plane = _pick(atom37.to(dtype), index)
     backbone = (torch.arange(residues.NUM_GROUP, device=atom37.device) == 0)[:, None]
     on_axis = torch.where(backbone, first, 2 * origin - first)
     known = torch.all(torch.stack(_pick(atom37_mask.bool()[..., None], index)), 0)[..., 0]
-    known = known & _table(residues.GROUP_MASK, aatype)
+    known = known & lookup(residues.GROUP_MASK, aatype)
     frames = Rigid.from_three_points(in_plane, origin, on_axis)
     rotation = torch.where(known[..., None, None], frames.rotation, torch.eye(3, dtype=dtype, device=atom37.device))
     translation = torch.where(known[..., None], frames.translation, 0)
-    sign = 1 - 2 * _table(residues.GROUP_IS_AMBIGUOUS, aatype, dtype)
+    sign = 1 - 2 * lookup(residues.GROUP_IS_AMBIGUOUS, aatype, dtype)
     by_pi = torch.stack([torch.ones_like(sign), sign, sign], -1)[..., None, :]
     return GroupFrames(Rigid(rotation, translation), Rigid(rotation * by_pi, translation), known)
 
@@ -166,19 +173,15 @@ def atom37_to_torsion_angles(
     known_before = _of_residue_before(known[..., :3, None])
     if bonded is not None:
         known_before = known_before & bonded.bool()[..., None, None]
-    index = _table(residues.TORSION_ATOMS, aatype)
+    index = lookup(residues.TORSION_ATOMS, aatype)
     a, b, c, d = _pick(torch.cat([atoms, _of_residue_before(atoms[..., :3, :])], -2), index)
     mask = torch.all(torch.stack(_pick(torch.cat([known[..., None], known_before], -2), index)), 0)[..., 0]
-    mask = mask & _table(residues.TORSION_MASK, aatype)
+    mask = mask & lookup(residues.TORSION_MASK, aatype)
     _, y, z = Rigid.from_three_points(a, c, 2 * c - b).apply_inverse(d).unbind(-1)
     by_oxygen = atoms.new_tensor([1, 1, -1, 1, 1, 1, 1])
     angles = _unit(torch.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.to(dtype))[..., None]
-    other = 1 - 2 * _table(residues.TORSION_PI_PERIODIC, aatype, dtype)
+    other = 1 - 2 * lookup(residues.TORSION_PI_PERIODIC, aatype, dtype)
     return TorsionAngles(angles, angles * other[..., None], mask)
-
-
-def _table(table: np.ndarray, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None) -> Tensor:
-    return torch.from_numpy(table.copy()).to(aatype.device, dtype)[aatype.long()]
 
 
 def _group(groups: Rigid, group: int) -> Rigid:
@@ -193,7 +196,7 @@ def _unit(vectors: Float[Tensor, "*B D"], smallest_length: float) -> Float[Tenso
 def _gather(
     atoms: Shaped[Tensor, "*B N A *D"], slots: np.ndarray, exists: np.ndarray, aatype: Int[Tensor, "*B N"]
 ) -> Shaped[Tensor, "*B N A2 *D"]:
-    index, present = _table(slots, aatype), _table(exists, aatype)
+    index, present = lookup(slots, aatype), lookup(exists, aatype)
     trailing = (1,) * (atoms.ndim - index.ndim)
     found = torch.take_along_dim(atoms, index.reshape(*index.shape, *trailing), index.ndim - 1)
     return torch.where(present.reshape(*present.shape, *trailing), found, torch.zeros_like(found))

@@ -1,0 +1,294 @@
+"""The whole structure module on one case: every layer's predictions, losses and gradients in both frameworks.
+
+Stages are `rotation`, `translation`, `angles`, `atom14` and `act`, each `…/layer 1` and so on, and `loss/…`, one per
+term. Gradients of a random combination of every layer's outputs are `gradient/single`, `…/pair` and `…/<canonical
+parameter name>`; those of a loss's term `gradient/loss/<term>/single` and `…/pair`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+
+from ipa_bridge import oracle, residues
+from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.frames import idealised_peptide
+from ipa_bridge.structures import Structure
+from ipa_bridge.tensors import numpy_dtype, torch_tensor
+from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
+from ipa_parity.report import Comparison, compare
+from ipa_parity.stages import Arrays
+
+PRESETS: dict[str, Callable[[], StructureModuleConfig]] = {
+    "alphafold2": StructureModuleConfig.alphafold2,
+    "alphafold-multimer": StructureModuleConfig.alphafold_multimer,
+    "esmfold": StructureModuleConfig.esmfold,
+}
+"""Configs by the names that the command takes."""
+
+TERMS = ("backbone", "sidechain_fape", "chi", "angle_norm", "violation")
+"""The losses, as `StructureModuleLoss` names them."""
+
+
+@dataclass(frozen=True)
+class StructureModuleCase:
+    """One structure module on one protein. Drawn in float64; `astype` rounds all of it to the dtype of a run."""
+
+    name: str
+    weights: Weights
+    single: np.ndarray  # (N, c_s)
+    pair: np.ndarray  # (N, N, c_z)
+    aatype: np.ndarray  # (N,)
+    mask: np.ndarray  # (N,) bool
+    residue_index: np.ndarray  # (N,)
+    chain_id: np.ndarray | None  # (N,) integers, where the losses tell chains apart
+    atom37: np.ndarray  # (N, 37, 3), of the true structure, Å
+    atom37_mask: np.ndarray  # (N, 37) bool
+    cotangents: Mapping[str, np.ndarray]  # of `atom14` in 10 Å, `angles` and `act`, layers first
+
+    @property
+    def config(self) -> StructureModuleConfig:
+        """The model's config."""
+        return cast(StructureModuleConfig, self.weights.config)
+
+    def astype(self, dtype: str) -> StructureModuleCase:
+        """The same case with every number rounded to that dtype."""
+        to = numpy_dtype(dtype)
+        rounded = {field: getattr(self, field).astype(to) for field in ("weights", "single", "pair", "atom37")}
+        return replace(self, **rounded, cotangents={field: x.astype(to) for field, x in self.cotangents.items()})
+
+
+def make_case(
+    name: str,
+    config: StructureModuleConfig,
+    *,
+    structure: Structure | None = None,
+    seed: int = 0,
+    weights: Weights | None = None,
+) -> StructureModuleCase:
+    """Random representations and weights, on the sequence of a structure, which is the losses' truth.
+
+    A tenth of the residues is masked. Without a structure: the idealised peptide with all 20 amino acids in random
+    order and their side chains at random torsions.
+    """
+    rng = np.random.default_rng(seed)
+    structure = dressed_peptide(rng) if structure is None else structure
+    number = len(structure)
+    mask = rng.random(number) > 0.1
+    mask[number // 2] = False
+    _, chains = np.unique(structure.chain_id, return_inverse=True)
+    layers = (config.num_layer, number)
+    return StructureModuleCase(
+        name=name,
+        weights=Weights.random(config, seed=seed + 1, dtype=np.float64) if weights is None else weights,
+        single=rng.standard_normal((number, config.num_channel)),
+        pair=rng.standard_normal((number, number, config.pair_channel)),
+        aatype=structure.aatype,
+        mask=mask,
+        residue_index=structure.residue_number,
+        chain_id=chains if config.ipa.layout == "multimer" else None,
+        atom37=structure.atom37,
+        atom37_mask=structure.atom37_mask & mask[:, None],
+        cotangents={
+            "atom14": rng.standard_normal((*layers, 14, 3)),
+            "angles": rng.standard_normal((*layers, 7, 2)),
+            "act": rng.standard_normal((*layers, config.num_channel)),
+        },
+    )
+
+
+def dressed_peptide(rng: np.random.Generator) -> Structure:
+    """The idealised peptide's backbone with every amino acid in random order, its side chains at random torsions."""
+    bare = idealised_peptide()
+    aatype = rng.permutation(np.resize(np.arange(len(residues.RESTYPES)), len(bare)))
+    turns = rng.uniform(-np.pi, np.pi, (len(bare), 7))
+    groups = oracle.rigid_groups(bare.rotation, bare.translation, np.stack([np.sin(turns), np.cos(turns)], -1), aatype)
+    atom37 = np.take_along_axis(oracle.atom14(*groups, aatype), residues.ATOM37_TO_ATOM14[aatype][..., None], -2)
+    mask = residues.ATOM37_MASK[aatype]
+    return replace(bare, aatype=aatype, atom37=atom37 * mask[..., None], atom37_mask=mask)
+
+
+def judge(
+    case: StructureModuleCase,
+    dtype: str,
+    *,
+    frameworks: Iterable[str] = ("jax", "torch"),
+    gradients: bool = True,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Iterator[Comparison]:
+    """Every stage of a case in one dtype: each framework against the torch model in float64, and the two together.
+
+    Where there is no torch the Haiku model in float64 is the truth; in float64 the frameworks judge each other.
+    """
+    rounded, frameworks = case.astype(dtype), tuple(frameworks)
+    runs: dict[str, Arrays] = {}
+    for name in frameworks:
+        progress(f"{name} {dtype}")
+        runs[name] = RUNNERS[name](rounded, gradients=gradients)
+    pairs = []
+    if dtype != "float64":
+        truth = "torch" if "torch" in runs else "jax"
+        progress(f"{truth} float64")
+        exact = RUNNERS[truth](rounded.astype("float64"), gradients=gradients)
+        pairs += [(name, arrays, "float64", exact) for name, arrays in runs.items()]
+    if len(runs) == 2:
+        (first, arrays), (second, others) = runs.items()
+        pairs.append((first, arrays, second, others))
+    for subject, arrays, reference, expected in pairs:
+        for stage in expected:
+            if not stage.startswith("unnormalized_angles/"):
+                yield compare_stage(rounded, dtype, stage, subject, arrays, reference, expected)
+
+
+def compare_stage(
+    case: StructureModuleCase,
+    dtype: str,
+    stage: str,
+    subject: str,
+    arrays: Arrays,
+    reference: str,
+    expected: Arrays,
+    *,
+    valid_only: bool = False,
+) -> Comparison:
+    """Judges one stage by the tolerance table; with `valid_only` in residues that the mask keeps.
+
+    An angle is the direction of a predicted vector, whose rounding turns it the more the shorter it is: errors of
+    angles count in proportion to that length.
+    """
+    actual, wanted = arrays[stage], expected[stage]
+    field, _, layer = stage.partition("/")
+    if field == "angles":
+        lengths = np.linalg.norm(expected[f"unnormalized_angles/{layer}"].astype(np.float64), axis=-1, keepdims=True)
+        actual, wanted = actual * lengths, wanted * lengths
+    scale = None
+    if stage.endswith("attention_2d/bias"):
+        # Zero in mathematics, like the sum of a row of logits' gradients.
+        scale = float(np.abs(expected[stage.replace("/bias", "/weights")]).max())
+    return compare(
+        actual[case.mask] if valid_only else actual,
+        wanted[case.mask] if valid_only else wanted,
+        case=case.name,
+        stage=stage,
+        dtype=dtype,
+        subject=subject,
+        reference=reference,
+        scale=scale,
+    )
+
+
+def run_jax(case: StructureModuleCase, *, gradients: bool = True, implementation: str | None = None) -> Arrays:
+    """The Haiku model in the case's dtype, under jit, at the highest matrix precision."""
+    import jax
+
+    import ipa_jax
+
+    apply = ipa_jax.transform_structure_module(case.config, implementation=implementation).apply
+
+    def predict(params: Any, inputs: Mapping[str, Any]) -> Any:
+        return apply(params, None, inputs["single"], inputs["pair"], aatype, mask)
+
+    def combined(params: Any, inputs: Mapping[str, Any]) -> Any:
+        return _combination(predict(params, inputs), cotangents)
+
+    def losses(inputs: Mapping[str, Any], params: Any) -> Any:
+        return jax.numpy.stack(_losses(ipa_jax, predict(params, inputs), target))
+
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        to_jax = partial(jax.tree.map, jax.numpy.asarray)
+        params, inputs = to_jax(case.weights.to_haiku()), to_jax({"single": case.single, "pair": case.pair})
+        aatype, mask, cotangents = to_jax((case.aatype, case.mask, dict(case.cotangents)))
+        target = _target(ipa_jax, case, jax.numpy.asarray)
+        arrays = _named_layers(jax.tree.map(np.asarray, jax.jit(predict)(params, inputs)))
+        arrays |= _named_losses(np.asarray(jax.jit(losses)(inputs, params)))
+        if gradients:
+            by_module, by_input = jax.tree.map(np.asarray, jax.jit(jax.grad(combined, (0, 1)))(params, inputs))
+            of_losses = jax.tree.map(np.asarray, jax.jit(jax.jacrev(losses))(inputs, params))
+            arrays |= _named_gradients({**by_input, **canonical_from_haiku(by_module, case.weights.root)}, of_losses)
+    return arrays
+
+
+def run_torch(case: StructureModuleCase, *, gradients: bool = True, implementation: str | None = None) -> Arrays:
+    """The torch model in the case's dtype, on CPU."""
+    import torch
+
+    import ipa_torch
+
+    state = case.weights.to_torch()
+    module = ipa_torch.StructureModule(case.config, implementation=implementation).eval()
+    module.to(state["initial_projection.weight"].dtype).load_state_dict(state)
+    inputs = {name: torch_tensor(x).requires_grad_(gradients) for name, x in _inputs(case).items()}
+    cotangents = {name: torch_tensor(x) for name, x in case.cotangents.items()}
+    output = module(inputs["single"], inputs["pair"], torch_tensor(case.aatype), torch_tensor(case.mask))
+    losses = _losses(ipa_torch, output, _target(ipa_torch, case, torch_tensor))
+    detached = [
+        x.detach().numpy() if isinstance(x, torch.Tensor) else type(x)(*(y.detach() for y in x)) for x in output
+    ]
+    arrays = _named_layers(type(output)(*detached)) | _named_losses(np.array([x.item() for x in losses]))
+    if gradients:
+        parameters = dict(module.named_parameters())
+        leaves = [*inputs.values(), *parameters.values()]
+        grads = [x.numpy() for x in torch.autograd.grad(_combination(output, cotangents), leaves, retain_graph=True)]
+        by_input = dict(zip(inputs, grads[: len(inputs)], strict=True))
+        by_name = canonical_from_torch(dict(zip(parameters, grads[len(inputs) :], strict=True)), case.config)
+        rows = [torch.autograd.grad(x, list(inputs.values()), retain_graph=True) for x in losses]
+        of_losses = {name: np.stack([row[i].numpy() for row in rows]) for i, name in enumerate(inputs)}
+        arrays |= _named_gradients({**by_input, **by_name}, of_losses)
+    return arrays
+
+
+RUNNERS: dict[str, Callable[..., Arrays]] = {"jax": run_jax, "torch": run_torch}
+
+
+def _inputs(case: StructureModuleCase) -> Arrays:
+    return {"single": case.single, "pair": case.pair}
+
+
+def _combination(output: Any, cotangents: Mapping[str, Any]) -> Any:
+    """Σ cotangent·output over all layers, atoms in units of 10 Å."""
+    scales = {"atom14": 0.1, "angles": 1.0, "act": 1.0}
+    return sum(scales[field] * (getattr(output, field) * x).sum() for field, x in cotangents.items())
+
+
+def _target(ipa: Any, case: StructureModuleCase, array: Callable[[np.ndarray], Any]) -> Any:
+    """The true structure, as either package's losses take it."""
+    return ipa.structure_target(
+        array(case.atom37),
+        array(case.atom37_mask),
+        array(case.aatype),
+        array(case.mask),
+        array(case.residue_index),
+        chain_id=None if case.chain_id is None else array(case.chain_id),
+    )
+
+
+def _losses(ipa: Any, output: Any, target: Any) -> list[Any]:
+    terms = ipa.structure_module_loss(output, target)
+    return [getattr(terms, term) for term in TERMS]
+
+
+def _named_layers(output: Any) -> Arrays:
+    fields = {
+        "rotation": output.rigids.rotation,
+        "translation": output.rigids.translation,
+        "angles": output.angles,
+        "unnormalized_angles": output.unnormalized_angles,
+        "atom14": output.atom14,
+        "act": output.act,
+    }
+    return {f"{field}/layer {i + 1}": np.asarray(x) for field, layers in fields.items() for i, x in enumerate(layers)}
+
+
+def _named_losses(values: np.ndarray) -> Arrays:
+    return {f"loss/{term}": values[i : i + 1] for i, term in enumerate(TERMS)}
+
+
+def _named_gradients(of_combination: Mapping[str, np.ndarray], of_losses: Mapping[str, np.ndarray]) -> Arrays:
+    arrays = {f"gradient/{name}": x for name, x in of_combination.items()}
+    for name, rows in of_losses.items():
+        arrays |= {f"gradient/loss/{term}/{name}": rows[i] for i, term in enumerate(TERMS)}
+    return arrays
