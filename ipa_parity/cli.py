@@ -1,4 +1,4 @@
-"""The command `ipa-parity`: is the Haiku IPA the same function as the PyTorch IPA, on your weights and protein?"""
+"""The command `ipa-parity`: is the Haiku model the same function as the PyTorch one, on your weights and protein?"""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.frames import idealised_peptide
 from ipa_bridge.structures import Structure, load_structure
 from ipa_bridge.weights import Weights
-from ipa_parity.cases import PRESETS, Case, load_weights, make_case
-from ipa_parity.parity import installed_frameworks, judge
+from ipa_parity import parity, structure_module
+from ipa_parity.cases import PRESETS, load_weights, make_case
+from ipa_parity.parity import installed_frameworks
 from ipa_parity.report import Comparison, as_json, table
+
+KINKS = (
+    "Gradients in float32 are in the Euclidean norm: a few of millions of ReLUs open in one run and not in the other.\n"
+    "In float64 none does, and what they may err grows with how short the shortest predicted torsion vector is."
+)
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -28,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         frameworks = _frameworks(args.require)
-        cases = _cases(args)
+        cases, judge = MODULES[args.module](args)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     progress = _Progress(shown=not args.quiet)
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dtype,
                 frameworks=frameworks,
                 gradients=not args.no_gradients,
-                progress=lambda step, name=case.name: progress(f"{name}: {step}"),  # type: ignore[misc]
+                progress=lambda step, name=case.name: progress(f"{name}: {step}"),
             )
         del case  # before the next is drawn
     progress.clear()
@@ -53,14 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = {"passed": not failures, "frameworks": list(frameworks), "comparisons": as_json(comparisons)}
         print(json.dumps(report, indent=1))
     else:
-        print(_report(described, frameworks, comparisons, failures, time.perf_counter() - started))
+        note = KINKS if args.module == "structure-module" and not args.no_gradients else ""
+        print(_report(described, frameworks, comparisons, failures, note, time.perf_counter() - started))
     return 1 if failures else 0
+
+
+Question = tuple[list[Callable[[], Any]], Callable[..., Iterator[Comparison]]]
+"""Cases that are drawn when their turn comes, for of a large protein two do not fit in memory; and their judge."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ipa-parity", description=__doc__)
-    parser.add_argument("--weights", metavar="FILE", help="an IPA's weights: .npz (AlphaFold's), .safetensors or .pt")
-    parser.add_argument("--structure", metavar="FILE", help="a protein whose frames to use: PDB or mmCIF")
+    parser.add_argument("--module", choices=MODULES, default="ipa", help="the attention, or a whole structure module")
+    parser.add_argument("--weights", metavar="FILE", help="its weights: .npz (AlphaFold's), .safetensors or .pt")
+    parser.add_argument("--structure", metavar="FILE", help="a protein to run on: PDB or mmCIF")
     parser.add_argument(
         "--preset",
         choices=PRESETS,
@@ -100,44 +112,77 @@ def _frameworks(require: str) -> tuple[str, ...]:
     return frameworks
 
 
-def _cases(args: argparse.Namespace) -> list[Callable[[], Case]]:
-    """Cases that are drawn when their turn comes: of a large protein, two do not fit in memory."""
+def _ipa(args: argparse.Namespace) -> Question:
     if args.structure and args.residues:
         raise ValueError("--structure brings its own residues: leave --residues out")
     models: dict[str, tuple[IPAConfig, Weights | None]]
     structures: dict[str, Structure | None]
     if args.weights:
         weights = load_weights(args.weights, args.preset)
-        if not weights.arrays["output_projection/weights"].any():
-            raise ValueError(
-                f"{args.weights}: output_projection is zero, as an untrained model's: every output is its bias, and "
-                f"there is nothing to compare. Train it, or pass --preset alone for seeded weights"
-            )
+        _check_trained(args.weights, weights, "output_projection/weights")
         models = {Path(args.weights).name: (cast(IPAConfig, weights.config), weights)}
     else:
         names = [args.preset] if args.preset else ["alphafold2", "alphafold-multimer"]
         models = {name: (PRESETS[name](), None) for name in names}
     if args.structure:
-        structure = load_structure(args.structure)
-        if structure.mask.sum() < 2:
-            raise ValueError(f"{args.structure}: at least 2 residues with a backbone are needed, to see each other")
-        structures = {Path(args.structure).name: structure}
+        structures = {Path(args.structure).name: _protein(args.structure)}
     else:
         residues = args.residues or 64
         structures = {f"{residues} random frames": None, "idealised peptide": idealised_peptide()}
-    return [
-        partial(
-            make_case,
-            f"{model}, {frames}",
-            config,
-            (args.residues or 64,),
-            seed=args.seed,
-            weights=weights,
-            structure=structure,
-        )
+    shape = (args.residues or 64,)
+    cases = [
+        partial(make_case, f"{model}, {frames}", config, shape, seed=args.seed, weights=weights, structure=structure)
         for model, (config, weights) in models.items()
         for frames, structure in structures.items()
     ]
+    return cast(list[Callable[[], Any]], cases), parity.judge
+
+
+def _structure_module(args: argparse.Namespace) -> Question:
+    if args.residues:
+        raise ValueError("--module structure-module runs on the residues of a protein: leave --residues out")
+    half = [dtype for dtype in args.dtype or () if dtype not in ("float32", "float64")]
+    if half:
+        raise ValueError(f"--module structure-module is compared in float32 and float64; got --dtype {half[0]}")
+    presets = structure_module.PRESETS
+    if args.preset not in (None, *presets):
+        raise ValueError(f"--module structure-module has the presets {', '.join(presets)}; got {args.preset}")
+    models: dict[str, tuple[StructureModuleConfig, Weights | None]]
+    if args.weights:
+        weights = structure_module.load_weights(args.weights, args.preset)
+        attention = "fold_iteration/invariant_point_attention"
+        _check_trained(args.weights, weights, f"{attention}/output_projection/weights")
+        models = {Path(args.weights).name: (cast(StructureModuleConfig, weights.config), weights)}
+    else:
+        names = [args.preset] if args.preset else ["alphafold2", "alphafold-multimer"]
+        models = {name: (presets[name](), None) for name in names}
+    protein, structure = "idealised peptide", None
+    if args.structure:
+        protein, structure = Path(args.structure).name, _protein(args.structure)
+    make = structure_module.make_case
+    cases = [
+        partial(make, f"{model}, {protein}", config, structure=structure, seed=args.seed, weights=weights)
+        for model, (config, weights) in models.items()
+    ]
+    return cast(list[Callable[[], Any]], cases), structure_module.judge
+
+
+MODULES: dict[str, Callable[[argparse.Namespace], Question]] = {"ipa": _ipa, "structure-module": _structure_module}
+
+
+def _protein(path: str) -> Structure:
+    structure = load_structure(path)
+    if structure.mask.sum() < 2:
+        raise ValueError(f"{path}: at least 2 residues with a backbone are needed, to see each other")
+    return structure
+
+
+def _check_trained(path: str, weights: Weights, name: str) -> None:
+    if not weights.arrays[name].any():
+        raise ValueError(
+            f"{path}: {name.rpartition('/')[0]} is zero, as an untrained model's: every output is its bias, and there "
+            f"is nothing to compare. Train it, or pass --preset alone for seeded weights"
+        )
 
 
 def _report(
@@ -145,10 +190,11 @@ def _report(
     frameworks: Sequence[str],
     comparisons: Sequence[Comparison],
     failures: Sequence[Comparison],
+    note: str,
     seconds: float,
 ) -> str:
     lines = ["Worst error of each stage over all cases, in machine epsilons of its dtype:", ""]
-    lines += [*(f"  {case}" for case in cases), "", table(comparisons), ""]
+    lines += [*(f"  {case}" for case in cases), "", table(comparisons), "", *([note, ""] if note else [])]
     lines += [f"FAIL {row}" for row in failures]
     worst = max(comparisons, key=lambda row: float("inf") if row.problem else row.error / row.bound)
     verdict = (

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 
 from ipa_parity.tolerance import bound, epsilon
+
+Norm = Literal["max", "euclidean"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def compare(
     meaningful: np.ndarray | None = None,
     scale: float | None = None,
     conditioning: float = 1.0,
+    norm: Norm = "max",
 ) -> Comparison:
     """Judges one array by the tolerance table.
 
@@ -60,6 +64,7 @@ def compare(
         scale: what the error is relative to, where the stage is a sum that cancels and max|expected| says
             nothing; None for max|expected|.
         conditioning: factor on the bound, from the inputs alone.
+        norm: of the error and of the scale.
     """
     limit = bound(stage, dtype) * conditioning
 
@@ -74,18 +79,24 @@ def compare(
         return result(np.inf, "nothing to compare")
     if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
         return result(np.inf, "not finite")
-    scale = float(np.abs(expected).max()) if scale is None else scale
+    scale = _size(expected, norm) if scale is None else scale
     if scale == 0:
         return result(np.inf, "the reference is all zero")
-    difference = np.subtract(actual, expected, dtype=np.float64)
-    return result(float(np.abs(difference).max()) / scale / epsilon(dtype))
+    return result(_size(np.subtract(actual, expected, dtype=np.float64), norm) / scale / epsilon(dtype))
+
+
+def _size(x: np.ndarray, norm: Norm) -> float:
+    return float(np.abs(x).max() if norm == "max" else np.linalg.norm(x))
 
 
 def summarise(comparisons: Iterable[Comparison]) -> dict[tuple[str, str, str], Comparison]:
-    """The comparison closest to, or furthest beyond, its bound for each (stage, dtype, subject and reference)."""
+    """The comparison closest to, or furthest beyond, its bound for each (stage, dtype, subject and reference).
+
+    Stages deeper than `gradient/…/…` count together.
+    """
     worst: dict[tuple[str, str, str], Comparison] = {}
     for row in comparisons:
-        key = (row.stage, row.dtype, _who(row))
+        key = ("/".join(row.stage.split("/")[:3]), row.dtype, _who(row))
         if key not in worst or _badness(row) > _badness(worst[key]):
             worst[key] = row
     return worst
