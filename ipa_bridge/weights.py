@@ -193,7 +193,7 @@ class Weights:
         return tree
 
     def to_torch(self) -> dict[str, Tensor]:
-        """The state dict of `ipa_torch.InvariantPointAttention(config)`, tensors with memory of their own."""
+        """The state dict of the torch module of that config, tensors with memory of their own."""
         return {name: torch_tensor(x) for name, x in self._in_torch_layout().items()}
 
     def astype(self, dtype: DTypeLike) -> Weights:

@@ -101,7 +101,10 @@ class FoldIteration(hk.Module):
         return Rigid.from_quaternion(quaternion, update[..., 3:])
 
     def _dropout(self, key: Array | None, act: Float[Array, "*B N c_s"]) -> Float[Array, "*B N c_s"]:
-        return act if key is None else hk.dropout(key, self.config.dropout, act)
+        if key is None:
+            return act
+        kept = 1 - self.config.dropout
+        return jnp.where(jax.random.bernoulli(key, kept, act.shape), act / kept, jnp.zeros_like(act))
 
 
 class QuatRigid(hk.Module):

@@ -221,12 +221,8 @@ def _named(out: np.ndarray, by_input: Arrays, by_name: Arrays) -> Arrays:
     return {"out": out} | {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
 
 
-def run_alphafold_structure_module(case: StructureModuleCase, *, gradients: bool = True) -> Arrays:
-    """`alphafold-colabfold`'s structure module of the config's layout, given our haiku parameters as they are.
-
-    Of the activations it returns the last layer's only; gradients are those of `_combination` in our stages.
-    """
-    import haiku as hk
+def alphafold_structure_module(case: StructureModuleCase) -> Callable[..., dict[str, Any]]:
+    """`alphafold-colabfold`'s structure module of the config's layout on a case's sequence, to be transformed."""
     import jax
     import ml_collections
     from alphafold.model import folding, folding_multimer, r3
@@ -264,7 +260,18 @@ def run_alphafold_structure_module(case: StructureModuleCase, *, gradients: bool
             "atom37": found["final_atom_positions"],
         }
 
-    transformed: Any = hk.transform(forward)
+    return forward
+
+
+def run_alphafold_structure_module(case: StructureModuleCase, *, gradients: bool = True) -> Arrays:
+    """`alphafold-colabfold`'s structure module of the config's layout, given our haiku parameters as they are.
+
+    Of the activations it returns the last layer's only; gradients are those of `_combination` in our stages.
+    """
+    import haiku as hk
+    import jax
+
+    transformed: Any = hk.transform(alphafold_structure_module(case))
 
     def loss(params: Any, inputs: Mapping[str, Any]) -> Any:
         output = transformed.apply(params, jax.random.key(0), inputs["single"], inputs["pair"])

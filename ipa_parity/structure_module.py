@@ -177,6 +177,7 @@ def compare_stage(
     expected: Arrays,
     *,
     valid_only: bool = False,
+    norm: Norm = "max",
 ) -> Comparison:
     """Judges one stage by the tolerance table; with `valid_only` in residues that the mask keeps.
 
@@ -190,7 +191,6 @@ def compare_stage(
     actual, wanted = arrays[stage].astype(np.float64), expected[stage].astype(np.float64)
     field, _, layer = stage.partition("/")
     scale, conditioning = None, 1.0
-    norm: Norm = "max"
     if field == "angles":
         lengths = _lengths(expected, layer)[..., None]
         actual, wanted = actual * lengths, wanted * lengths
@@ -199,7 +199,7 @@ def compare_stage(
         levers = LONGEST_LEVER / np.abs(wanted).max() * lengths.mean() / lengths.min(-1)
         actual = wanted + (actual - wanted) / (1 + levers)[..., None, None]
     if field == "gradient":
-        norm = "euclidean" if dtype == "float32" else "max"
+        norm = "euclidean" if dtype == "float32" else norm
         each = (_lengths(expected, f"layer {i + 1}") for i in range(case.config.num_layer))
         shortness = max(x.mean() / x.min() for x in each)
         conditioning = tolerance.KINKED if dtype == "float32" else 1 + shortness / 8
@@ -250,8 +250,8 @@ def run_jax(case: StructureModuleCase, *, gradients: bool = True, implementation
         to_jax = partial(jax.tree.map, jax.numpy.asarray)
         params, inputs = to_jax(case.weights.to_haiku()), to_jax({"single": case.single, "pair": case.pair})
         aatype, mask, cotangents = to_jax((case.aatype, case.mask, dict(case.cotangents)))
-        target = _target(ipa_jax, case, jax.numpy.asarray)
-        arrays = _named_layers(jax.tree.map(np.asarray, jax.jit(predict)(params, inputs)))
+        target = target_of(ipa_jax, case, jax.numpy.asarray)
+        arrays = named_layers(jax.tree.map(np.asarray, jax.jit(predict)(params, inputs)))
         arrays |= _named_losses(np.asarray(jax.jit(losses)(inputs, params)))
         if gradients:
             by_module, by_input = jax.tree.map(np.asarray, jax.jit(jax.grad(combined, (0, 1)))(params, inputs))
@@ -275,11 +275,11 @@ def run_torch(case: StructureModuleCase, *, gradients: bool = True, implementati
     inputs = {name: torch_tensor(x).requires_grad_(gradients) for name, x in _inputs(case).items()}
     cotangents = {name: torch_tensor(x) for name, x in case.cotangents.items()}
     output = module(inputs["single"], inputs["pair"], torch_tensor(case.aatype), torch_tensor(case.mask))
-    losses = _losses(ipa_torch, output, _target(ipa_torch, case, torch_tensor))
+    losses = _losses(ipa_torch, output, target_of(ipa_torch, case, torch_tensor))
     detached = [
         x.detach().numpy() if isinstance(x, torch.Tensor) else type(x)(*(y.detach() for y in x)) for x in output
     ]
-    arrays = _named_layers(type(output)(*detached)) | _named_losses(np.array([x.item() for x in losses]))
+    arrays = named_layers(type(output)(*detached)) | _named_losses(np.array([x.item() for x in losses]))
     if gradients:
         parameters = dict(module.named_parameters())
         leaves = [*inputs.values(), *parameters.values()]
@@ -305,7 +305,7 @@ def _combination(output: Any, cotangents: Mapping[str, Any]) -> Any:
     return sum(scales[field] * (getattr(output, field) * x).sum() for field, x in cotangents.items())
 
 
-def _target(ipa: Any, case: StructureModuleCase, array: Callable[[np.ndarray], Any]) -> Any:
+def target_of(ipa: Any, case: StructureModuleCase, array: Callable[[np.ndarray], Any]) -> Any:
     """The true structure, as either package's losses take it."""
     return ipa.structure_target(
         array(case.atom37),
@@ -322,7 +322,8 @@ def _losses(ipa: Any, output: Any, target: Any) -> list[Any]:
     return [getattr(terms, term) for term in TERMS]
 
 
-def _named_layers(output: Any) -> Arrays:
+def named_layers(output: Any) -> Arrays:
+    """Stages of an output whose arrays are numpy's."""
     fields = {
         "rotation": output.rigids.rotation,
         "translation": output.rigids.translation,

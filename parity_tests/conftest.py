@@ -11,6 +11,7 @@ import pytest
 
 COMPARED = pytest.StashKey[list]()
 COMPARED_WITH_PEERS = pytest.StashKey[list]()
+COMPARED_WITH_STRUCTURE_MODULES = pytest.StashKey[list]()
 """What the run compared, for its closing tables."""
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +68,9 @@ def structures_dir() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    compared, with_peers = (config.stash.get(key, []) for key in (COMPARED, COMPARED_WITH_PEERS))
-    if not compared + with_peers:
+    keys = (COMPARED, COMPARED_WITH_PEERS, COMPARED_WITH_STRUCTURE_MODULES)
+    compared, with_peers, of_layers = (config.stash.get(key, []) for key in keys)
+    if not compared + with_peers + of_layers:
         return
     from ipa_parity.report import table, worst_by_case
 
@@ -78,6 +80,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if with_peers:
         terminalreporter.section(f"published implementations: worst of {len(with_peers)} comparisons, in eps")
         terminalreporter.write_line(worst_by_case(with_peers))
+    if of_layers:
+        terminalreporter.section("structure modules in float32 against float64: root mean square errors, in eps")
+        terminalreporter.write_line(table(of_layers))
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +95,9 @@ def compared(request: pytest.FixtureRequest) -> list:
 def compared_with_peers(request: pytest.FixtureRequest) -> list:
     """Collects comparisons with published implementations for their own table."""
     return request.config.stash.setdefault(COMPARED_WITH_PEERS, [])
+
+
+@pytest.fixture(scope="session")
+def compared_with_structure_modules(request: pytest.FixtureRequest) -> list:
+    """Collects what published structure modules and ours are off, layer by layer, for a table of their own."""
+    return request.config.stash.setdefault(COMPARED_WITH_STRUCTURE_MODULES, [])

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ipa_bridge import files
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, PredictedLDDTConfig, StructureModuleConfig
 from ipa_bridge.parameters import ipa_parameters
 from ipa_bridge.weights import Weights, torch_name
 from ipa_parity.cases import ODD, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR
@@ -26,6 +26,12 @@ CONFIGS = {
     "odd multimer": ODD_MULTIMER,
     "no pair": ODD_NO_PAIR,
     "no bias": ODD_NO_BIAS,
+    "structure module": StructureModuleConfig.alphafold2(),
+    "structure module multimer": StructureModuleConfig(ipa=ODD_MULTIMER, position_scale=20.0, sidechain_channel=5),
+    "untied structure module": StructureModuleConfig(
+        ipa=ODD, num_layer=3, tied_layers=False, num_layer_in_transition=2
+    ),
+    "confidence head": PredictedLDDTConfig(),
 }
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 FULL_ROOT = "alphafold/alphafold_iteration/structure_module/fold_iteration/invariant_point_attention"
@@ -432,3 +438,57 @@ def test_random_weights_have_the_size_of_trained_ones(config):
         else:
             scale = len(x) ** -0.5 if name.endswith("/weights") else 0.1
             assert 0.5 < x.std() / scale < 2, name
+
+
+ITERATION = "alphafold/alphafold_iteration"
+
+
+def test_alphafolds_file_holds_a_structure_module_an_attention_and_a_head(tmp_path):
+    """Each is found among a whole model's parameters, by what it is or by where."""
+    config, head = StructureModuleConfig.alphafold_multimer(), PredictedLDDTConfig()
+    module, confidence = Weights.random(config), Weights.random(head)
+    tree = module.to_haiku(root=f"{ITERATION}/structure_module")
+    tree |= confidence.to_haiku(root=f"{ITERATION}/predicted_lddt_head")
+    tree[f"{ITERATION}/evoformer/single_activations"] = {"weights": np.ones((3, 3), np.float32)}
+    np.savez(
+        tmp_path / "whole.npz", **{f"{name}//{leaf}": x for name, leaves in tree.items() for leaf, x in leaves.items()}
+    )
+    found = Weights.load(tmp_path / "whole.npz")
+    assert found.config == config
+    assert_same_bits(found.arrays, module.arrays)
+    of_head = Weights.load(tmp_path / "whole.npz", root=f"{ITERATION}/predicted_lddt_head")
+    assert of_head.config == head
+    assert_same_bits(of_head.arrays, confidence.arrays)
+    attention = found.subtree("fold_iteration/invariant_point_attention")
+    assert attention.config == config.ipa
+    again = Weights.load(tmp_path / "whole.npz", root=FULL_ROOT)
+    assert_same_bits(again.arrays, attention.arrays)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+@pytest.mark.parametrize("name", ["structure module", "untied structure module", "confidence head"])
+def test_files_of_whole_modules_round_trip(name, suffix, tmp_path):
+    pytest.importorskip("torch")
+    weights = Weights.random(CONFIGS[name])
+    weights.save(tmp_path / f"weights{suffix}")
+    again = Weights.load(tmp_path / f"weights{suffix}")
+    assert again.config == weights.config
+    assert_same_bits(dict(sorted(again.arrays.items())), dict(sorted(weights.arrays.items())))
+
+
+def test_safetensors_keep_what_shapes_do_not_tell(tmp_path):
+    config = StructureModuleConfig(ipa=ODD, num_layer=5, position_scale=3.0, dropout=0.5)
+    Weights.random(config).save(tmp_path / "weights.safetensors")
+    assert Weights.load(tmp_path / "weights.safetensors").config == config
+    with pytest.warns(UserWarning, match=r"num_layer is 5, not 8; that position_scale is 3\.0, not 10\.0"):
+        Weights.random(config).save(tmp_path / "weights.npz")
+
+
+def test_a_structure_modules_faults_are_named():
+    weights = Weights.random(CONFIGS["untied structure module"])
+    arrays = dict(weights.arrays)
+    del arrays["fold_iteration_1/transition/weights"]
+    with pytest.raises(ValueError, match="fold_iteration_1/transition/weights"):
+        Weights(arrays, weights.config)
+    with pytest.raises(ValueError, match="initial_projection"):
+        Weights({**weights.arrays, "initial_projection/weights": np.zeros((2, 2))}, weights.config)
