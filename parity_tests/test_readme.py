@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ipa_bridge import residues
+from ipa_bridge.structures import load_structure
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
 from ipa_parity.report import compare
@@ -20,7 +22,7 @@ def test_quickstarts_run_one_after_the_other(tmp_path, monkeypatch):
     jax = pytest.importorskip("jax")
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
-    haiku, torch = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    haiku, torch, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     first: dict = {}
     with jax.enable_x64(False):
         exec(compile(haiku, "README.md: Haiku", "exec"), first)
@@ -32,6 +34,43 @@ def test_quickstarts_run_one_after_the_other(tmp_path, monkeypatch):
     assert second["attention"].shape == (12, 48, 48)
     assert_the_same_function(first, second)
     jax.tree.map(np.testing.assert_array_equal, second["params"], dict(first["params"]))
+
+
+def test_representations_become_structure_files(tmp_path, monkeypatch):
+    """The two blocks share weights; what they write is read again, every heavy atom of every residue."""
+    jax = pytest.importorskip("jax")
+    torch = pytest.importorskip("torch")
+    gemmi = pytest.importorskip("gemmi")
+    monkeypatch.chdir(tmp_path)
+    *_, haiku, pytorch = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert all(len(block.strip().splitlines()) <= 14 for block in (haiku, pytorch))
+    first: dict = {}
+    with jax.enable_x64(False):
+        exec(compile(haiku, "README.md: Haiku", "exec"), first)
+        # Drawn anew by the PyTorch block; here the two must have the same inputs.
+        same = first["structure_module"].apply(
+            first["weights"].to_haiku(), None, first["single"], first["pair"], first["aatype"]
+        )
+    second: dict = {}
+    exec(compile(pytorch, "README.md: PyTorch", "exec"), second)
+    inputs = [torch_tensor(np.asarray(first[name])) for name in ("single", "pair", "aatype")]
+    with torch.no_grad():
+        twin = second["structure_module"](*inputs)
+    row = compare(
+        twin.act.numpy(),
+        np.asarray(same.act),
+        case="README",
+        stage="act",
+        dtype="float32",
+        subject="torch",
+        reference="jax",
+    )
+    assert row.passed, str(row)
+    for name, block in (("prediction.pdb", first), ("prediction.cif", second)):
+        assert len(gemmi.read_structure(name)[0][0]) == 48
+        structure = load_structure(name)
+        np.testing.assert_array_equal(structure.aatype, np.asarray(block["aatype"]))
+        np.testing.assert_array_equal(structure.atom37_mask, residues.ATOM37_MASK[structure.aatype])
 
 
 def test_commands_are_in_the_makefile():
