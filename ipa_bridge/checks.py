@@ -85,6 +85,30 @@ def check_structure_module_inputs(
     )
 
 
+def check_shape(name: str, array: Shaped, shape: Sequence[int], beside: str) -> None:
+    """One array has the shape that another asks for.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {tuple(shape)} to fit {beside}; got {tuple(array.shape)}")
+
+
+def check_per_atom(name: str, atoms: Shaped, slots: int, aatype: Shaped) -> None:
+    """Positions, masks or the like have a residue's atoms after the axes of aatype, and one axis more at the most.
+
+    Raises:
+        ValueError: they have not.
+    """
+    expected = (*aatype.shape, slots)
+    if tuple(atoms.shape[: len(expected)]) != expected or len(atoms.shape) > len(expected) + 1:
+        raise ValueError(
+            f"{name} must be {expected}, or that and one axis more, to fit aatype {_shape(aatype)}; "
+            f"got {_shape(atoms)}: of several layers or members of a batch, give one, or an aatype for each"
+        )
+
+
 def check_point_attention_inputs(
     q: Shaped,
     k: Shaped,

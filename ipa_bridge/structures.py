@@ -147,14 +147,14 @@ def save_structure(
         raise ValueError(f"{path}: expected a name ending in {', '.join(WRITTEN)}")
     if name is not None and not (name.isascii() and name.isprintable()):
         raise ValueError(f"name must be one line of ASCII; got {name!r}")
-    positions = np.asarray(atom37)
+    positions = np.asarray(_without_bfloat16(atom37))
     n = len(positions) if positions.ndim else 0
     positions = _numbers("atom37", positions, (n, len(ATOM_TYPES), 3), np.float64)
     types = _numbers("aatype", aatype, (n,), np.int64)
     if not ((types >= 0) & (types <= UNKNOWN_AATYPE)).all():
         raise ValueError(f"aatype must be from 0 to {UNKNOWN_AATYPE}; got {types.min()} to {types.max()}")
     chains = _texts("chain_id", ["A"] * n if chain_id is None else chain_id, n)
-    by_atom = np.zeros((n, len(ATOM_TYPES))) if b_factor is None else np.asarray(b_factor)
+    by_atom = np.zeros((n, len(ATOM_TYPES))) if b_factor is None else np.asarray(_without_bfloat16(b_factor))
     if by_atom.shape == (n,):
         by_atom = np.tile(by_atom[:, None], len(ATOM_TYPES))
     residues = _Residues(
@@ -175,6 +175,11 @@ def save_structure(
     content = _text(residues, suffix, name, path.name[: -len(suffix)]).encode()
     with _replacing(path) as handle:
         handle.write(gzip.compress(content, mtime=0) if suffix.endswith(".gz") else content)
+
+
+def _without_bfloat16(array: Any) -> Any:
+    """Tensors of torch's bfloat16 in float32, for numpy has none of its own."""
+    return array.float() if str(getattr(array, "dtype", "")) == "torch.bfloat16" else array
 
 
 def backbone_frames(

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ipa_bridge import residues
+from ipa_bridge.checks import check_shape
 from ipa_jax.layers import at_least_float32
 from ipa_jax.rigid import Rigid
 from ipa_jax.side_chains import atom37_to_atom14, atom37_to_frames, atom37_to_torsion_angles, lookup
@@ -130,13 +131,14 @@ def structure_target(
         ValueError: shapes that do not fit each other.
     """
     residue = tuple(mask.shape)
-    _check_shape("atom37", atom37, (*residue, 37, 3), "mask")
-    _check_shape("atom37_mask", atom37_mask, (*residue, 37), "mask")
-    _check_shape("aatype", aatype, residue, "mask")
-    _check_shape("residue_index", residue_index, residue, "mask")
+    check_shape("atom37", atom37, (*residue, 37, 3), "mask")
+    check_shape("atom37_mask", atom37_mask, (*residue, 37), "mask")
+    check_shape("aatype", aatype, residue, "mask")
+    check_shape("residue_index", residue_index, residue, "mask")
     if chain_id is not None:
-        _check_shape("chain_id", chain_id, residue, "mask")
+        check_shape("chain_id", chain_id, residue, "mask")
     known = atom37_mask.astype(bool) & mask.astype(bool)[..., None]
+    atom37 = jnp.where(known[..., None], atom37, jnp.zeros((), atom37.dtype))
     groups, torsions = atom37_to_frames(atom37, known, aatype), atom37_to_torsion_angles(atom37, known, aatype)
     return StructureTarget(
         aatype=aatype,
@@ -186,13 +188,13 @@ def frame_aligned_point_error(
     """
     frames, points = frames_mask.shape, points_mask.shape
     for name, rigid in (("predicted", predicted_frames), ("target", target_frames)):
-        _check_shape(f"{name}_frames.rotation", rigid.rotation, (*frames, 3, 3), "frames_mask")
-        _check_shape(f"{name}_frames.translation", rigid.translation, (*frames, 3), "frames_mask")
-    _check_shape("predicted_points", predicted_points, (*points, 3), "points_mask")
-    _check_shape("target_points", target_points, (*points, 3), "points_mask")
-    _check_shape("points_mask", points_mask, (*frames[:-1], points[-1]), "frames_mask")
+        check_shape(f"{name}_frames.rotation", rigid.rotation, (*frames, 3, 3), "frames_mask")
+        check_shape(f"{name}_frames.translation", rigid.translation, (*frames, 3), "frames_mask")
+    check_shape("predicted_points", predicted_points, (*points, 3), "points_mask")
+    check_shape("target_points", target_points, (*points, 3), "points_mask")
+    check_shape("points_mask", points_mask, (*frames[:-1], points[-1]), "frames_mask")
     if pair_mask is not None:
-        _check_shape("pair_mask", pair_mask, (*frames, points[-1]), "frames_mask")
+        check_shape("pair_mask", pair_mask, (*frames, points[-1]), "frames_mask")
     dtype = at_least_float32(*(x.dtype for x in (*predicted_frames, *target_frames, predicted_points, target_points)))
     predicted_points, target_points, points_mask = (
         x.astype(dtype) for x in (predicted_points, target_points, points_mask)
@@ -351,9 +353,9 @@ def rename_ambiguous_atoms(
     Raises:
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
     """
-    _check_shape("predicted_atom14", predicted_atom14, (*mask.shape, 3), "mask")
-    _check_shape("true_atom14", true_atom14, (*mask.shape, 3), "mask")
-    _check_shape("aatype", aatype, mask.shape[:-1], "mask")
+    check_shape("predicted_atom14", predicted_atom14, (*mask.shape, 3), "mask")
+    check_shape("true_atom14", true_atom14, (*mask.shape, 3), "mask")
+    check_shape("aatype", aatype, mask.shape[:-1], "mask")
     dtype = at_least_float32(predicted_atom14.dtype, true_atom14.dtype)
     swap = lookup(residues.ATOM14_SWAP, aatype)
     other_atom14 = jnp.take_along_axis(true_atom14, swap[..., None], -2)
@@ -416,9 +418,9 @@ def supervised_chi_loss(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shape("true_chi", true_chi, (*chi_mask.shape, 2), "chi_mask")
-    _check_shape("aatype", aatype, chi_mask.shape[:-1], "chi_mask")
-    _check_shape("angles", angles, (*angles.shape[:1], *chi_mask.shape[:-1], 7, 2), "chi_mask")
+    check_shape("true_chi", true_chi, (*chi_mask.shape, 2), "chi_mask")
+    check_shape("aatype", aatype, chi_mask.shape[:-1], "chi_mask")
+    check_shape("angles", angles, (*angles.shape[:1], *chi_mask.shape[:-1], 7, 2), "chi_mask")
     dtype = at_least_float32(angles.dtype, true_chi.dtype)
     chi, true_chi, weight = angles[..., 3:, :].astype(dtype), true_chi.astype(dtype), chi_mask.astype(dtype)
     sign = 1 - 2 * lookup(residues.CHI_PI_PERIODIC, aatype, dtype)
@@ -439,9 +441,7 @@ def angle_norm_loss(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shape(
-        "unnormalized_angles", unnormalized_angles, (*unnormalized_angles.shape[:1], *mask.shape, 7, 2), "mask"
-    )
+    check_shape("unnormalized_angles", unnormalized_angles, (*unnormalized_angles.shape[:1], *mask.shape, 7, 2), "mask")
     dtype = at_least_float32(unnormalized_angles.dtype)
     error = jnp.abs(_norm(unnormalized_angles.astype(dtype), epsilon) - 1)
     repeats = error.shape[0] * error.shape[-1]
@@ -710,7 +710,7 @@ def violation_metrics(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shape("mask", mask, atom14_mask.shape[:-1], "atom14_mask")
+    check_shape("mask", mask, atom14_mask.shape[:-1], "atom14_mask")
     dtype = at_least_float32(atom14.dtype)
     of_residues = (
         violations.bonds.violation_per_residue,
@@ -746,8 +746,8 @@ def lddt(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shape("predicted", predicted, (*mask.shape, 3), "mask")
-    _check_shape("true", true, (*mask.shape, 3), "mask")
+    check_shape("predicted", predicted, (*mask.shape, 3), "mask")
+    check_shape("true", true, (*mask.shape, 3), "mask")
     dtype = at_least_float32(predicted.dtype, true.dtype)
     predicted, true = (jax.lax.stop_gradient(x.astype(dtype)) for x in (predicted, true))
     mask = mask.astype(dtype)
@@ -786,7 +786,7 @@ def plddt_loss(
         ValueError: shapes that do not fit each other.
     """
     num_bin = logits.shape[-1]
-    _check_shape("logits", logits, (*mask.shape, num_bin), "mask")
+    check_shape("logits", logits, (*mask.shape, num_bin), "mask")
     score = lddt(predicted_ca, true_ca, mask, per_residue=True)
     index = jnp.minimum(jnp.floor(score * num_bin).astype(jnp.int32), num_bin - 1)
     log_probability = jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)))
@@ -813,7 +813,8 @@ def structure_module_loss(
 
     Args:
         output: of the structure module.
-        target: the true structure, see `structure_target`; its ambiguous atoms are renamed here.
+        target: the true structure, see `structure_target`, taken in the prediction's dtype; its ambiguous atoms are
+            renamed here.
         use_clamped_fape: as in `backbone_loss`.
         sidechain_weight: of the side chains' FAPE, 1 minus it of the backbone's.
         chi_weight: of the torsions' error.
@@ -825,6 +826,11 @@ def structure_module_loss(
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
     """
     atom14 = output.atom14[-1]
+    target = target._replace(
+        group_frames=target.group_frames.astype(atom14.dtype),
+        atom14=target.atom14.astype(atom14.dtype),
+        chi=target.chi.astype(atom14.dtype),
+    )
     renamed = rename_ambiguous_atoms(atom14, target.atom14, target.atom14_mask, target.aatype, chunk_size=chunk_size)
     true_frames = rename_ambiguous_frames(target.group_frames, target.aatype, renamed.alternative_is_better)
     backbone, fape = backbone_loss(
@@ -870,14 +876,16 @@ def _by_rows(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None for all at once; got {chunk_size}")
     number = rows[0].shape[0]
+    if chunk_size >= number:
+        return function(*rows)
 
     def split(x: Array) -> Array:
         padded = jnp.pad(x, [(0, -number % chunk_size)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(-1, chunk_size, *x.shape[1:])
+        return padded.reshape(len(padded) // chunk_size, chunk_size, *x.shape[1:])
 
     remade = jax.checkpoint(function, prevent_cse=False)
     output = jax.lax.map(lambda chunk: remade(*chunk), [split(x) for x in rows])
-    return tuple(x.reshape(-1, *x.shape[2:])[:number] for x in output)
+    return tuple(x.reshape(len(x) * chunk_size, *x.shape[2:])[:number] for x in output)
 
 
 def _local(
@@ -921,8 +929,8 @@ def _over_layers(x: Shaped[Array, "*B"], layers: tuple[int, ...]) -> Shaped[Arra
 
 def _flatten(x: Shaped[Array, "*B N A *C"], axis: int) -> Shaped[Array, "*B N*A *C"]:
     """The axis, counted from the end, and the next one as one."""
-    shape = x.shape
-    return x.reshape(*shape[:axis], -1, *shape[x.ndim + axis + 2 :])
+    shape, first = x.shape, x.ndim + axis
+    return x.reshape(*shape[:first], shape[first] * shape[first + 1], *shape[first + 2 :])
 
 
 @cache
@@ -931,14 +939,9 @@ def _distance_bounds(tolerance_factor: float, overlap_tolerance: float) -> tuple
 
 
 def _check_structure(atom14: Array, mask: Array, residue_index: Array, aatype: Array, chain_id: Array | None) -> None:
-    _check_shape("atom14", atom14, (*mask.shape, 3), "mask")
-    _check_shape("mask", mask, (*mask.shape[:-1], 14), "itself")
-    _check_shape("residue_index", residue_index, mask.shape[:-1], "mask")
-    _check_shape("aatype", aatype, mask.shape[:-1], "mask")
+    check_shape("atom14", atom14, (*mask.shape, 3), "mask")
+    check_shape("mask", mask, (*mask.shape[:-1], 14), "itself")
+    check_shape("residue_index", residue_index, mask.shape[:-1], "mask")
+    check_shape("aatype", aatype, mask.shape[:-1], "mask")
     if chain_id is not None:
-        _check_shape("chain_id", chain_id, mask.shape[:-1], "mask")
-
-
-def _check_shape(name: str, array: Array, shape: Sequence[int], beside: str) -> None:
-    if tuple(array.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {tuple(shape)} to fit {beside}; got {tuple(array.shape)}")
+        check_shape("chain_id", chain_id, mask.shape[:-1], "mask")

@@ -158,19 +158,20 @@ class StructureModule(hk.Module):
             mask: 1 or True where a residue is valid; valid residues ignore all others.
             rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, all at the origin.
             update_mask: 1 or True where a residue's frame may change, elsewhere it stays; None for everywhere.
-            is_training: apply dropout, with haiku's rng.
+            is_training: apply dropout, with haiku's rng. A Python bool: `jax.jit` wants it among static_argnames.
 
         Raises:
             ValueError: shapes that do not fit the config or each other, or an aatype that is no integer.
         """
         c = self.config
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
-        dtype = at_least_float32(*(x.dtype for x in (single, pair, *(rigids or ()))))
-        rigids = Rigid.identity(aatype.shape, dtype=dtype) if rigids is None else rigids.astype(dtype)
-        rigids = rigids.scale_translation(1 / c.position_scale)
         initial_act = LayerNorm(name="single_layer_norm")(single)  # line 1
         pair = LayerNorm(name="pair_layer_norm")(pair)  # line 2
-        act = Linear(c.num_channel, name="initial_projection")(initial_act).astype(single.dtype)  # line 3
+        act = Linear(c.num_channel, name="initial_projection")(initial_act)  # line 3, in the parameters' dtype
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, act, *(rigids or ()))))
+        act = act.astype(single.dtype)
+        rigids = Rigid.identity(aatype.shape, dtype=dtype) if rigids is None else rigids.astype(dtype)
+        rigids = rigids.scale_translation(1 / c.position_scale)
         layers = [
             FoldIteration(c, implementation=self.implementation) for _ in range(1 if c.tied_layers else c.num_layer)
         ]

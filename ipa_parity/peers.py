@@ -254,6 +254,9 @@ def alphafold_structure_module(case: StructureModuleCase) -> Callable[..., dict[
         return {
             "rotation": groups[:, :, 0, :, :3],
             "translation": groups[:, :, 0, :, 3],
+            "group_rotation": groups[..., :3],
+            "group_translation": groups[..., 3],
+            "unnormalized_angles": found["sidechains"]["unnormalized_angles_sin_cos"],
             "angles": angles,
             "atom14": atoms,
             "act": last,
@@ -309,10 +312,13 @@ def run_esmfold_structure_module(case: StructureModuleCase, *, gradients: bool =
     inputs = {"single": torch_tensor(case.single), "pair": torch_tensor(case.pair)}
     inputs = {name: x[None].requires_grad_(gradients) for name, x in inputs.items()}
     found = module(inputs, torch_tensor(case.aatype)[None], torch_tensor(case.mask)[None].to(inputs["single"].dtype))
-    groups = found["sidechain_frames"][:, 0, :, 0]
+    groups = found["sidechain_frames"][:, 0]
     output = {
-        "rotation": groups[..., :3, :3],
-        "translation": groups[..., :3, 3],
+        "rotation": groups[:, :, 0, :3, :3],
+        "translation": groups[:, :, 0, :3, 3],
+        "group_rotation": groups[..., :3, :3],
+        "group_translation": groups[..., :3, 3],
+        "unnormalized_angles": found["unnormalized_angles"][:, 0],
         "angles": found["angles"][:, 0],
         "atom14": found["positions"][:, 0],
         "act": found["states"][:, 0],

@@ -1,8 +1,9 @@
 """The whole structure module on one case: every layer's predictions, losses and gradients in both frameworks.
 
-Stages are `rotation`, `translation`, `angles`, `atom14` and `act`, each `…/layer 1` and so on, and `loss/…`, one per
-term. Gradients of a random combination of every layer's outputs are `gradient/single`, `…/pair` and `…/<canonical
-parameter name>`; those of a loss's term `gradient/loss/<term>/single` and `…/pair`.
+Stages are `rotation` and `translation` of the backbone and of the rigid groups, `unnormalized_angles`, `angles`,
+`atom14` and `act`, each `…/layer 1` and so on, and `loss/…`, one per term. Gradients of a random combination of every
+layer's outputs are `gradient/single`, `…/pair` and `…/<canonical parameter name>`; those of a loss's term
+`gradient/loss/<term>/single` and `…/pair`.
 """
 
 from __future__ import annotations
@@ -163,8 +164,7 @@ def judge(
         pairs.append((first, arrays, second, others))
     for subject, arrays, reference, expected in pairs:
         for stage in expected:
-            if not stage.startswith("unnormalized_angles/"):
-                yield compare_stage(rounded, dtype, stage, subject, arrays, reference, expected)
+            yield compare_stage(rounded, dtype, stage, subject, arrays, reference, expected)
 
 
 def compare_stage(
@@ -194,10 +194,11 @@ def compare_stage(
     if field == "angles":
         lengths = _lengths(expected, layer)[..., None]
         actual, wanted = actual * lengths, wanted * lengths
-    if field == "atom14":
+    if field in ("atom14", "group_rotation", "group_translation"):
         lengths = _lengths(expected, layer)
-        levers = LONGEST_LEVER / np.abs(wanted).max() * lengths.mean() / lengths.min(-1)
-        actual = wanted + (actual - wanted) / (1 + levers)[..., None, None]
+        lever = 1.0 if field == "group_rotation" else LONGEST_LEVER / np.abs(wanted).max()
+        forgiven = 1 + lever * lengths.mean() / lengths.min(-1)
+        actual = wanted + (actual - wanted) / np.expand_dims(forgiven, tuple(range(1, wanted.ndim)))
     if field == "gradient":
         norm = "euclidean" if dtype == "float32" else norm
         each = (_lengths(expected, f"layer {i + 1}") for i in range(case.config.num_layer))
@@ -327,6 +328,8 @@ def named_layers(output: Any) -> Arrays:
     fields = {
         "rotation": output.rigids.rotation,
         "translation": output.rigids.translation,
+        "group_rotation": output.frames.rotation,
+        "group_translation": output.frames.translation,
         "angles": output.angles,
         "unnormalized_angles": output.unnormalized_angles,
         "atom14": output.atom14,

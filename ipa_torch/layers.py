@@ -92,6 +92,13 @@ def initialize_weight(weight: Float[Tensor, "c_out c_in"], initializer: Initiali
     nn.init.trunc_normal_(weight, std=stddev, a=-2 * stddev, b=2 * stddev)
 
 
+def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """`torch.take_along_dim` of one broadcast, which unlike it leaves sizes free under `torch.export`."""
+    shape = list(x.shape)
+    shape[dim] = index.shape[dim]
+    return torch.gather(x, dim, index.long().expand(shape))
+
+
 def widest_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype that holds all of these."""
     return reduce(torch.promote_types, dtypes)

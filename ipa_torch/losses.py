@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ipa_bridge import residues
-from ipa_torch.layers import at_least_float32
+from ipa_bridge.checks import check_shape
+from ipa_torch.layers import at_least_float32, take
 from ipa_torch.rigid import Rigid
 from ipa_torch.side_chains import atom37_to_atom14, atom37_to_frames, atom37_to_torsion_angles, lookup
 from ipa_torch.structure_module import StructureModuleOutput
@@ -130,13 +131,14 @@ def structure_target(
         ValueError: shapes that do not fit each other.
     """
     residue = tuple(mask.shape)
-    _check_shape("atom37", atom37, (*residue, 37, 3), "mask")
-    _check_shape("atom37_mask", atom37_mask, (*residue, 37), "mask")
-    _check_shape("aatype", aatype, residue, "mask")
-    _check_shape("residue_index", residue_index, residue, "mask")
+    check_shape("atom37", atom37, (*residue, 37, 3), "mask")
+    check_shape("atom37_mask", atom37_mask, (*residue, 37), "mask")
+    check_shape("aatype", aatype, residue, "mask")
+    check_shape("residue_index", residue_index, residue, "mask")
     if chain_id is not None:
-        _check_shape("chain_id", chain_id, residue, "mask")
+        check_shape("chain_id", chain_id, residue, "mask")
     known = atom37_mask.to(torch.bool) & mask.to(torch.bool)[..., None]
+    atom37 = torch.where(known[..., None], atom37, 0)
     groups, torsions = atom37_to_frames(atom37, known, aatype), atom37_to_torsion_angles(atom37, known, aatype)
     return StructureTarget(
         aatype=aatype,
@@ -179,20 +181,21 @@ def frame_aligned_point_error(
         clamp_distance: Å, beyond which errors count as this much and pass no gradient; None for no clamp.
         pair_mask: 1 or True where a point counts in a frame.
         epsilon: added to squared distances in Å² and to the number of pairs.
-        chunk_size: frames at a time; memory is then linear in points × chunk_size, backward as well.
+        chunk_size: frames at a time; memory is then linear in points × chunk_size, backward as well. None under
+            `torch.func.grad`, which has no checkpoints.
 
     Raises:
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
     """
     frames, points = frames_mask.shape, points_mask.shape
     for name, rigid in (("predicted", predicted_frames), ("target", target_frames)):
-        _check_shape(f"{name}_frames.rotation", rigid.rotation, (*frames, 3, 3), "frames_mask")
-        _check_shape(f"{name}_frames.translation", rigid.translation, (*frames, 3), "frames_mask")
-    _check_shape("predicted_points", predicted_points, (*points, 3), "points_mask")
-    _check_shape("target_points", target_points, (*points, 3), "points_mask")
-    _check_shape("points_mask", points_mask, (*frames[:-1], points[-1]), "frames_mask")
+        check_shape(f"{name}_frames.rotation", rigid.rotation, (*frames, 3, 3), "frames_mask")
+        check_shape(f"{name}_frames.translation", rigid.translation, (*frames, 3), "frames_mask")
+    check_shape("predicted_points", predicted_points, (*points, 3), "points_mask")
+    check_shape("target_points", target_points, (*points, 3), "points_mask")
+    check_shape("points_mask", points_mask, (*frames[:-1], points[-1]), "frames_mask")
     if pair_mask is not None:
-        _check_shape("pair_mask", pair_mask, (*frames, points[-1]), "frames_mask")
+        check_shape("pair_mask", pair_mask, (*frames, points[-1]), "frames_mask")
     dtype = at_least_float32(*(x.dtype for x in (*predicted_frames, *target_frames, predicted_points, target_points)))
     predicted_points, target_points, points_mask = (x.to(dtype) for x in (predicted_points, target_points, points_mask))
 
@@ -349,13 +352,13 @@ def rename_ambiguous_atoms(
     Raises:
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
     """
-    _check_shape("predicted_atom14", predicted_atom14, (*mask.shape, 3), "mask")
-    _check_shape("true_atom14", true_atom14, (*mask.shape, 3), "mask")
-    _check_shape("aatype", aatype, mask.shape[:-1], "mask")
+    check_shape("predicted_atom14", predicted_atom14, (*mask.shape, 3), "mask")
+    check_shape("true_atom14", true_atom14, (*mask.shape, 3), "mask")
+    check_shape("aatype", aatype, mask.shape[:-1], "mask")
     dtype = at_least_float32(predicted_atom14.dtype, true_atom14.dtype)
     swap = lookup(residues.ATOM14_SWAP, aatype)
-    other_atom14 = torch.take_along_dim(true_atom14, swap[..., None], -2)
-    other_mask = torch.take_along_dim(mask, swap, -1)
+    other_atom14 = take(true_atom14, swap[..., None], -2)
+    other_mask = take(mask, swap, -1)
 
     ambiguous = lookup(residues.ATOM14_IS_AMBIGUOUS, aatype, dtype)
     positions = [x.detach().to(dtype) for x in (predicted_atom14, true_atom14, other_atom14)]
@@ -374,8 +377,8 @@ def rename_ambiguous_atoms(
         )
         return tuple(torch.sum(pair_weight * error, (-1, -2)) for error in errors)
 
-    rows = [torch.movedim(torch.take_along_dim(x, slots[..., None], -2), -3, 0) for x in positions]
-    rows.append(torch.movedim(torch.take_along_dim(known * ambiguous, slots, -1), -2, 0))
+    rows = [torch.movedim(take(x, slots[..., None], -2), -3, 0) for x in positions]
+    rows.append(torch.movedim(take(known * ambiguous, slots, -1), -2, 0))
     error, other_error = _by_rows(of_residues, rows, chunk_size)
     better = torch.movedim(other_error < error, 0, -1)
     return RenamedAtoms(
@@ -414,9 +417,9 @@ def supervised_chi_loss(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shape("true_chi", true_chi, (*chi_mask.shape, 2), "chi_mask")
-    _check_shape("aatype", aatype, chi_mask.shape[:-1], "chi_mask")
-    _check_shape("angles", angles, (*angles.shape[:1], *chi_mask.shape[:-1], 7, 2), "chi_mask")
+    check_shape("true_chi", true_chi, (*chi_mask.shape, 2), "chi_mask")
+    check_shape("aatype", aatype, chi_mask.shape[:-1], "chi_mask")
+    check_shape("angles", angles, (*angles.shape[:1], *chi_mask.shape[:-1], 7, 2), "chi_mask")
     dtype = at_least_float32(angles.dtype, true_chi.dtype)
     chi, true_chi, weight = angles[..., 3:, :].to(dtype), true_chi.to(dtype), chi_mask.to(dtype)
     sign = 1 - 2 * lookup(residues.CHI_PI_PERIODIC, aatype, dtype)
@@ -437,9 +440,7 @@ def angle_norm_loss(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shape(
-        "unnormalized_angles", unnormalized_angles, (*unnormalized_angles.shape[:1], *mask.shape, 7, 2), "mask"
-    )
+    check_shape("unnormalized_angles", unnormalized_angles, (*unnormalized_angles.shape[:1], *mask.shape, 7, 2), "mask")
     dtype = at_least_float32(unnormalized_angles.dtype)
     error = torch.abs(_norm(unnormalized_angles.to(dtype), epsilon) - 1)
     repeats = error.shape[0] * error.shape[-1]
@@ -712,7 +713,7 @@ def violation_metrics(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shape("mask", mask, atom14_mask.shape[:-1], "atom14_mask")
+    check_shape("mask", mask, atom14_mask.shape[:-1], "atom14_mask")
     dtype = at_least_float32(atom14.dtype)
     of_residues = (
         violations.bonds.violation_per_residue,
@@ -748,8 +749,8 @@ def lddt(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shape("predicted", predicted, (*mask.shape, 3), "mask")
-    _check_shape("true", true, (*mask.shape, 3), "mask")
+    check_shape("predicted", predicted, (*mask.shape, 3), "mask")
+    check_shape("true", true, (*mask.shape, 3), "mask")
     dtype = at_least_float32(predicted.dtype, true.dtype)
     predicted, true = (x.detach().to(dtype) for x in (predicted, true))
     mask = mask.to(dtype)
@@ -788,11 +789,11 @@ def plddt_loss(
         ValueError: shapes that do not fit each other.
     """
     num_bin = logits.shape[-1]
-    _check_shape("logits", logits, (*mask.shape, num_bin), "mask")
+    check_shape("logits", logits, (*mask.shape, num_bin), "mask")
     score = lddt(predicted_ca, true_ca, mask, per_residue=True)
     index = torch.clamp(torch.floor(score * num_bin).to(torch.int64), max=num_bin - 1)
     log_probability = torch.log_softmax(logits.to(at_least_float32(logits.dtype)), -1)
-    error = -torch.take_along_dim(log_probability, index[..., None], -1)[..., 0]
+    error = -take(log_probability, index[..., None], -1)[..., 0]
     weight = mask.to(error.dtype)
     loss = torch.sum(weight * error, -1) / (torch.sum(weight, -1) + 1e-8)
     if resolution is None:
@@ -815,7 +816,8 @@ def structure_module_loss(
 
     Args:
         output: of the structure module.
-        target: the true structure, see `structure_target`; its ambiguous atoms are renamed here.
+        target: the true structure, see `structure_target`, taken in the prediction's dtype; its ambiguous atoms are
+            renamed here.
         use_clamped_fape: as in `backbone_loss`.
         sidechain_weight: of the side chains' FAPE, 1 minus it of the backbone's.
         chi_weight: of the torsions' error.
@@ -827,6 +829,11 @@ def structure_module_loss(
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
     """
     atom14 = output.atom14[-1]
+    target = target._replace(
+        group_frames=target.group_frames.astype(atom14.dtype),
+        atom14=target.atom14.to(atom14.dtype),
+        chi=target.chi.to(atom14.dtype),
+    )
     renamed = rename_ambiguous_atoms(atom14, target.atom14, target.atom14_mask, target.aatype, chunk_size=chunk_size)
     true_frames = rename_ambiguous_frames(target.group_frames, target.aatype, renamed.alternative_is_better)
     backbone, fape = backbone_loss(
@@ -871,6 +878,8 @@ def _by_rows(
         return function(*rows)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None for all at once; got {chunk_size}")
+    if chunk_size >= len(rows[0]):
+        return function(*rows)
     chunks = zip(*(x.split(chunk_size) for x in rows), strict=True)
     outputs = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -917,8 +926,7 @@ def _over_layers(x: Shaped[Tensor, "*B"], layers: tuple[int, ...]) -> Shaped[Ten
 
 def _flatten(x: Shaped[Tensor, "*B N A *C"], axis: int) -> Shaped[Tensor, "*B N*A *C"]:
     """The axis, counted from the end, and the next one as one."""
-    shape = x.shape
-    return x.reshape(*shape[:axis], -1, *shape[x.ndim + axis + 2 :])
+    return x.flatten(axis, axis + 1)
 
 
 @torch.compiler.assume_constant_result
@@ -932,14 +940,9 @@ def _distance_bounds(tolerance_factor: float, overlap_tolerance: float) -> tuple
 def _check_structure(
     atom14: Tensor, mask: Tensor, residue_index: Tensor, aatype: Tensor, chain_id: Tensor | None
 ) -> None:
-    _check_shape("atom14", atom14, (*mask.shape, 3), "mask")
-    _check_shape("mask", mask, (*mask.shape[:-1], 14), "itself")
-    _check_shape("residue_index", residue_index, mask.shape[:-1], "mask")
-    _check_shape("aatype", aatype, mask.shape[:-1], "mask")
+    check_shape("atom14", atom14, (*mask.shape, 3), "mask")
+    check_shape("mask", mask, (*mask.shape[:-1], 14), "itself")
+    check_shape("residue_index", residue_index, mask.shape[:-1], "mask")
+    check_shape("aatype", aatype, mask.shape[:-1], "mask")
     if chain_id is not None:
-        _check_shape("chain_id", chain_id, mask.shape[:-1], "mask")
-
-
-def _check_shape(name: str, array: Tensor, shape: Sequence[int], beside: str) -> None:
-    if tuple(array.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {tuple(shape)} to fit {beside}; got {tuple(array.shape)}")
+        check_shape("chain_id", chain_id, mask.shape[:-1], "mask")

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ipa_torch.layers import take
+
 SMALLEST_LENGTH = 1e-8
 """Vectors shorter than this (in the coordinates' unit) have no direction; they are divided by it instead."""
 
@@ -101,7 +103,7 @@ class Rigid(NamedTuple):
         ]
         rows = torch.stack([torch.stack(row, -1) for row in outer], -2)
         largest = torch.argmax(torch.diagonal(rows, dim1=-2, dim2=-1), -1)
-        row = torch.take_along_dim(rows, largest[..., None, None], -2)[..., 0, :]
+        row = take(rows, largest[..., None, None], -2)[..., 0, :]
         return _normalise(torch.where(row[..., :1] < 0, -row, row))
 
     def to_4x4(self) -> Float[Tensor, "*B 4 4"]:

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ipa_bridge import residues
+from ipa_bridge.checks import check_per_atom, check_shape
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
-from ipa_torch.layers import Initializer, Linear, at_least_float32
+from ipa_torch.layers import Initializer, Linear, at_least_float32, take
 from ipa_torch.rigid import SMALLEST_LENGTH, Rigid
 
 SMALLEST_ANGLE_LENGTH = 1e-6
@@ -106,11 +107,15 @@ def frames_to_atom14(frames: Rigid, aatype: Int[Tensor, "*B N"]) -> Float[Tensor
     """Atoms in the frames of their rigid groups, (*B, N, 8), in the frames' unit of Å (Alg. 24, line 11).
 
     Slots without an atom are zero.
+
+    Raises:
+        ValueError: frames that do not fit aatype.
     """
+    check_shape("frames.translation", frames.translation, (*aatype.shape, residues.NUM_GROUP, 3), "aatype")
     group = lookup(residues.ATOM14_GROUP, aatype)
     of_atom = Rigid(
-        torch.take_along_dim(frames.rotation, group[..., None, None], -3),
-        torch.take_along_dim(frames.translation, group[..., None], -2),
+        take(frames.rotation, group[..., None, None], -3),
+        take(frames.translation, group[..., None], -2),
     )
     dtype = frames.translation.dtype
     atoms = of_atom.apply(lookup(residues.ATOM14_POSITIONS, aatype, dtype))
@@ -118,12 +123,22 @@ def frames_to_atom14(frames: Rigid, aatype: Int[Tensor, "*B N"]) -> Float[Tensor
 
 
 def atom14_to_atom37(atom14: Shaped[Tensor, "*B N 14 *D"], aatype: Int[Tensor, "*B N"]) -> Shaped[Tensor, "*B N 37 *D"]:
-    """Positions, masks or anything else per atom, from slots by residue to slots by name; absent atoms are zero."""
+    """Positions, masks or the like per atom, from slots by residue to slots by name; absent atoms are zero.
+
+    Raises:
+        ValueError: atoms that do not fit aatype.
+    """
+    check_per_atom("atom14", atom14, 14, aatype)
     return _gather(atom14, residues.ATOM37_TO_ATOM14, residues.ATOM37_MASK, aatype)
 
 
 def atom37_to_atom14(atom37: Shaped[Tensor, "*B N 37 *D"], aatype: Int[Tensor, "*B N"]) -> Shaped[Tensor, "*B N 14 *D"]:
-    """The way back; what belongs to no atom of the residue type is dropped."""
+    """The way back; what belongs to no atom of the residue type is dropped.
+
+    Raises:
+        ValueError: atoms that do not fit aatype.
+    """
+    check_per_atom("atom37", atom37, 37, aatype)
     return _gather(atom37, residues.ATOM14_TO_ATOM37, residues.ATOM14_MASK, aatype)
 
 
@@ -136,7 +151,12 @@ def atom37_to_frames(
         atom37: positions in Å.
         atom37_mask: 1 where an atom is known.
         aatype: 0–19, or 20 for an unknown residue, which has a backbone and a ψ.
+
+    Raises:
+        ValueError: atoms or a mask that do not fit aatype.
     """
+    check_shape("atom37", atom37, (*aatype.shape, 37, 3), "aatype")
+    check_shape("atom37_mask", atom37_mask, (*aatype.shape, 37), "aatype")
     dtype = at_least_float32(atom37.dtype)
     index = lookup(residues.GROUP_ATOMS, aatype)
     first, origin, in_plane = _pick(atom37.to(dtype), index)
@@ -167,7 +187,14 @@ def atom37_to_torsion_angles(
         aatype: 0–19, or 20 for an unknown residue, which has no χ.
         bonded: 1 where a residue is bonded to the one before it in the array, without which it has no pre-ω and no φ;
             None for all but the first, as in AlphaFold.
+
+    Raises:
+        ValueError: atoms or masks that do not fit aatype.
     """
+    check_shape("atom37", atom37, (*aatype.shape, 37, 3), "aatype")
+    check_shape("atom37_mask", atom37_mask, (*aatype.shape, 37), "aatype")
+    if bonded is not None:
+        check_shape("bonded", bonded, aatype.shape, "aatype")
     dtype = at_least_float32(atom37.dtype)
     atoms, known = atom37.to(dtype), atom37_mask.bool()
     known_before = _of_residue_before(known[..., :3, None])
@@ -198,13 +225,13 @@ def _gather(
 ) -> Shaped[Tensor, "*B N A2 *D"]:
     index, present = lookup(slots, aatype), lookup(exists, aatype)
     trailing = (1,) * (atoms.ndim - index.ndim)
-    found = torch.take_along_dim(atoms, index.reshape(*index.shape, *trailing), index.ndim - 1)
+    found = take(atoms, index.reshape(*index.shape, *trailing), index.ndim - 1)
     return torch.where(present.reshape(*present.shape, *trailing), found, torch.zeros_like(found))
 
 
 def _pick(atoms: Shaped[Tensor, "*B N A D"], index: Int[Tensor, "*B N G K"]) -> list[Shaped[Tensor, "*B N G D"]]:
     """The K atoms that each group names."""
-    return [torch.take_along_dim(atoms, index[..., k, None], -2) for k in range(index.shape[-1])]
+    return [take(atoms, index[..., k, None], -2) for k in range(index.shape[-1])]
 
 
 def _of_residue_before(atoms: Shaped[Tensor, "*B N A D"]) -> Shaped[Tensor, "*B N A D"]:

@@ -162,13 +162,14 @@ class StructureModule(nn.Module):
         """
         c = self.config
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
-        dtype = at_least_float32(*(x.dtype for x in (single, pair, *(rigids or ()))))
+        initial_act = self.single_layer_norm(single)  # line 1
+        pair = self.pair_layer_norm(pair)  # line 2
+        act = self.initial_projection(initial_act)  # line 3, in the parameters' dtype
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, act, *(rigids or ()))))
+        act = act.to(single.dtype)
         if rigids is None:
             rigids = Rigid.identity(aatype.shape, dtype=dtype, device=single.device)
         rigids = rigids.astype(dtype).scale_translation(1 / c.position_scale)
-        initial_act = self.single_layer_norm(single)  # line 1
-        pair = self.pair_layer_norm(pair)  # line 2
-        act = self.initial_projection(initial_act).to(single.dtype)  # line 3
         each = []
         for layer in range(c.num_layer):
             fold_iteration = self.get_submodule(numbered("fold_iteration", 0 if c.tied_layers else layer))

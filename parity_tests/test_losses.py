@@ -798,6 +798,79 @@ def test_alphafold_multimer_agrees(problem, framework):
     assert_close(actual, expected, 1e-4)
 
 
+def test_chains_are_told_apart(framework):
+    """Two chains, the second 50 Å away, whose numbers run on: no bond and no neighbours between them, but clashes."""
+    p = synthetic_problem()
+    second = p.chain_id == 1
+    steps = 2.2 * np.arange(21) + 50.0 * second  # along the diagonal: Cα 3.8 Å apart
+    p = p._replace(atom14=residues.ATOM14_POSITIONS[p.aatype] + steps[:, None, None])
+    ends = np.flatnonzero(np.diff(p.chain_id))
+    assert (np.diff(p.residue_index) == 1).all()
+    assert len(ends) == 1
+    one, apart = framework.call(bonds, p), framework.call(with_chains(bonds), p)
+    assert one[0] > apart[0] + 1
+    *_, one = framework.call(lambda losses, x: violations(losses, x)[2].extreme_ca_ca_distance, p)
+    *_, apart = framework.call(lambda losses, x: violations(losses, x, chains=True)[2].extreme_ca_ca_distance, p)
+    assert one > 0
+    assert apart == 0
+    # The bond that is none any more is a clash, were the atoms as close as bonded ones.
+    c, n = 2, 0
+    atom14 = 300.0 * np.arange(21)[:, None, None] + 6.0 * np.arange(14)[None, :, None] + np.zeros(3)
+    atom14[ends[0] + 1, n] = atom14[ends[0], c] + [1.33, 0, 0]
+    close = p._replace(atom14=atom14, exists=residues.ATOM14_MASK[p.aatype])
+    assert framework.call(clashes, close)[0] == 0
+    assert framework.call(with_chains(clashes), close)[0] > 0
+
+
+def test_alphafold_multimers_clashes_know_chains(framework):
+    """Its asym_id is our chain_id, where numbers run on from one chain to the next."""
+    p = cast(synthetic_problem(), "float32")
+    end = int(np.flatnonzero(np.diff(p.chain_id))[0])
+    atom14 = p.atom14.copy()
+    atom14[end + 1, 0] = atom14[end, 2] + np.array([1.33, 0, 0], np.float32)
+    p = p._replace(atom14=atom14)
+
+    def theirs(p):
+        found = alphafold().all_atom_multimer.between_residue_clash_loss(
+            alphafold().geometry.Vec3Array.from_array(p.atom14),
+            p.exists.astype(np.float32),
+            residues.ATOM14_RADIUS[p.aatype].astype(np.float32),
+            p.residue_index,
+            p.chain_id,
+        )
+        return [found[name] for name in ("mean_loss", "per_atom_loss_sum", "per_atom_clash_mask")]
+
+    expected = as_alphafold(theirs, p, "float32")
+    assert_close(framework.call(with_chains(clashes), p), expected, 1e-4)
+    without = framework.call(clashes, p)
+    assert np.abs(without[1] - expected[1]).max() > 0.1
+
+
+def test_alphafold_multimers_side_chains_agree(problem, framework):
+    p = cast(problem, "float32")
+
+    def flat(frames):
+        return rigid3(Frames(frames.rotation.reshape(-1, 3, 3), frames.translation.reshape(-1, 3)))
+
+    def theirs(p):
+        vec3 = alphafold().geometry.Vec3Array.from_array
+        return [
+            alphafold().all_atom_multimer.frame_aligned_point_error(
+                pred_frames=flat(p.groups),
+                target_frames=flat(p.true_groups),
+                frames_mask=p.group_mask.reshape(-1).astype(np.float32),
+                pred_positions=vec3(p.atom14.reshape(-1, 3)),
+                target_positions=vec3(p.true_atom14.reshape(-1, 3)),
+                positions_mask=p.atom14_mask.reshape(-1).astype(np.float32),
+                pair_mask=None,
+                length_scale=10.0,
+                l1_clamp_distance=10.0,
+            )
+        ]
+
+    assert_close(framework.call(sidechain, p), as_alphafold(theirs, p, "float32"), 1e-3)
+
+
 def test_alphafold_multimers_backbone_agrees(problem, framework):
     """Its FAPE is √max(d², ε²) where ours is √(d² + ε): they differ by less than ε/2d."""
     p = cast(problem, "float32")
@@ -1043,6 +1116,47 @@ def test_the_target_of_a_real_protein(structures_dir, framework):
     assert_close(actual[8:], [chi, chi_mask, chain], LOSS)
     with pytest.raises(ValueError, match="chain_id must be"):
         framework.losses.structure_target(*map(framework.array, arrays), chain_id=framework.array(chain[1:]))
+    for anything in (np.nan, np.inf, 1e30):
+        unknown = np.where(known[..., None], structure.atom37, anything)
+        again = framework.losses.structure_target(
+            *map(framework.array, (unknown, *arrays[1:])), chain_id=framework.array(chain)
+        )
+        np.testing.assert_array_equal(framework.numpy(again)[6], np.where(atom14_mask[..., None], actual[6], 0))
+        assert_close(framework.numpy(again)[3:6], actual[3:6], LOSS)
+        assert_close(framework.numpy(again)[8:], actual[8:], LOSS)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_no_residue_loses_nothing(chunk_size, framework):
+    def nothing(name, x):
+        if isinstance(x, Frames):
+            return Frames(*(nothing(name, y) for y in x))
+        return x if x.ndim == 0 else x[:, :0] if name in LAYERED else x[:0]
+
+    p = synthetic_problem()
+    p = Problem(*(nothing(name, x) for name, x in p._asdict().items()))
+    assert all((x == 0).all() for x in framework.call(partial(total, chains=True, chunk_size=chunk_size), p))
+    emptied = Problem(
+        *(
+            Frames(*(y[:, None][:, :0] if n in LAYERED else y[None][:0] for y in x))
+            if isinstance(x, Frames)
+            else x[:, None][:, :0]
+            if n in LAYERED
+            else np.asarray(x)[None][:0]
+            for n, x in synthetic_problem()._asdict().items()
+        )
+    )
+    assert framework.call(partial(total, chunk_size=chunk_size), emptied)[0].shape == (0,)
+
+
+def test_the_loss_comes_in_the_predictions_dtype(framework):
+    """The truth of a structure file is float64."""
+    p = synthetic_problem()
+    truth = {"true_groups", "true_atom14", "true_chi"}
+    mixed = map_floats(lambda name, x: x if name in truth else x.astype(np.float32), p)
+    assert {x.dtype.name for x in framework.call(total, mixed)} == {"float32"}
+    expected = framework.call(total, cast(p, "float32"))
+    assert_close(framework.call(total, mixed), expected, allowed("loss", "float32"))
 
 
 def test_masks_of_any_dtype(framework):
@@ -1130,6 +1244,7 @@ def test_jax_chunks_keep_memory_linear():
 
     assert largest(None) >= 8 * n * 14 * n * 9
     assert largest(chunk) <= 14 * chunk * 14 * n * 9
+    assert largest(1000) == largest(None)
 
 
 def test_torch_chunks_keep_memory_linear():

@@ -173,6 +173,38 @@ def test_frames_and_torsions_are_alphafolds(framework, name, structures_dir):
         judge(framework.numpy(rigids.translation)[known], flat[:, 9:], "translation", "float32", "AlphaFold")
 
 
+@pytest.mark.parametrize("name", PROTEINS[:2])
+def test_frames_and_torsions_are_alphafold_multimers(framework, name, structures_dir):
+    """Whose functions are of its own; it gives χ in radians and takes the alternative frames on request."""
+    pytest.importorskip("alphafold")
+    jax = pytest.importorskip("jax")
+    from alphafold.model import all_atom_multimer, geometry
+
+    structure = load_structure(structures_dir / name)
+    atoms, mask, aatype = structure.atom37.astype("float32"), structure.atom37_mask, structure.aatype
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        vectors, floats = geometry.Vec3Array.from_array(atoms), mask.astype("float32")
+        chi, chi_mask = all_atom_multimer.compute_chi_angles(vectors, floats, aatype)
+        frames = all_atom_multimer.atom37_to_frames(aatype, vectors, floats)
+        fields = ("frames", "alternative_frames")
+        keys = ("rigidgroups_gt_frames", "rigidgroups_alt_gt_frames")
+        theirs = {field: np.asarray(frames[key].to_array()) for field, key in zip(fields, keys, strict=True)}
+    arrays = [framework.array(x) for x in (atoms, mask, aatype)]
+    ours = framework.ipa.atom37_to_torsion_angles(*arrays)
+    known = framework.numpy(ours.mask)[:, 3:]
+    np.testing.assert_array_equal(known, np.asarray(chi_mask) > 0)
+    expected = np.stack([np.sin(chi), np.cos(chi)], -1)[known]
+    judge(framework.numpy(ours.angles)[:, 3:][known], expected, "angles", "float32", "AlphaFold", spread(atoms))
+    groups = framework.ipa.atom37_to_frames(*arrays)
+    known = framework.numpy(groups.mask)
+    np.testing.assert_array_equal(known, np.asarray(frames["rigidgroups_gt_exists"]) > 0)
+    for field, expected in theirs.items():
+        rigids = getattr(groups, field)
+        judge(framework.numpy(rigids.rotation)[known], expected[known][..., :3], "rotation", "float32", "AlphaFold")
+        translation = framework.numpy(rigids.translation)[known]
+        judge(translation, expected[known][..., 3], "translation", "float32", "AlphaFold")
+
+
 @pytest.mark.parametrize("name", PROTEINS)
 def test_real_proteins_are_rebuilt_from_frames_and_torsions(framework, name, structures_dir):
     """To within the idealisation of bond lengths and angles; missing atoms neither hinder nor count."""
@@ -197,10 +229,10 @@ def test_real_proteins_are_rebuilt_from_frames_and_torsions(framework, name, str
 
 
 def test_rebuilt_atoms_are_alphafolds(framework, structures_dir):
-    """From the same frames and torsions, in float32: the RMSDs above are its tables' too."""
+    """From the same frames and torsions, in float32, in both its forms: the RMSDs above are its tables' too."""
     pytest.importorskip("alphafold")
     jax = pytest.importorskip("jax")
-    from alphafold.model import all_atom, r3
+    from alphafold.model import all_atom, all_atom_multimer, geometry, r3
 
     structure = load_structure(structures_dir / "1gcn.pdb")
     rotation, translation, angles, _ = drawn((len(structure),), dtype="float32")
@@ -209,11 +241,37 @@ def test_rebuilt_atoms_are_alphafolds(framework, structures_dir):
         groups = all_atom.torsion_angles_to_frames(structure.aatype, rigids, angles)
         theirs = all_atom.frames_and_literature_positions_to_atom14_pos(structure.aatype, groups)
         expected = np.asarray(r3.vecs_to_tensor(theirs))
+        backbone = geometry.Rigid3Array.from_array(np.concatenate([rotation, translation[..., None]], -1))
+        groups = all_atom_multimer.torsion_angles_to_frames(structure.aatype, backbone, angles)
+        theirs = all_atom_multimer.frames_and_literature_positions_to_atom14_pos(structure.aatype, groups)
+        of_multimer = np.asarray(theirs.to_array())
     arrays = [framework.array(x) for x in (rotation, translation, angles, structure.aatype)]
     frames = framework.ipa.torsion_angles_to_frames(framework.ipa.Rigid(*arrays[:2]), *arrays[2:])
-    judge(
-        framework.numpy(framework.ipa.frames_to_atom14(frames, arrays[3])), expected, "atom14", "float32", "AlphaFold"
-    )
+    actual = framework.numpy(framework.ipa.frames_to_atom14(frames, arrays[3]))
+    judge(actual, expected, "atom14", "float32", "AlphaFold")
+    judge(actual, of_multimer, "atom14", "float32", "AlphaFold-Multimer")
+
+
+def test_atoms_that_do_not_fit_the_sequence_are_refused(framework):
+    """All layers at once, or a batch where the sequence has none."""
+    aatype = framework.array(np.arange(14))
+    atom14, atom37 = (framework.array(np.zeros((8, 14, slots, 3))) for slots in (14, 37))
+    mask = framework.array(np.ones((8, 14, 37), bool))
+    with pytest.raises(
+        ValueError, match=r"atom14 must be \(14, 14\), or that and one axis more, to fit aatype \(14,\)"
+    ):
+        framework.ipa.atom14_to_atom37(atom14, aatype)
+    with pytest.raises(ValueError, match="one axis more"):
+        framework.ipa.atom14_to_atom37(framework.array(np.zeros((14, 14, 14, 3))), aatype)
+    with pytest.raises(ValueError, match="atom37 must be"):
+        framework.ipa.atom37_to_atom14(atom37, aatype)
+    with pytest.raises(ValueError, match=r"atom37 must be \(14, 37, 3\) to fit aatype"):
+        framework.ipa.atom37_to_frames(atom37, mask, aatype)
+    with pytest.raises(ValueError, match="atom37_mask must be"):
+        framework.ipa.atom37_to_torsion_angles(atom37[0], mask, aatype)
+    identity = framework.ipa.Rigid.identity((8, 14, 8))
+    with pytest.raises(ValueError, match=r"frames\.translation must be"):
+        framework.ipa.frames_to_atom14(identity, aatype)
 
 
 def test_unbonded_neighbours_have_no_common_torsions(framework, structures_dir):

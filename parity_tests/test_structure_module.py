@@ -16,7 +16,7 @@ from ipa_bridge.frames import idealised_peptide, random_frames
 from ipa_bridge.parameters import parameter_shapes
 from ipa_bridge.structures import load_structure
 from ipa_bridge.tensors import torch_tensor
-from ipa_bridge.weights import Weights
+from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
 from ipa_parity import peers
 from ipa_parity import structure_module as parity
 from ipa_parity.cases import ODD, ODD_MULTIMER
@@ -45,7 +45,7 @@ PEERS = {
     "alphafold-multimer": ("alphafold", peers.run_alphafold_structure_module),
     "esmfold": ("transformers", peers.run_esmfold_structure_module),
 }
-LAYERED = ("rotation", "translation", "angles", "atom14", "act")
+LAYERED = ("rotation", "translation", "group_", "unnormalized_angles", "angles", "atom14", "act")
 
 
 class Jax:
@@ -74,7 +74,9 @@ class Jax:
         params, single, pair, aatype, mask, rigids, _ = self.arguments(case, start_of(case), None)
         target = parity.target_of(self.package, case, self.array)
         value, gradients = self.gradients(case.config)(params, single, pair, rigids, aatype, mask, target)
-        return float(value), [np.asarray(x) for x in self.jax.tree.leaves(gradients)]
+        params, single, pair, rigids = self.jax.tree.map(np.asarray, gradients)
+        named = canonical_from_haiku(params, case.weights.root)
+        return float(value), {"single": single, "pair": pair, **rigids._asdict(), **named}
 
     def _gradients(self, config):
         apply = self.package.transform_structure_module(config).apply
@@ -112,10 +114,14 @@ class Torch:
         """The whole loss, and its gradients to representations, start frames and every parameter."""
         single, pair, aatype, mask, rigids, _ = self.arguments(case, start_of(case), None)
         module = self.module(case)
-        leaves = [x.requires_grad_() for x in (single, pair, *rigids)] + list(module.parameters())
+        parameters = dict(module.named_parameters())
+        leaves = [x.requires_grad_() for x in (single, pair, *rigids)] + list(parameters.values())
         target = parity.target_of(self.package, case, self.array)
         loss = self.package.structure_module_loss(module(single, pair, aatype, mask, rigids=rigids), target).loss
-        return loss.item(), [x.numpy() for x in self.torch.autograd.grad(loss, leaves)]
+        gradients = [x.numpy() for x in self.torch.autograd.grad(loss, leaves)]
+        inputs = dict(zip(("single", "pair", "rotation", "translation"), gradients[:4], strict=True))
+        named = canonical_from_torch(dict(zip(parameters, gradients[4:], strict=True)), case.config)
+        return loss.item(), {**inputs, **named}
 
     def module(self, case):
         module = self.package.StructureModule(case.config).eval().to(torch_tensor(case.single).dtype)
@@ -151,10 +157,8 @@ def assert_same(actual, expected, dtype="float64", rows=slice(None), conditionin
     """Every layer of every output, by the tolerance table."""
     assert set(actual) == set(expected)
     for stage, x in expected.items():
-        if stage.startswith("unnormalized_angles"):
-            continue
         conditions = conditioning
-        if stage.startswith(("angles", "atom14")):
+        if stage.startswith(("angles", "atom14", "group_")):
             lengths = np.linalg.norm(expected[f"unnormalized_angles/{stage.partition('/')[2]}"], axis=-1)
             conditions *= lengths.mean() / lengths.min()
         row = compare(
@@ -281,7 +285,7 @@ def judge_frameworks(case, dtype, **options):
     if len(installed_frameworks()) < 2:
         pytest.skip("both frameworks are compared, and one of them is not installed")
     rows = list(parity.judge(case, dtype, **options))
-    assert len({row.stage for row in rows}) >= 5 * case.config.num_layer + len(parity.TERMS)
+    assert len({row.stage for row in rows}) >= 8 * case.config.num_layer + len(parity.TERMS)
     failures = [str(row) for row in rows if not row.passed]
     assert not failures, "\n".join(failures)
     return rows
@@ -311,8 +315,14 @@ def test_errors_are_no_more_than_twice_a_published_implementations(
         )
         theirs = runs[package].pop("atom37/layer 8")
         assert np.abs(theirs - atom37)[case.mask].max() <= 32 * np.finfo(np.float32).eps * np.abs(atom37).max()
+    groups = residues.GROUP_MASK[case.aatype]
+    groups[:, :4] = True  # backbone, pre-ω, φ and ψ; of absent χs theirs are zero or anything
+    for stage, x in runs[package].items():
+        if stage.startswith("group_"):
+            present = np.expand_dims(groups, tuple(range(2, x.ndim)))
+            runs[package][stage] = np.where(present, x, exact[stage].astype(x.dtype))
     stages = [stage for stage in exact if stage in runs[package] and stage.startswith(LAYERED)]
-    assert len(stages) == (40 if package == "transformers" else 33)
+    assert len(stages) == (64 if package == "transformers" else 57)
     for stage in stages:
         rows = {
             name: parity.compare_stage(
@@ -337,15 +347,19 @@ def test_gradients_are_those_of_a_published_implementation(preset, structures_di
     valid = {name: x * case.mask.reshape(1, -1, *[1] * (x.ndim - 2)) for name, x in case.cotangents.items()}
     if package == "alphafold":
         valid["act"][:-1] = 0  # it returns the last layer's only
-    case = replace(case, cotangents=valid).astype("float32")
+    dtype = "float64" if preset == "alphafold2" else "float32"  # the others' own geometry is float32
+    case = replace(case, cotangents=valid).astype(dtype)
     theirs = run_theirs(case)
     for name in installed_frameworks():
         ours = parity.RUNNERS[name](case)
         stages = [stage for stage in theirs if stage.startswith("gradient/")]
         assert set(stages) == {stage for stage in ours if stage.startswith("gradient/") and "/loss/" not in stage}
         for stage in stages:
+            # AlphaFold holds its geometry's constants in float32 in any case.
             row = parity.compare_stage(case, "float32", stage, package, theirs, name, ours)
             assert row.passed, str(row)
+            if dtype == "float64" and not stage.endswith("attention_2d/bias"):
+                assert np.abs(theirs[stage] - ours[stage]).max() <= 1e-6 * np.abs(ours[stage]).max(), stage
 
 
 def first_residues(structure, number):
@@ -374,9 +388,9 @@ def test_what_is_predicted_moves_with_the_start(framework, dtype, seed, name):
 
 
 def move(stage, x, turn, shift):
-    if stage.startswith("rotation"):
+    if stage.startswith(("rotation", "group_rotation")):
         return turn @ x
-    if stage.startswith("translation"):
+    if stage.startswith(("translation", "group_translation")):
         return x @ turn.T + shift
     if stage.startswith("atom14"):
         return np.where((x == 0).all(-1, keepdims=True), 0, x @ turn.T + shift)
@@ -507,7 +521,22 @@ def hard_case(kind):
 def test_hard_cases_have_finite_gradients(framework, kind):
     loss, gradients = framework.loss_and_gradients(hard_case(kind))
     assert np.isfinite(loss)
-    assert all(np.isfinite(x).all() for x in gradients)
+    assert all(np.isfinite(x).all() for x in gradients.values())
+
+
+@pytest.mark.parametrize("name", ["odd", "odd multimer", "alphafold2"])
+def test_the_frameworks_agree_on_the_whole_losss_gradients(name):
+    """To representations, start frames and every parameter; in multimer, of chains."""
+    case = odd_case(name) if name in CONFIGS else parity.make_case(name, parity.PRESETS[name]())
+    if name == "odd multimer":
+        case = replace(case, chain_id=(np.arange(len(case.mask)) > 20).astype(np.int64))
+    (one, ours), (other, theirs) = Jax().loss_and_gradients(case), Torch().loss_and_gradients(case)
+    assert one == pytest.approx(other, rel=1e-12)
+    assert set(ours) == set(theirs) == {"single", "pair", "rotation", "translation", *parameter_shapes(case.config)}
+    for stage, x in theirs.items():
+        scale = np.abs(theirs[stage.replace("attention_2d/bias", "attention_2d/weights")]).max()
+        assert scale > 0
+        assert np.abs(ours[stage] - x).max() <= 1e-10 * scale, stage
 
 
 def test_rotations_pass_no_gradient_between_layers(framework):
@@ -542,6 +571,76 @@ def rotation_gradient(framework, case, patched=False):
         return np.asarray(framework.jit(framework.jax.grad(scalar))(rigids.rotation))
 
 
+# Controls: other functions that must be told from ours.
+
+
+def chi_turned_the_other_way(module, side_chains, patch):
+    honest = side_chains.torsion_angles_to_frames
+    patch.setattr(
+        "ipa_torch.structure_module.torsion_angles_to_frames",
+        lambda rigids, angles, aatype: honest(rigids, angles * angles.new_tensor([-1.0, 1.0]), aatype),
+    )
+
+
+def updates_composed_from_the_left(module, side_chains, patch):
+    rigid = side_chains.Rigid
+    honest = rigid.compose
+    patch.setattr(rigid, "compose", lambda self, other: honest(other, self))
+
+
+def frames_in_a_thousandth_larger_a_unit(module, side_chains, patch):
+    larger = replace(module.config, position_scale=1.001 * module.config.position_scale)
+    patch.setattr(module, "config", larger)
+
+
+def the_first_transition_left_out(module, side_chains, patch):
+    patch.setattr(module.fold_iteration, "_transition", lambda act: 0 * act)
+
+
+def side_chains_that_forget_the_first_activations(module, side_chains, patch):
+    honest = module.fold_iteration.rigid_sidechain.forward
+    patch.setattr(module.fold_iteration.rigid_sidechain, "forward", lambda act, initial: honest(act, act))
+
+
+def a_bond_a_thousandth_longer(module, side_chains, patch):
+    other = side_chains.residues.GROUP_TRANSLATION.copy()
+    other[:, 5] *= 1.001
+    patch.setattr(side_chains.residues, "GROUP_TRANSLATION", other)
+
+
+CONTROLS = (
+    chi_turned_the_other_way,
+    updates_composed_from_the_left,
+    frames_in_a_thousandth_larger_a_unit,
+    the_first_transition_left_out,
+    side_chains_that_forget_the_first_activations,
+    a_bond_a_thousandth_longer,
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.__name__)
+def test_controls_are_caught(control, dtype):
+    framework, case = Torch(), odd_case("odd", dtype)
+    from ipa_torch import side_chains
+
+    expected = framework.run(odd_case("odd", "float64") if dtype == "float64" else case.astype("float64"))
+    module = framework.module(case)
+    inputs = framework.arguments(case, None, None)[:4]
+
+    def caught():
+        with framework.torch.no_grad():
+            output = module(*inputs)
+        arrays = parity.named_layers(framework.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
+        rows = [parity.compare_stage(case, dtype, stage, "torch", arrays, "float64", expected) for stage in expected]
+        return {row.stage for row in rows if not row.passed}
+
+    assert not caught()
+    with pytest.MonkeyPatch.context() as patch:
+        control(module, side_chains, patch)
+        assert "atom14/layer 3" in caught()
+
+
 # Dtypes and bad input.
 
 
@@ -564,6 +663,23 @@ def run_half(framework, case):
     assert output.act.dtype == single.dtype
     output = framework.torch.utils._pytree.tree_map(lambda x: x.float().numpy(), output)
     return parity.named_layers(output)
+
+
+@pytest.mark.parametrize("name", ["odd", "untied multimer"])
+def test_float32_representations_and_float64_parameters(framework, name):
+    """As in a model that is refined in float64: frames are float64, the activations float32."""
+    case = odd_case(name)
+    mixed = replace(case, single=case.single.astype(np.float32), pair=case.pair.astype(np.float32))
+    if isinstance(framework, Jax):
+        arrays = framework.run(mixed)
+    else:
+        single, pair, aatype, mask, *_ = framework.arguments(mixed, None, None)
+        with framework.torch.no_grad():
+            output = framework.module(case)(single, pair, aatype, mask)
+        arrays = parity.named_layers(framework.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
+    assert {arrays[f"{field}/layer 1"].dtype.name for field in ("rotation", "translation", "atom14")} == {"float64"}
+    assert arrays["act/layer 1"].dtype == np.float32
+    assert_same(arrays, framework.run(case), "float32", rows=case.mask)
 
 
 def test_masks_of_any_dtype(framework):
@@ -706,6 +822,14 @@ def test_torch_compiles_whole_and_exports(name):
     assert_same(named(compiled(single, pair, aatype, mask, rigids=rigids)), expected)
     exported = torch.export.export(module, (single, pair, aatype, mask), {"rigids": rigids}).module()
     assert_same(named(exported(single, pair, aatype, mask, rigids=rigids)), expected)
+    length = torch.export.Dim("length", min=2, max=4096)
+    of_any_length = torch.export.export(
+        module,
+        (single, pair, aatype, mask),
+        dynamic_shapes=({0: length}, {0: length, 1: length}, {0: length}, {0: length}),
+    ).module()
+    shorter = [x[:9] for x in (single, pair[:, :9], aatype, mask)]
+    assert_same(named(of_any_length(*shorter)), named(module(*shorter)))
     leaf = single.requires_grad_()
     gradients = [
         torch.autograd.grad(f(leaf, pair, aatype, mask, rigids=rigids).atom14.square().sum(), leaf)[0].numpy()

@@ -21,6 +21,7 @@ ONLY_IN_ONE = {
     "layers.weight_initializer": "haiku takes an initialiser to get_parameter …",
     "layers.initialize_weight": "… torch fills a parameter in place",
     "layers.without_autocast": "JAX has no autocast",
+    "layers.take": "JAX has take_along_axis",
 }
 """Names that one framework has and the other has no use for."""
 
