@@ -6,17 +6,15 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.clock import Timed, interleaved
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.tensors import torch_tensor
 from ipa_parity import peers
 from ipa_parity.cases import CATALOGUE, Case, make_case
 from ipa_parity.parity import judge
-
-Timed = Callable[[], Any]
 
 
 def main() -> int:
@@ -55,19 +53,6 @@ def measure(residues: int, repeats: int) -> list[dict]:
                 }
             )
     return rows
-
-
-def interleaved(ours: Timed, theirs: Timed, repeats: int) -> list[float]:
-    """Our time over theirs, each pair measured back to back after a warm-up: the machine's moods cancel."""
-    ours(), theirs()
-    return [seconds(ours) / seconds(theirs) for _ in range(repeats)]
-
-
-def seconds(call: Timed) -> float:
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def jax_calls(case: Case) -> dict[str, tuple[Timed, Timed]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ipa_bridge import residues
+from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.structures import load_structure
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
@@ -42,8 +43,10 @@ def test_representations_become_structure_files(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     gemmi = pytest.importorskip("gemmi")
     monkeypatch.chdir(tmp_path)
-    *_, haiku, pytorch = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert all(len(block.strip().splitlines()) <= 14 for block in (haiku, pytorch))
+    haiku, pytorch, training = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2:]
+    for block in (haiku, pytorch):
+        lines = [line for line in block.strip().splitlines() if line and not line.startswith(("import", "from"))]
+        assert len(lines) <= 10
     first: dict = {}
     with jax.enable_x64(False):
         exec(compile(haiku, "README.md: Haiku", "exec"), first)
@@ -66,11 +69,26 @@ def test_representations_become_structure_files(tmp_path, monkeypatch):
         reference="jax",
     )
     assert row.passed, str(row)
+    exec(compile(training, "README.md: training", "exec"), second)
+    gradients = [x.grad for x in second["structure_module"].parameters()]
+    assert all(x is not None and x.isfinite().all() for x in gradients)
+    assert second["losses"].loss > 0.1
     for name, block in (("prediction.pdb", first), ("prediction.cif", second)):
         assert len(gemmi.read_structure(name)[0][0]) == 48
         structure = load_structure(name)
         np.testing.assert_array_equal(structure.aatype, np.asarray(block["aatype"]))
         np.testing.assert_array_equal(structure.atom37_mask, residues.ATOM37_MASK[structure.aatype])
+
+
+def test_the_attention_of_a_whole_models_file(tmp_path):
+    """Named by its config; without, the file's structure module comes."""
+    assert 'Weights.load("params_model_1.npz", config=config).to_haiku()' in README
+    config = StructureModuleConfig.alphafold2()
+    Weights.random(config).save(tmp_path / "params_model_1.npz")
+    found = Weights.load(tmp_path / "params_model_1.npz", config=config.ipa)
+    assert found.config == config.ipa
+    assert {name.split("/")[0] for name in found.to_haiku()} == {"invariant_point_attention"}
+    assert Weights.load(tmp_path / "params_model_1.npz").config == config
 
 
 def test_commands_are_in_the_makefile():

@@ -252,7 +252,13 @@ def test_names_by_case(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "dtype"),
-    [("jax.numpy", "float32"), ("jax.numpy", "bfloat16"), ("torch", "float32"), ("torch", "float64")],
+    [
+        ("jax.numpy", "float32"),
+        ("jax.numpy", "bfloat16"),
+        ("torch", "float32"),
+        ("torch", "float64"),
+        ("torch", "bfloat16"),
+    ],
 )
 def test_arrays_of_other_frameworks(tmp_path, module, dtype):
     xp = pytest.importorskip(module)
