@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.clock import Timed, interleaved
@@ -15,6 +16,7 @@ from ipa_bridge.tensors import torch_tensor
 from ipa_parity import peers
 from ipa_parity.cases import CATALOGUE, Case, make_case
 from ipa_parity.parity import judge
+from ipa_parity.stages import RUNNERS
 
 
 def main() -> int:
@@ -22,23 +24,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--residues", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--implementation", choices=["reference", "streamed"], help="of ours (default: as users get it)"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    failures = [str(row) for row in judge(CATALOGUE["alphafold2"](), "float32") if not row.passed]
+    runners = {name: partial(run, implementation=args.implementation) for name, run in RUNNERS.items()}
+    failures = [str(row) for row in judge(CATALOGUE["alphafold2"](), "float32", runners=runners) if not row.passed]
     if failures:
         print("parity fails, so there is no speed to speak of:", *failures, sep="\n  ", file=sys.stderr)
         return 1
-    rows = [row for residues in args.residues for row in measure(residues, args.repeats)]
+    rows = [row for residues in args.residues for row in measure(residues, args.repeats, args.implementation)]
     print(json.dumps(rows, indent=1) if args.json else table(rows))
     return 0
 
 
-def measure(residues: int, repeats: int) -> list[dict]:
+def measure(residues: int, repeats: int, implementation: str | None) -> list[dict]:
     """One row per framework and direction: the median and the range of our time over the peer's."""
     case = make_case(f"{residues} residues", IPAConfig.alphafold2(), (residues,)).astype("float32")
     rows = []
     for framework, peer, make in (("jax", "AlphaFold (jit)", jax_calls), ("torch", "ESMFold", torch_calls)):
-        for direction, (ours, theirs) in make(case).items():
+        for direction, (ours, theirs) in make(case, implementation).items():
             print(f"{residues} residues, {framework} {direction}", file=sys.stderr, flush=True)
             ratios = interleaved(ours, theirs, repeats)
             rows.append(
@@ -55,7 +61,7 @@ def measure(residues: int, repeats: int) -> list[dict]:
     return rows
 
 
-def jax_calls(case: Case) -> dict[str, tuple[Timed, Timed]]:
+def jax_calls(case: Case, implementation: str | None) -> dict[str, tuple[Timed, Timed]]:
     """Our haiku IPA and AlphaFold's, both under jit: forward, and gradients to parameters and activations."""
     import haiku as hk
     import jax
@@ -66,7 +72,7 @@ def jax_calls(case: Case) -> dict[str, tuple[Timed, Timed]]:
     names = ("single", "pair", "mask", "rotation", "translation")
     single, pair, mask, rotation, translation = (jax.numpy.asarray(getattr(case, name)) for name in names)
     alphafold: Any = hk.without_apply_rng(hk.transform(peers.alphafold_forward(case.config)))
-    ipa = ipa_jax.transform_ipa(case.config)
+    ipa = ipa_jax.transform_ipa(case.config, implementation=implementation)
 
     def pair_of(wrap: Callable) -> tuple[Timed, Timed]:
         ours = wrap(lambda p, s, z: ipa.apply(p, s, z, ipa_jax.Rigid(rotation, translation), mask))
@@ -79,14 +85,14 @@ def jax_calls(case: Case) -> dict[str, tuple[Timed, Timed]]:
     }
 
 
-def torch_calls(case: Case) -> dict[str, tuple[Timed, Timed]]:
+def torch_calls(case: Case, implementation: str | None) -> dict[str, tuple[Timed, Timed]]:
     """Our torch IPA and ESMFold's: forward, and gradients to parameters and activations."""
     import torch
     from transformers.models.esm.openfold_utils import Rigid, Rotation
 
     import ipa_torch
 
-    module = ipa_torch.InvariantPointAttention(case.config)
+    module = ipa_torch.InvariantPointAttention(case.config, implementation=implementation)
     module.load_state_dict(case.weights.to_torch())
     esmfold = peers.esmfold_module(case)
     names = ("single", "pair", "rotation", "translation", "mask")

@@ -64,20 +64,20 @@ class InvariantPointAttention(hk.Module):
         rigids = rigids.astype(at_least_float32(*(x.dtype for x in (single, pair, *rigids) if x is not None)))
         rigids = _centre(rigids, mask)
         pair_bias_weight, point_weights = self.logit_weights(single.dtype)
-        o, o_points, o_pair, attention = point_attention(
+        o, o_points, o_pair, *attention = point_attention(
             *self.project(single, rigids),
             pair,
             pair_bias_weight=pair_bias_weight,
             point_weights=point_weights,
             mask=mask,
             implementation=self.implementation,
-            return_attention=True,
+            return_attention=return_attention,
         )
         features = self._features(o, rigids.apply_inverse(o_points), o_pair)
         initializer: Initializer = "zeros" if self.config.zero_init else "linear"
         output_projection = Linear(self.config.num_channel, initializer=initializer, name="output_projection")
         output = output_projection(features).astype(single.dtype)  # line 11
-        return (output, attention) if return_attention else output
+        return (output, *attention) if return_attention else output
 
     @hk.name_like("__call__")
     def project(self, single: Float[Array, "*B N c_s"], rigids: Rigid) -> Projections:
@@ -209,4 +209,6 @@ def _centre(rigids: Rigid, mask: Shaped[Array, "*B N"] | None) -> Rigid:
     weight = jnp.ones_like(translation[..., :1]) if mask is None else mask[..., None].astype(translation.dtype)
     total = jnp.sum(weight, -2, keepdims=True)
     mean = jnp.sum(weight * translation, -2, keepdims=True) / jnp.maximum(total, 1)
-    return Rigid(rigids.rotation, translation - jax.lax.stop_gradient(mean))
+    # XLA computes the mean anew where it is used, summed in other orders. To eleven bits all of them agree.
+    mean = jax.lax.reduce_precision(jax.lax.stop_gradient(mean), jnp.finfo(mean.dtype).nexp, 10)
+    return Rigid(rigids.rotation, translation - mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -28,6 +28,7 @@ def judge(
     *,
     frameworks: Iterable[str] = ("jax", "torch"),
     gradients: bool = True,
+    runners: Mapping[str, Callable[..., Arrays]] | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Iterator[Comparison]:
     """Every stage of a case in one dtype: each framework against float64, and the two against each other.
@@ -41,8 +42,10 @@ def judge(
         dtype: what to round it to and run it in: "float64", "float32", "bfloat16" or "float16".
         frameworks: which to run, of "jax" and "torch".
         gradients: compare gradients too.
+        runners: what runs a framework by name; None for `stages.RUNNERS`.
         progress: is told what is about to run.
     """
+    runners = RUNNERS if runners is None else runners
     rounded, frameworks = case.astype(dtype), tuple(frameworks)
     gradients = gradients and (len(frameworks) == 2 or dtype != "float64")
     progress("oracle")
@@ -50,11 +53,11 @@ def judge(
     runs: dict[str, Arrays] = {}
     for name in frameworks:
         progress(f"{name} {dtype}")
-        runs[name] = RUNNERS[name](rounded, gradients=gradients)
+        runs[name] = runners[name](rounded, gradients=gradients)
     if gradients and dtype != "float64":
         judge_of_gradients = "torch" if "torch" in runs else "jax"
         progress(f"{judge_of_gradients} float64")
-        exact = RUNNERS[judge_of_gradients](rounded.astype("float64"))
+        exact = runners[judge_of_gradients](rounded.astype("float64"))
         truth |= {stage: x for stage, x in exact.items() if stage.startswith("gradient/")}
     pairs = [(name, arrays, "float64", truth) for name, arrays in runs.items()]
     if len(runs) == 2:

@@ -79,18 +79,18 @@ class InvariantPointAttention(nn.Module):
         rigids = rigids.astype(at_least_float32(*(x.dtype for x in (single, pair, *rigids) if x is not None)))
         rigids = _centre(rigids, mask)
         pair_bias_weight, point_weights = self.logit_weights()
-        o, o_points, o_pair, attention = point_attention(
+        o, o_points, o_pair, *attention = point_attention(
             *self.project(single, rigids),
             pair,
             pair_bias_weight=pair_bias_weight,
             point_weights=point_weights,
             mask=mask,
             implementation=self.implementation,
-            return_attention=True,
+            return_attention=return_attention,
         )
         features = self._features(o, rigids.apply_inverse(o_points), o_pair)
         output = self.output_projection(features).to(single.dtype)  # line 11
-        return (output, attention) if return_attention else output
+        return (output, *attention) if return_attention else output
 
     def project(self, single: Float[Tensor, "*B N c_s"], rigids: Rigid) -> Projections:
         """Lines 1–3: q, k, v (*B, N, H, C) and query, key and value points (*B, N, H, P, 3) in the global frame.

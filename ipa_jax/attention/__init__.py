@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from jaxtyping import Array, Float, Shaped
 
 from ipa_bridge.checks import check_point_attention_inputs
-from ipa_jax.attention import reference
+from ipa_jax.attention import reference, streamed
 from ipa_jax.layers import at_least_float32
 
 __all__ = ["IMPLEMENTATIONS", "choose_implementation", "point_attention"]
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference.point_attention}
-"""Every implementation by name, in the order in which `implementation=None` tries them."""
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": reference.point_attention,
+    "streamed": streamed.point_attention,
+}
+"""Every implementation by name."""
 
 
 def point_attention(
@@ -49,7 +53,7 @@ def point_attention(
         point_weights: w_h ≥ 0, that is softplus(γ_h), not yet scaled by √(2/9P).
         mask: 1 or True where a residue is valid. A valid query ignores masked keys; a masked query attends to all.
         implementation: one of `IMPLEMENTATIONS`; None chooses as `choose_implementation` says.
-        block_size: query rows at a time, for implementations that work in blocks.
+        block_size: query rows at a time, for implementations that work in blocks; None for a size that suits N.
         return_attention: also return the attention weights, (*B, H, N, N).
 
     Returns:
@@ -57,11 +61,11 @@ def point_attention(
         pair; and the attention if asked for. o and o_pair come in v's dtype, o_points in v_points'.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: shapes that do not fit, an unknown implementation, or a block_size below 1.
         NotImplementedError: the named implementation cannot do what is asked.
     """
     check_point_attention_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
-    attend = choose_implementation(implementation, block_size=block_size)
+    attend = choose_implementation(implementation, block_size=block_size, return_attention=return_attention)
     arrays = (q, k, v, q_points, k_points, v_points)
     dtype = at_least_float32(*(x.dtype for x in arrays), *(() if pair is None else (pair.dtype,)))
     o, o_points, o_pair, attention = attend(
@@ -76,16 +80,22 @@ def point_attention(
     return (*outputs, attention) if return_attention else outputs
 
 
-def choose_implementation(implementation: str | None, *, block_size: int | None = None) -> Callable:
-    """The function that a name stands for; None stands for "reference", the only one there is.
+def choose_implementation(
+    implementation: str | None, *, block_size: int | None = None, return_attention: bool = False
+) -> Callable:
+    """The function that a name stands for; None stands for "streamed" with a block_size, else for "reference".
 
     Raises:
-        ValueError: no implementation of that name.
+        ValueError: no implementation of that name, or a block_size below 1.
         NotImplementedError: it does not work in blocks and `block_size` is given.
     """
-    name = implementation or "reference"
+    name = implementation or ("reference" if block_size is None else "streamed")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
     if name == "reference" and block_size is not None:
         raise NotImplementedError(f"implementation 'reference' has no blocks: leave block_size None, got {block_size}")
-    return IMPLEMENTATIONS[name]
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, or None for a size that suits N; got {block_size}")
+    if name == "reference":
+        return IMPLEMENTATIONS[name]
+    return partial(IMPLEMENTATIONS[name], block_size=block_size, return_attention=return_attention)
