@@ -17,7 +17,7 @@ from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case
 from ipa_parity.stages import Arrays
-from ipa_parity.structure_module import StructureModuleCase
+from ipa_parity.structure_module import COTANGENT_SCALES, StructureModuleCase
 
 
 def alphafold_forward(config: IPAConfig) -> Callable[..., Any]:
@@ -279,8 +279,7 @@ def run_alphafold_structure_module(case: StructureModuleCase, *, gradients: bool
     def loss(params: Any, inputs: Mapping[str, Any]) -> Any:
         output = transformed.apply(params, jax.random.key(0), inputs["single"], inputs["pair"])
         last = {**case.cotangents, "act": case.cotangents["act"][-1]}
-        scales = {"atom14": 0.1, "angles": 1.0, "act": 1.0}
-        return sum(scales[field] * (output[field] * x).sum() for field, x in last.items()), output
+        return sum(COTANGENT_SCALES[field] * (output[field] * x).sum() for field, x in last.items()), output
 
     # Its multimer geometry asserts float32, which its own float64 constants break where x64 is on.
     with (
@@ -325,8 +324,8 @@ def run_esmfold_structure_module(case: StructureModuleCase, *, gradients: bool =
     }
     arrays = {}
     if gradients:
-        scales = {"atom14": 0.1, "angles": 1.0, "act": 1.0}
-        terms = [scales[field] * (output[field] * torch_tensor(x)).sum() for field, x in case.cotangents.items()]
+        cotangents = {field: COTANGENT_SCALES[field] * torch_tensor(x) for field, x in case.cotangents.items()}
+        terms = [(output[field] * x).sum() for field, x in cotangents.items()]
         parameters = dict(module.named_parameters())
         grads = torch.autograd.grad(sum(terms), [*inputs.values(), *parameters.values()])
         arrays = {f"gradient/{name}": x[0].numpy() for name, x in zip(inputs, grads, strict=False)}

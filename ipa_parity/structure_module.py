@@ -36,6 +36,9 @@ PRESETS: dict[str, Callable[[], StructureModuleConfig]] = {
 TERMS = ("backbone", "sidechain_fape", "chi", "angle_norm", "violation")
 """The losses, as `StructureModuleLoss` names them."""
 
+COTANGENT_SCALES = {"atom14": 0.1, "angles": 1.0, "act": 1.0}
+"""Of the combination whose gradients are compared: atoms count in units of 10 Å."""
+
 LONGEST_LEVER = 8.0
 """Å; no atom of a side chain lies farther from the axis of a torsion that turns it."""
 
@@ -302,8 +305,7 @@ def _inputs(case: StructureModuleCase) -> Arrays:
 
 def _combination(output: Any, cotangents: Mapping[str, Any]) -> Any:
     """Σ cotangent·output over all layers, atoms in units of 10 Å."""
-    scales = {"atom14": 0.1, "angles": 1.0, "act": 1.0}
-    return sum(scales[field] * (getattr(output, field) * x).sum() for field, x in cotangents.items())
+    return sum(COTANGENT_SCALES[field] * (getattr(output, field) * x).sum() for field, x in cotangents.items())
 
 
 def target_of(ipa: Any, case: StructureModuleCase, array: Callable[[np.ndarray], Any]) -> Any:

@@ -124,8 +124,9 @@ def _attend(block_size: int, with_attention: bool, inputs: _Inputs) -> tuple[Any
 
 def _attend_forward(block_size: int, with_attention: bool, primals: Any) -> tuple[tuple[Any, Any, Any], Any]:
     inputs = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
-    frozen = None if primals.pair is None or not primals.pair.perturbed else ()  # as a structure, for it is no array
-    return _attend(block_size, with_attention, inputs), (inputs, frozen)
+    # Whether the pair wants a gradient, told by structure: residuals are arrays.
+    wanted = () if primals.pair is not None and primals.pair.perturbed else None
+    return _attend(block_size, with_attention, inputs), (inputs, wanted)
 
 
 def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cotangents: Any) -> tuple[_Inputs]:

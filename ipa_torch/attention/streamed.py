@@ -2,7 +2,7 @@
 
 Softmax runs over whole rows, so nothing is approximated; backward computes each block's attention anew. Squared
 distances lose nothing to cancellation: they are sums of squared differences, or on CPU in float32 the usual product
-|q|² + |k|² − 2 q·k in float64, which is as exact and three times as fast.
+|q|² + |k|² − 2 q·k in float64, which has the bits to spare and is a matrix product.
 
 Forward and backward are each an opaque operator (for `torch.compile` and `torch.export`) inside an autograd function
 (for `torch.func.grad` and `vmap`). Forward-mode and higher derivatives are refused: the reference has them.
