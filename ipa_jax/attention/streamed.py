@@ -17,8 +17,14 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
-BLOCK_BYTES = 32 << 20
-"""Of the arrays of rows × N × heads that one block has, about four at a time."""
+BLOCK_BYTES = 4 << 20
+"""Of the pair in one block; between 2 and 8 MB the optimum is flat, where a block stays in cache."""
+
+MOST_ROWS = 64
+"""Of a block, where the pair's rows are short."""
+
+LANES = 8
+"""XLA's products on CPU run at their full rate where the last axis of their output is a multiple of this."""
 
 ONLY_REVERSE_MODE = (
     "implementation='streamed' has first derivatives in reverse mode only; implementation='reference' has all others"
@@ -61,7 +67,8 @@ def point_attention(
         bias=None if pair is None or pair_bias_weight is None else pair_bias_weight * temperature,
     )
     width = 0 if pair is None else pair.shape[-1]
-    size = min(block_size or default_block_size(number, heads, width), max(number, 1))
+    size = block_size or default_block_size(number, heads, width) // max(1, math.prod(batch))
+    size = max(1, min(size, number))
     attend = partial(_attend, size, return_attention)
     axes = jax.tree.map(lambda _: 0, inputs)._replace(weights=None, bias=None)
     for _ in batch:
@@ -78,8 +85,8 @@ def point_attention(
 
 
 def default_block_size(number: int, heads: int, pair_channel: int) -> int:
-    """Query rows at a time: as many as fit in `BLOCK_BYTES`, for under XLA few large blocks run faster than many."""
-    return max(1, min(number, BLOCK_BYTES // max(1, 16 * number * heads)))
+    """Query rows at a time, so that their part of the pair stays in cache."""
+    return max(1, min(number, MOST_ROWS, BLOCK_BYTES // max(1, 4 * number * max(pair_channel, 1))))
 
 
 class _Inputs(NamedTuple):
@@ -107,11 +114,13 @@ def _attend(block_size: int, with_attention: bool, inputs: _Inputs) -> tuple[Any
         jnp.zeros((heads, number, number), inputs.queries.dtype) if with_attention else None,
     )
 
+    keys = _Keys.of(inputs)
+
     def block(outputs: tuple[Any, Any, Any], start: Array) -> tuple[tuple[Any, Any, Any], None]:
         o, o_pair, attention = outputs
         rows = _Rows(start, block_size)
         pair = rows.of_pair(inputs)
-        weight = _attention(inputs, rows, None if pair is None else _bias(inputs, pair))
+        weight, _ = _attention(inputs, keys, rows, _bias(inputs, pair))
         o = rows.write(o, _einsum("hij,hjc->hic", weight, inputs.values), 1)
         if pair is not None:
             o_pair = rows.write(o_pair, _einsum("hij,ijc->ihc", weight, pair), 0)
@@ -133,53 +142,85 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
     inputs, wanted = residuals
     number = inputs.queries.shape[1]
     d_o, d_o_pair, d_attention = (_instantiate(x) for x in cotangents)
-    room = jax.tree.map(jnp.zeros_like, inputs)
-    room = room._replace(pair=None if wanted is None else room.pair)
     if not number:
         return (jax.tree.map(jnp.zeros_like, inputs),)
+    keys = _Keys.of(inputs)
+    room = jax.tree.map(jnp.zeros_like, inputs)
+    # Sums over blocks are kept with the residues last, as the products that they add up come out.
+    room = room._replace(
+        keys=_turned(room.keys),
+        values=_turned(room.values),
+        key_points=_turned(room.key_points),
+        pair=None if wanted is None else room.pair,
+        bias=None if inputs.bias is None else room.bias.T,
+    )
 
     def block(gradients: _Inputs, start: Array) -> tuple[_Inputs, None]:
         rows = _Rows(start, block_size)
         fresh = rows.fresh(number, d_o.dtype)
         pair = rows.of_pair(inputs)
-        weight = _attention(inputs, rows, None if pair is None else _bias(inputs, pair))
         rows_d_o = rows.read(d_o, 1) * fresh[:, None]
-        d_logits = _einsum("hic,hjc->hij", rows_d_o, inputs.values)
-        rows_d_o_pair = None
-        if pair is not None:
-            rows_d_o_pair = rows.read(d_o_pair, 0) * fresh[:, None, None]
-            d_logits += _einsum("ihc,ijc->hij", rows_d_o_pair, pair)
+        d_weight = _einsum("hic,hcj->hij", rows_d_o, keys.values)
+        if pair is None:
+            weight, distance2 = _attention(inputs, keys, rows, None)
+        else:
+            # [W_bᵀ; dO_pair] of each row against its pair: the bias and what the softmax is told, in one product.
+            on_pair = _beside_bias(inputs, rows.read(d_o_pair, 0) * fresh[:, None, None])
+            both = jnp.transpose(_einsum("ihc,ijc->ijh", on_pair, pair), (2, 0, 1))
+            d_weight += both[-len(d_weight) :]
+            weight, distance2 = _attention(inputs, keys, rows, None if inputs.bias is None else both[: len(d_weight)])
         if d_attention is not None:
-            d_logits += rows.read(d_attention, 1) * fresh[:, None]
-        d_logits = weight * (d_logits - jnp.sum(weight * d_logits, -1, keepdims=True))
-        queries = rows.read(inputs.queries, 1)
-        d_query_points, d_key_points, d_weights = _point_gradients(inputs, rows, d_logits)
+            d_weight += rows.read(d_attention, 1) * fresh[:, None]
+        # Behind barriers, or XLA computes them anew in each of the many sums that read them.
+        weight, distance2 = jax.lax.optimization_barrier((weight, distance2))
+        d_logits = jax.lax.optimization_barrier(weight * (d_weight - jnp.sum(weight * d_weight, -1, keepdims=True)))
+        d_query_points, d_key_points = _point_gradients(inputs, keys, rows, d_logits)
         d_pair, d_bias = gradients.pair, gradients.bias
         if pair is not None and d_bias is not None:
-            d_bias += _einsum("hij,ijc->ch", d_logits, pair)
+            d_bias += jnp.sum(_einsum("hij,ijc->ihc", d_logits, pair), 0)
         if pair is not None and d_pair is not None:
-            rows_d_pair = _einsum("hij,ihc->ijc", weight, cast(Array, rows_d_o_pair))
-            if inputs.bias is not None:
-                rows_d_pair += _einsum("hij,ch->ijc", d_logits, inputs.bias)
+            # [dL; P]ᵀ [W_bᵀ; dO_pair], again in one.
+            to_pair = [jnp.transpose(x, (1, 2, 0)) for x in ([] if d_bias is None else [d_logits]) + [weight]]
+            rows_d_pair = _einsum("ijh,ihc->ijc", jnp.concatenate(to_pair, -1), on_pair)
             d_pair = rows.write(d_pair, rows_d_pair.astype(d_pair.dtype), 0)
-        return gradients._replace(
+        return _Inputs(
             queries=rows.write(gradients.queries, _einsum("hij,hjc->hic", d_logits, inputs.keys), 1),
-            keys=gradients.keys + _einsum("hij,hic->hjc", d_logits, queries),
-            values=gradients.values + _einsum("hij,hic->hjc", weight, rows_d_o),
+            keys=gradients.keys + _einsum("hij,hic->hcj", d_logits, rows.read(inputs.queries, 1)),
+            values=gradients.values + _einsum("hij,hic->hcj", weight, rows_d_o),
             query_points=rows.write(gradients.query_points, d_query_points, 1),
             key_points=gradients.key_points + d_key_points,
-            weights=gradients.weights + d_weights,
             pair=d_pair,
+            mask=gradients.mask,
+            weights=gradients.weights - 0.5 * jnp.sum(d_logits * distance2, (1, 2)),
             bias=d_bias,
         ), None
 
     gradients = jax.lax.scan(block, room, _starts(number, block_size))[0]
-    if inputs.pair is not None and wanted is None:
-        gradients = gradients._replace(pair=jnp.zeros_like(inputs.pair))
-    return (gradients,)
+    return (
+        gradients._replace(
+            keys=_turned(gradients.keys),
+            values=_turned(gradients.values),
+            key_points=_turned(gradients.key_points),
+            pair=None if inputs.pair is None else jnp.zeros_like(inputs.pair) if wanted is None else gradients.pair,
+            bias=None if inputs.bias is None else gradients.bias.T,
+        ),
+    )
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+class _Keys(NamedTuple):
+    """What every block reads of the keys, with the residues last: turned once, not in each block."""
+
+    keys: Float[Array, "H C N"]
+    values: Float[Array, "H Cv N"]
+    points: Float[Array, "H 3P N"]
+
+    @classmethod
+    def of(cls, inputs: _Inputs) -> _Keys:
+        """Of one example."""
+        return cls(_turned(inputs.keys), _turned(inputs.values), _turned(inputs.key_points))
 
 
 class _Rows(NamedTuple):
@@ -213,36 +254,50 @@ def _starts(number: int, block_size: int) -> Array:
     return jnp.asarray(([number - block_size] if number % block_size else []) + starts)
 
 
-def _bias(inputs: _Inputs, pair: Float[Array, "b N c_z"]) -> Float[Array, "H b N"] | None:
-    return None if inputs.bias is None else _einsum("ijc,ch->hij", pair, inputs.bias)
+def _bias(inputs: _Inputs, pair: Float[Array, "b N c_z"] | None) -> Float[Array, "H b N"] | None:
+    if pair is None or inputs.bias is None:
+        return None
+    heads = inputs.bias.shape[-1]
+    padded = jnp.pad(inputs.bias.T, ((0, -heads % LANES), (0, 0)))
+    padded = jnp.broadcast_to(padded, (pair.shape[0], *padded.shape))
+    return jnp.transpose(_einsum("ihc,ijc->ijh", padded, pair)[..., :heads], (2, 0, 1))
 
 
-def _attention(inputs: _Inputs, rows: _Rows, bias: Float[Array, "H b N"] | None) -> Float[Array, "H b N"]:
-    logits = _einsum("hic,hjc->hij", rows.read(inputs.queries, 1), inputs.keys)
-    distance2 = sum(offset * offset for offset in _offsets(inputs, rows))
+def _beside_bias(inputs: _Inputs, rows: Float[Array, "b H c_z"]) -> Float[Array, "b 2H c_z"]:
+    """[W_bᵀ; rows] of each query; rows alone without a bias."""
+    if inputs.bias is None:
+        return rows
+    return jnp.concatenate([jnp.broadcast_to(inputs.bias.T, rows.shape), rows], 1)
+
+
+def _attention(
+    inputs: _Inputs, keys: _Keys, rows: _Rows, bias: Float[Array, "H b N"] | None
+) -> tuple[Float[Array, "H b N"], Float[Array, "H b N"]]:
+    """The rows' attention, and squared distances."""
+    logits = _einsum("hic,hcj->hij", rows.read(inputs.queries, 1), keys.keys)
+    distance2: Any = sum(offset * offset for offset in _offsets(inputs, keys, rows))
     logits -= 0.5 * inputs.weights[:, None, None] * distance2
     if bias is not None:
         logits += bias
-    return jax.nn.softmax(logits - 1e5 * rows.read(inputs.mask, 0)[:, None] * (1 - inputs.mask), -1)
-
-
-def _offsets(inputs: _Inputs, rows: _Rows) -> list[Float[Array, "H b N"]]:
-    """Differences q − k, coordinate by coordinate."""
-    queries, keys = rows.read(inputs.query_points, 1), inputs.key_points
-    return [queries[..., i, None] - keys[:, None, :, i] for i in range(keys.shape[-1])]
+    logits -= 1e5 * rows.read(inputs.mask, 0)[:, None] * (1 - inputs.mask)
+    return jax.nn.softmax(logits, -1), distance2
 
 
 def _point_gradients(
-    inputs: _Inputs, rows: _Rows, d_logits: Float[Array, "H b N"]
-) -> tuple[Float[Array, "H b 3P"], Float[Array, "H N 3P"], Float[Array, " H"]]:
-    """To query points, key points and weights, by ∂L/∂q = −w·(q − k)."""
-    moved = [d_logits * offset for offset in _offsets(inputs, rows)]
+    inputs: _Inputs, keys: _Keys, rows: _Rows, d_logits: Float[Array, "H b N"]
+) -> tuple[Float[Array, "H b 3P"], Float[Array, "H 3P N"]]:
+    """To query points and key points, by ∂L/∂q = −w·(q − k)."""
+    moved = [d_logits * offset for offset in _offsets(inputs, keys, rows)]
     weights = inputs.weights[:, None, None]
-    d_queries = -weights * jnp.stack([jnp.sum(x, -1) for x in moved], -1)
-    d_keys = weights * jnp.stack([jnp.sum(x, -2) for x in moved], -1)
-    stretched = [jnp.sum(x * offset, (-1, -2)) for x, offset in zip(moved, _offsets(inputs, rows), strict=True)]
-    d_weights = -0.5 * sum(stretched[1:], stretched[0])
-    return d_queries, d_keys, d_weights
+    d_queries = jnp.stack([jnp.sum(x, -1) for x in moved], -1)
+    d_keys = jnp.stack([jnp.sum(x, -2) for x in moved], -2)
+    return -weights * d_queries, weights * d_keys
+
+
+def _offsets(inputs: _Inputs, keys: _Keys, rows: _Rows) -> list[Float[Array, "H b N"]]:
+    """Differences q − k, coordinate by coordinate."""
+    points = rows.read(inputs.query_points, 1)
+    return [points[..., i, None] - keys.points[:, i, None] for i in range(points.shape[-1])]
 
 
 def _einsum(subscripts: str, *arrays: Array) -> Array:
@@ -251,6 +306,10 @@ def _einsum(subscripts: str, *arrays: Array) -> Array:
 
 def _heads_first(x: Float[Array, "*B N H D"]) -> Float[Array, "*B H N D"]:
     return jnp.swapaxes(x, -2, -3)
+
+
+def _turned(x: Float[Array, "H N D"]) -> Float[Array, "H D N"]:
+    return jnp.swapaxes(x, -1, -2)
 
 
 def _flat(points: Float[Array, "*B N H P 3"]) -> Float[Array, "*B N H 3P"]:

@@ -312,10 +312,10 @@ class _Blocks:
         """The pair's part of the rows' logits, (H, b, N)."""
         if self.bias is None or pair_rows is None:
             return None
-        number, keys, width = pair_rows.shape
-        logits = self.scratch("bias", (len(self.bias), number * keys))
-        torch.mm(self.bias, pair_rows.reshape(number * keys, width).T, out=logits)
-        return logits.view(-1, number, keys)
+        number, keys, _ = pair_rows.shape
+        logits = self.scratch("bias", (number, len(self.bias), keys))
+        torch.bmm(self.bias.expand(number, -1, -1), pair_rows.transpose(1, 2), out=logits)
+        return logits.transpose(0, 1)
 
     def beside_bias(self, rows: Tensor) -> Tensor:
         """[W_bᵀ; rows] of each query, (b, 2H, c_z); rows alone without a bias."""
