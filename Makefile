@@ -9,15 +9,16 @@ parity: .venv/.runtime
 	$(BIN)/ipa-parity
 
 test: .venv/.dev
-	$(BIN)/python -m pytest --require=jax,torch,alphafold,transformers,invariant_point_attention
+	$(BIN)/python -m pytest --numprocesses auto --require=jax,torch,alphafold,transformers,invariant_point_attention
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.dev
-	$(BIN)/python -m benchmarks
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks --residues 64 128 256 512 1024
+	$(BIN)/python -m benchmarks --module structure-module --residues 512
 
 setup: .venv/.dev
 
@@ -33,6 +34,10 @@ setup: .venv/.dev
 .venv/.dev: .venv/.runtime
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	$(PIP) install --constraint constraints.txt --no-deps alphafold-colabfold colabfold-kernels
+	touch $@
+
+.venv/.bench: .venv/.dev
+	$(PIP) install --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 clean:

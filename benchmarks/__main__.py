@@ -1,131 +1,171 @@
-"""Whole-IPA time, ours against AlphaFold's haiku class and ESMFold's torch class: ratios, measured interleaved."""
+"""Time and peak memory of our attention or structure module beside published ones, once parity holds.
+
+Times are taken in one process, all systems in turn, and compared turn by turn: machines are shared, and only
+neighbours in time are comparable. Memory is each call's peak above its inputs, in a process of its own.
+"""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from benchmarks.clock import Timed, interleaved
+from benchmarks import memory, roofline
+from benchmarks.clock import seconds
+from benchmarks.systems import DIRECTIONS, MODULES, Inputs, System
 from ipa_bridge.config import IPAConfig
-from ipa_bridge.tensors import torch_tensor
-from ipa_parity import peers
-from ipa_parity.cases import CATALOGUE, Case, make_case
-from ipa_parity.parity import judge
+from ipa_parity import parity
+from ipa_parity.cases import CATALOGUE
 from ipa_parity.stages import RUNNERS
+
+HEADROOM = 1.15
+"""Of the memory that a call is known to need, before it is timed."""
+
+FEWEST_TURNS, LONG_ENOUGH = 3, 120.0
+"""After so many turns and seconds no more are taken."""
 
 
 def main() -> int:
-    """Runs the gate, then the clock; 1 if the gate fails."""
+    """Runs the gate, then measures; 1 if the gate fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--residues", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--module", choices=MODULES, default="ipa")
+    parser.add_argument("--residues", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--implementation", choices=["reference", "streamed"], help="of ours (default: as users get it)"
-    )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--system", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--direction", choices=DIRECTIONS, nargs="+", default=DIRECTIONS)
+    parser.add_argument("--only", choices=["time", "memory"], help="measure one of the two")
+    parser.add_argument("--json", action="store_true", help="print everything that was measured as JSON")
+    parser.add_argument("--save", metavar="FILE", help="write that JSON to a file too")
+    parser.add_argument("--plot", metavar="FILE", help="draw time and memory over residues")
     args = parser.parse_args()
-    runners = {name: partial(run, implementation=args.implementation) for name, run in RUNNERS.items()}
-    failures = [str(row) for row in judge(CATALOGUE["alphafold2"](), "float32", runners=runners) if not row.passed]
+    systems = [s for s in MODULES[args.module] if args.system is None or s.name in args.system]
+    if args.system and len(systems) < len(set(args.system)):
+        parser.error(f"--system must be among {[s.name for s in MODULES[args.module]]}; got {args.system}")
+    failures = list(gate())
     if failures:
         print("parity fails, so there is no speed to speak of:", *failures, sep="\n  ", file=sys.stderr)
         return 1
-    rows = [row for residues in args.residues for row in measure(residues, args.repeats, args.implementation)]
-    print(json.dumps(rows, indent=1) if args.json else table(rows))
+    machine = roofline.machine()
+    rows: list[dict] = []
+    for residues in args.residues:
+        for direction in args.direction:
+            rows += measure(args.module, systems, residues, direction, args.repeats, args.only)
+    report = {"module": args.module, "machine": machine, "rows": rows}
+    if args.save:
+        Path(args.save).write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot:
+        from benchmarks import plot
+
+        plot.save(rows, args.plot)
+    print(json.dumps(report, indent=1) if args.json else table(args.module, rows, machine))
     return 0
 
 
-def measure(residues: int, repeats: int, implementation: str | None) -> list[dict]:
-    """One row per framework and direction: the median and the range of our time over the peer's."""
-    case = make_case(f"{residues} residues", IPAConfig.alphafold2(), (residues,)).astype("float32")
-    rows = []
-    for framework, peer, make in (("jax", "AlphaFold (jit)", jax_calls), ("torch", "ESMFold", torch_calls)):
-        for direction, (ours, theirs) in make(case, implementation).items():
-            print(f"{residues} residues, {framework} {direction}", file=sys.stderr, flush=True)
-            ratios = interleaved(ours, theirs, repeats)
-            rows.append(
-                {
-                    "residues": residues,
-                    "framework": framework,
-                    "peer": peer,
-                    "direction": direction,
-                    "ratio": statistics.median(ratios),
-                    "least": min(ratios),
-                    "most": max(ratios),
-                }
-            )
+def gate() -> Iterator[str]:
+    """Comparisons of either implementation that are out of their bounds."""
+    for implementation in ("streamed", "reference"):
+        runners = {name: partial(run, implementation=implementation) for name, run in RUNNERS.items()}
+        for make in (CATALOGUE["alphafold2"], CATALOGUE["alphafold-multimer"]):
+            rows = parity.judge(make(), "float32", runners=runners)
+            yield from (f"{implementation}: {row}" for row in rows if not row.passed)
+
+
+def measure(
+    module: str, systems: list[System], residues: int, direction: str, repeats: int, only: str | None
+) -> list[dict]:
+    """A row per system: bytes, seconds, and the ratios of both to the published system of its framework."""
+    rows: list[dict[str, Any]] = [
+        {"residues": residues, "direction": direction, "system": s.name, "framework": s.framework, "against": s.against}
+        for s in systems
+    ]
+    if only != "time":
+        for row, system in zip(rows, systems, strict=True):
+            say(f"{residues} residues, {direction}: memory of {system.name}")
+            row.update(memory.peak(module, system.name, residues, direction) or {"out_of_memory": True})
+            row["first_seconds"] = row.pop("seconds", None)
+    if only != "memory":
+        time_all(rows, systems, residues, direction, repeats)
+    by_name = {row["system"]: row for row in rows}
+    for row in rows:
+        base = by_name.get(row["against"], {})
+        if base.get("bytes") and row.get("bytes"):
+            row["memory_ratio"] = row["bytes"] / base["bytes"]
+        if base.get("times") and row.get("times"):
+            row["time_ratios"] = [a / b for a, b in zip(row["times"], base["times"], strict=True)]
+        if row.get("times"):
+            row["seconds"] = statistics.median(row["times"])
+            if module == "ipa" and row["system"].startswith("ipa_"):
+                row["work"] = roofline.work(IPAConfig.alphafold2(), residues, direction)
     return rows
 
 
-def jax_calls(case: Case, implementation: str | None) -> dict[str, tuple[Timed, Timed]]:
-    """Our haiku IPA and AlphaFold's, both under jit: forward, and gradients to parameters and activations."""
-    import haiku as hk
-    import jax
-
-    import ipa_jax
-
-    params = jax.tree.map(jax.numpy.asarray, case.weights.to_haiku())
-    names = ("single", "pair", "mask", "rotation", "translation")
-    single, pair, mask, rotation, translation = (jax.numpy.asarray(getattr(case, name)) for name in names)
-    alphafold: Any = hk.without_apply_rng(hk.transform(peers.alphafold_forward(case.config)))
-    ipa = ipa_jax.transform_ipa(case.config, implementation=implementation)
-
-    def pair_of(wrap: Callable) -> tuple[Timed, Timed]:
-        ours = wrap(lambda p, s, z: ipa.apply(p, s, z, ipa_jax.Rigid(rotation, translation), mask))
-        theirs = wrap(lambda p, s, z: alphafold.apply(p, s, z, mask, rotation, translation))
-        return tuple(lambda f=f: jax.block_until_ready(f(params, single, pair)) for f in (ours, theirs))  # type: ignore
-
-    return {
-        "forward": pair_of(jax.jit),
-        "forward + backward": pair_of(lambda f: jax.jit(jax.grad(lambda *xs: (f(*xs) ** 2).sum(), (0, 1, 2)))),
-    }
+def time_all(rows: list[dict], systems: list[System], residues: int, direction: str, repeats: int) -> None:
+    """Adds every turn's seconds to the rows of systems that fit in memory."""
+    inputs, calls = Inputs.draw(residues), {}
+    for row, system in zip(rows, systems, strict=True):
+        row["times"] = []
+        needed = 0 if row.get("out_of_memory") else HEADROOM * row.get("bytes", 0) + 2 * inputs.pair.nbytes
+        if row.get("out_of_memory") or needed > memory.available():
+            continue
+        say(f"{residues} residues, {direction}: preparing {system.name}")
+        calls[system.name] = system.prepare(inputs)[direction]()
+        calls[system.name]()
+    started = time.perf_counter()
+    for turn in range(repeats):
+        if turn >= FEWEST_TURNS and time.perf_counter() - started > LONG_ENOUGH:
+            break
+        say(f"{residues} residues, {direction}: turn {turn + 1} of {repeats}")
+        for row in rows:
+            if row["system"] in calls:
+                gc.collect()
+                row["times"].append(seconds(calls[row["system"]]))
 
 
-def torch_calls(case: Case, implementation: str | None) -> dict[str, tuple[Timed, Timed]]:
-    """Our torch IPA and ESMFold's: forward, and gradients to parameters and activations."""
-    import torch
-    from transformers.models.esm.openfold_utils import Rigid, Rotation
-
-    import ipa_torch
-
-    module = ipa_torch.InvariantPointAttention(case.config, implementation=implementation)
-    module.load_state_dict(case.weights.to_torch())
-    esmfold = peers.esmfold_module(case)
-    names = ("single", "pair", "rotation", "translation", "mask")
-    single, pair, rotation, translation, mask = (torch_tensor(getattr(case, name)) for name in names)
-    single.requires_grad_(), pair.requires_grad_()
-    ours, theirs = ipa_torch.Rigid(rotation, translation), Rigid(Rotation(rot_mats=rotation), translation)
-
-    def call_ours() -> Any:
-        return module(single, pair, ours, mask)
-
-    def call_theirs() -> Any:
-        return esmfold(single, pair, theirs, mask.to(single.dtype))
-
-    def forward(call: Timed) -> Timed:
-        return torch.no_grad()(call)
-
-    def backward(call: Timed, model: Any) -> Timed:
-        return lambda: torch.autograd.grad((call() ** 2).sum(), [single, pair, *model.parameters()])
-
-    return {
-        "forward": (forward(call_ours), forward(call_theirs)),
-        "forward + backward": (backward(call_ours, module), backward(call_theirs, esmfold)),
-    }
+def say(text: str) -> None:
+    """Progress, to standard error."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
-def table(rows: list[dict]) -> str:
-    """The rows in Markdown."""
-    lines = ["| residues | ours | against | direction | time ratio (range) |", "|---:|---|---|---|---|"]
-    lines += [
-        f"| {r['residues']} | {r['framework']} | {r['peer']} | {r['direction']} "
-        f"| {r['ratio']:.2f} ({r['least']:.2f}–{r['most']:.2f}) |"
-        for r in rows
+def table(module: str, rows: list[dict], machine: dict[str, float]) -> str:
+    """The rows in Markdown, and what share of the machine's rates ours reach."""
+    lines = [
+        "| residues | direction | system | time | of its peer's (range) | memory | of its peer's |",
+        "|---:|---|---|---:|---|---:|---|",
     ]
+    for r in rows:
+        took = f"{r['seconds']:.3g} s" if r.get("seconds") else "–"
+        ratios, peer = r.get("time_ratios", []), r["system"] == r["against"]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios and not peer else ""
+        room = "does not fit" if r.get("out_of_memory") else f"{r['bytes'] / 2**20:.0f} MiB" if "bytes" in r else "–"
+        share = f"{r['memory_ratio']:.3f}" if "memory_ratio" in r and not peer else ""
+        lines.append(f"| {r['residues']} | {r['direction']} | {r['system']} | {took} | {ratio} | {room} | {share} |")
+    ours = [r for r in rows if "work" in r]
+    if ours:
+        flops, bandwidth = machine["flops"], machine["bytes"]
+        lines += [
+            "",
+            f"This machine: matrix products at {flops / 1e9:.0f} GFLOP/s, memory at {bandwidth / 1e9:.1f} GB/s.",
+            "",
+            "| residues | direction | system | GFLOP/s | of the machine's | pair, GB/s | of the machine's |",
+            "|---:|---|---|---:|---:|---:|---:|",
+        ]
+    for r in ours:
+        done, moved = (r["work"][key] / r["seconds"] for key in ("flops", "bytes"))
+        lines.append(
+            f"| {r['residues']} | {r['direction']} | {r['system']} | {done / 1e9:.0f} | {done / flops:.0%} "
+            f"| {moved / 1e9:.1f} | {moved / bandwidth:.0%} |"
+        )
+    compiled = [r for r in rows if r["framework"] == "jax" and "compiling" in r]
+    if compiled:
+        lines += ["", "| residues | direction | system | compiling |", "|---:|---|---|---:|"]
+        lines += [f"| {r['residues']} | {r['direction']} | {r['system']} | {r['compiling']:.1f} s |" for r in compiled]
     return "\n".join(lines)
 
 

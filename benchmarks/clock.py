@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 Timed = Callable[[], Any]
+
+AT_LEAST = 0.2
+"""Seconds that a turn lasts: short calls are repeated."""
 
 
 def interleaved(ours: Timed, theirs: Timed, repeats: int) -> list[float]:
@@ -16,7 +20,10 @@ def interleaved(ours: Timed, theirs: Timed, repeats: int) -> list[float]:
 
 
 def seconds(call: Timed) -> float:
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    """Wall-clock time of a call; the median where one is so short that it is repeated."""
+    times: list[float] = []
+    while sum(times) < AT_LEAST:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

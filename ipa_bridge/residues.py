@@ -223,30 +223,6 @@ GROUP_TRANSLATION = _fill((NUM_GROUP, 3), {key: translation for key, (_, transla
 """Their origins, Å."""
 
 
-def atom14_distance_bounds(
-    *, bond_length_tolerance: float = 12.0, overlap_tolerance: float = 1.5
-) -> tuple[ndarray, ndarray]:
-    """Least and greatest distances in Å between the atoms of one residue, (21, 14, 14) each.
-
-    Atoms one or two bonds apart may be that many standard deviations from the literature's distance (over angles by
-    the law of cosines, with errors propagated as independent); others may not overlap by more than the tolerance.
-    Absent atoms and the diagonal have bounds of zero.
-
-    Args:
-        bond_length_tolerance: in standard deviations.
-        overlap_tolerance: of van der Waals spheres, Å.
-    """
-    pair = ATOM14_MASK[:, :, None] & ATOM14_MASK[:, None, :] & ~np.eye(14, dtype=bool)
-    lower = np.where(pair, ATOM14_RADIUS[:, :, None] + ATOM14_RADIUS[:, None, :] - overlap_tolerance, 0.0)
-    upper = np.where(pair, 1e10, 0.0)
-    for aatype, acid in enumerate(_AMINO_ACIDS.values()):
-        for (one, other), (length, stddev) in _known_distances(acid).items():
-            i, j = (ATOM14_NAMES[aatype].index(name) for name in (one, other))
-            lower[aatype, i, j] = lower[aatype, j, i] = length - bond_length_tolerance * stddev
-            upper[aatype, i, j] = upper[aatype, j, i] = length + bond_length_tolerance * stddev
-    return lower, upper
-
-
 def _known_distances(acid: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
     """Mean and standard deviation, in Å, of distances over one bond, and over two by the angle between them."""
     bonds = {frozenset((a, b)): (length, stddev) for a, b, length, stddev in acid["bonds"]}
@@ -264,3 +240,44 @@ def _known_distances(acid: Mapping[str, Any]) -> dict[tuple[str, str], tuple[flo
         )
         distances[a, c] = (float(length), float(error / length))
     return distances
+
+
+_DISTANCES = {
+    (aatype, *order): values
+    for aatype, acid in enumerate(_AMINO_ACIDS.values())
+    for names, values in _known_distances(acid).items()
+    for slots in ([ATOM14_NAMES[aatype].index(name) for name in names],)
+    for order in (slots, slots[::-1])
+}
+
+ATOM14_DISTANCE = _fill((14, 14), {key: length for key, (length, _) in _DISTANCES.items()}, float)
+"""The literature's distance of atoms one bond apart, and of those two apart by the law of cosines, Å; else zero."""
+
+ATOM14_DISTANCE_STDDEV = _fill((14, 14), {key: stddev for key, (_, stddev) in _DISTANCES.items()}, float)
+"""Its standard deviation; over two bonds with errors propagated as independent."""
+
+ATOM14_PAIR_MASK = _fill(
+    (14, 14), dict(enumerate(ATOM14_MASK[:, :, None] & ATOM14_MASK[:, None, :] & ~np.eye(14, dtype=bool))), bool
+)
+"""Both atoms exist, and are two, (21, 14, 14)."""
+
+ATOM14_PAIR_RADIUS = _fill((14, 14), dict(enumerate(ATOM14_RADIUS[:, :, None] + ATOM14_RADIUS[:, None, :])), float)
+"""The sum of their van der Waals radii, Å."""
+
+
+def atom14_distance_bounds(
+    *, bond_length_tolerance: float = 12.0, overlap_tolerance: float = 1.5
+) -> tuple[ndarray, ndarray]:
+    """Least and greatest distances in Å between the atoms of one residue, (21, 14, 14) each.
+
+    Atoms one or two bonds apart may be that many standard deviations from the literature's distance; others may not
+    overlap by more than the tolerance. Absent atoms and the diagonal have bounds of zero.
+
+    Args:
+        bond_length_tolerance: in standard deviations.
+        overlap_tolerance: of van der Waals spheres, Å.
+    """
+    known, slack = ATOM14_DISTANCE > 0, bond_length_tolerance * ATOM14_DISTANCE_STDDEV
+    lower = np.where(ATOM14_PAIR_MASK, ATOM14_PAIR_RADIUS - overlap_tolerance, 0.0)
+    upper = np.where(ATOM14_PAIR_MASK, 1e10, 0.0)
+    return np.where(known, ATOM14_DISTANCE - slack, lower), np.where(known, ATOM14_DISTANCE + slack, upper)

@@ -6,15 +6,16 @@ systems, and returns `out` and gradients as `stages` does. Conversions follow ea
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ipa_bridge import residues
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.tensors import torch_tensor
-from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
+from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case
 from ipa_parity.stages import Arrays
 from ipa_parity.structure_module import COTANGENT_SCALES, StructureModuleCase
@@ -129,29 +130,32 @@ def _esmfold_names(module: Any) -> dict[str, str]:
     return {f"{module}{dot}{leaf}": f"{ESMFOLD_NAMES[module]}{dot}{leaf}" for module, dot, leaf in names}
 
 
-def run_lucidrains(case: Case) -> Arrays:
-    """The PyPI package `invariant-point-attention`: row-vector frames, points with the coordinate innermost."""
-    import warnings
-
-    import torch
-
+def lucidrains_module(config: IPAConfig) -> Any:
+    """The attention of the PyPI package `invariant-point-attention` with the config's widths and its own weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from invariant_point_attention import InvariantPointAttention
 
+    return InvariantPointAttention(
+        dim=config.num_channel,
+        heads=config.num_head,
+        scalar_key_dim=config.num_scalar_qk,
+        scalar_value_dim=config.num_scalar_v,
+        point_key_dim=config.num_point_qk,
+        point_value_dim=config.num_point_v,
+        pairwise_repr_dim=config.pair_channel,
+        require_pairwise_repr=config.pair_channel is not None,
+        eps=config.norm_epsilon,
+    )
+
+
+def run_lucidrains(case: Case) -> Arrays:
+    """The PyPI package `invariant-point-attention`: row-vector frames, points with the coordinate innermost."""
+    import torch
+
     c = config = case.config
     paired = config.pair_channel is not None
-    module = InvariantPointAttention(
-        dim=c.num_channel,
-        heads=c.num_head,
-        scalar_key_dim=c.num_scalar_qk,
-        scalar_value_dim=c.num_scalar_v,
-        point_key_dim=c.num_point_qk,
-        point_value_dim=c.num_point_v,
-        pairwise_repr_dim=c.pair_channel,
-        require_pairwise_repr=paired,
-        eps=c.norm_epsilon,
-    )
+    module = lucidrains_module(config)
 
     def coordinate_innermost(number: int) -> np.ndarray:
         rows = np.arange(c.num_head * 3 * number).reshape(c.num_head, 3, number)
@@ -298,16 +302,23 @@ def run_alphafold_structure_module(case: StructureModuleCase, *, gradients: bool
     return _named_structure_module(output, case.config.num_layer) | {f"gradient/{name}": x for name, x in grads.items()}
 
 
-def run_esmfold_structure_module(case: StructureModuleCase, *, gradients: bool = True) -> Arrays:
-    """`transformers`' EsmFold structure module; its frames are float32 whatever they are given."""
-    import torch
+def esmfold_structure_module(weights: Weights) -> Any:
+    """`transformers`' EsmFold structure module with these weights."""
     from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
     from transformers.models.esm.modeling_esmfold import EsmFoldStructureModule
 
-    ours, config = case.weights.to_torch(), case.config
+    ours, config = weights.to_torch(), cast(StructureModuleConfig, weights.config)
     module = EsmFoldStructureModule(EsmConfig(epsilon=config.ipa.norm_epsilon)).eval()
+    module.load_state_dict({theirs: ours[_esmfold_name(theirs)] for theirs, _ in module.named_parameters()})
+    return module
+
+
+def run_esmfold_structure_module(case: StructureModuleCase, *, gradients: bool = True) -> Arrays:
+    """`transformers`' EsmFold structure module; its frames are float32 whatever they are given."""
+    import torch
+
+    module, config = esmfold_structure_module(case.weights), case.config
     names = {name: _esmfold_name(name) for name, _ in module.named_parameters()}
-    module.load_state_dict({theirs: ours[name] for theirs, name in names.items()})
     inputs = {"single": torch_tensor(case.single), "pair": torch_tensor(case.pair)}
     inputs = {name: x[None].requires_grad_(gradients) for name, x in inputs.items()}
     found = module(inputs, torch_tensor(case.aatype)[None], torch_tensor(case.mask)[None].to(inputs["single"].dtype))

@@ -929,12 +929,20 @@ def _flatten(x: Shaped[Tensor, "*B N A *C"], axis: int) -> Shaped[Tensor, "*B N*
     return x.flatten(axis, axis + 1)
 
 
-@torch.compiler.assume_constant_result
 def _distance_bounds(tolerance_factor: float, overlap_tolerance: float) -> tuple[Tensor, Tensor]:
-    lower, upper = residues.atom14_distance_bounds(
-        bond_length_tolerance=tolerance_factor, overlap_tolerance=overlap_tolerance
+    """`residues.atom14_distance_bounds`, in operations that `torch.compile` follows."""
+    distance, stddev, pair, radius = (
+        torch.from_numpy(table.copy())
+        for table in (
+            residues.ATOM14_DISTANCE,
+            residues.ATOM14_DISTANCE_STDDEV,
+            residues.ATOM14_PAIR_MASK,
+            residues.ATOM14_PAIR_RADIUS,
+        )
     )
-    return torch.from_numpy(lower), torch.from_numpy(upper)
+    known, slack = distance > 0, tolerance_factor * stddev
+    lower, upper = (radius - overlap_tolerance) * pair, 1e10 * pair
+    return torch.where(known, distance - slack, lower), torch.where(known, distance + slack, upper)
 
 
 def _check_structure(

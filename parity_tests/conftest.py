@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -13,6 +16,8 @@ COMPARED = pytest.StashKey[list]()
 COMPARED_WITH_PEERS = pytest.StashKey[list]()
 COMPARED_WITH_STRUCTURE_MODULES = pytest.StashKey[list]()
 """What the run compared, for its closing tables."""
+
+TABLES = (COMPARED, COMPARED_WITH_PEERS, COMPARED_WITH_STRUCTURE_MODULES)
 
 ROOT = Path(__file__).resolve().parent.parent
 STRUCTURES = Path(os.environ.get("IPA_STRUCTURES") or ROOT.parent / "shared" / "structures")
@@ -68,8 +73,7 @@ def structures_dir() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    keys = (COMPARED, COMPARED_WITH_PEERS, COMPARED_WITH_STRUCTURE_MODULES)
-    compared, with_peers, of_layers = (config.stash.get(key, []) for key in keys)
+    compared, with_peers, of_layers = (config.stash.get(key, []) for key in TABLES)
     if not compared + with_peers + of_layers:
         return
     from ipa_parity.report import table, worst_by_case
@@ -83,6 +87,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if of_layers:
         terminalreporter.section("structure modules in float32 against float64: root mean square errors, in eps")
         terminalreporter.write_line(table(of_layers))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes hands over what it compared, as plain data."""
+    if hasattr(session.config, "workeroutput"):
+        rows = [[asdict(row) for row in session.config.stash.get(key, [])] for key in TABLES]
+        session.config.workeroutput["tables"] = json.dumps(rows)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """And the first process collects it."""
+    handed_over = getattr(node, "workeroutput", {}).get("tables")
+    if handed_over:
+        from ipa_parity.report import Comparison
+
+        for key, rows in zip(TABLES, json.loads(handed_over), strict=True):
+            node.config.stash.setdefault(key, []).extend(Comparison(**row) for row in rows)
 
 
 @pytest.fixture(scope="session")

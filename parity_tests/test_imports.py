@@ -57,6 +57,13 @@ assert not third_party, third_party
 """
 
 
+NO_COMPILER = """
+import torch, ipa_torch
+heavy = {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
 def run(script: str, absent: tuple[str, ...] = ()) -> None:
     """Runs a script in a fresh interpreter, warnings being errors; torch's own import aside, which warns itself."""
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning:torch", "-c"]
@@ -78,6 +85,12 @@ def test_haiku_without_torch():
 def test_torch_without_jax():
     pytest.importorskip("torch")
     run(TINY_TORCH, absent=("jax", "jaxlib", "haiku", "gemmi", "safetensors"))
+
+
+def test_torch_loads_no_compiler():
+    """`torch._dynamo` takes over a second to load: it is for who compiles."""
+    pytest.importorskip("torch")
+    run(NO_COMPILER)
 
 
 def test_structures_without_gemmi():

@@ -205,10 +205,13 @@ def test_block_sizes_below_one_are_refused(framework, implementation):
         framework.run(arrays, cotangents, implementation=implementation, block_size=0)
 
 
-def test_a_block_size_alone_chooses_it(framework):
+def test_a_block_size_or_the_length_chooses_it(framework):
     module = importlib.import_module(f"ipa_{framework.name}.attention")
-    assert module.choose_implementation(None, block_size=4).func is module.IMPLEMENTATIONS["streamed"]
-    assert module.choose_implementation(None) is module.IMPLEMENTATIONS["reference"]
+    choose, named = module.choose_implementation, module.IMPLEMENTATIONS
+    assert choose(None, 4, block_size=4).func is named["streamed"]
+    assert choose(None, module.STREAMED_FROM).func is named["streamed"]
+    assert choose(None, module.STREAMED_FROM - 1) is named["reference"]
+    assert choose("reference", 10 * module.STREAMED_FROM) is named["reference"]
 
 
 @pytest.mark.parametrize("block_size", [None, 4])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -13,13 +14,16 @@ from ipa_bridge.checks import check_point_attention_inputs
 from ipa_torch.attention import reference, streamed
 from ipa_torch.layers import at_least_float32, without_autocast
 
-__all__ = ["IMPLEMENTATIONS", "choose_implementation", "point_attention"]
+__all__ = ["IMPLEMENTATIONS", "STREAMED_FROM", "choose_implementation", "point_attention"]
 
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference.point_attention,
     "streamed": streamed.point_attention,
 }
 """Every implementation by name."""
+
+STREAMED_FROM = 96
+"""Residues from which implementation=None streams. Below, the reference is as fast or faster and its memory small."""
 
 
 def point_attention(
@@ -66,7 +70,9 @@ def point_attention(
         NotImplementedError: the named implementation cannot do what is asked.
     """
     check_point_attention_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
-    attend = choose_implementation(implementation, block_size=block_size, return_attention=return_attention)
+    attend = choose_implementation(
+        implementation, q.shape[-3], block_size=block_size, return_attention=return_attention
+    )
     arrays = (q, k, v, q_points, k_points, v_points)
     dtype = at_least_float32(*(x.dtype for x in arrays), *(() if pair is None else (pair.dtype,)))
     with without_autocast(q.device.type):
@@ -83,15 +89,20 @@ def point_attention(
 
 
 def choose_implementation(
-    implementation: str | None, *, block_size: int | None = None, return_attention: bool = False
+    implementation: str | None, number: int, *, block_size: int | None = None, return_attention: bool = False
 ) -> Callable:
-    """The function that a name stands for; None stands for "streamed" with a block_size, else for "reference".
+    """The function that a name stands for, of so many residues.
+
+    None stands for "streamed" from `STREAMED_FROM` residues or with a block_size, else for "reference"; it always
+    streams under `torch.compile` and `torch.export`, which need then compile no length twice.
+    Forward mode and derivatives of derivatives are the reference's alone, and asked for by its name.
 
     Raises:
         ValueError: no implementation of that name, or a block_size below 1.
         NotImplementedError: it does not work in blocks and `block_size` is given.
     """
-    name = implementation or ("reference" if block_size is None else "streamed")
+    streams = block_size is not None or torch.compiler.is_compiling() or number >= STREAMED_FROM
+    name = implementation or ("streamed" if streams else "reference")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
     if name == "reference" and block_size is not None:

@@ -1,0 +1,68 @@
+"""The streamed attention's float32 error against the reference's, both held against the reference in float64.
+
+`python -m benchmarks.accuracy --structure protein.pdb`: Euclidean errors of whole-module outputs and gradients over
+those of the values, in eps; a gradient's row is the one where streaming does worst by comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ipa_bridge.config import IPAConfig
+from ipa_bridge.structures import load_structure
+from ipa_parity import tolerance
+from ipa_parity.cases import Case, make_case
+from ipa_parity.stages import RUNNERS
+
+
+def main() -> int:
+    """Prints a table; 1 if streaming errs more than twice (in a gradient three times) as much as the reference."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    parser.add_argument("--residues", type=int, default=256, help="of random frames")
+    parser.add_argument("--structure", nargs="*", default=[], metavar="FILE", help="proteins: PDB or mmCIF")
+    args = parser.parse_args()
+    print("| case | framework | what | streamed | reference | ratio |\n|---|---|---|---:|---:|---:|")
+    passed = True
+    for make in cases(args.residues, args.structure):
+        case = make().astype("float32")
+        for framework, run in RUNNERS.items():
+            print(f"{case.name}, {framework}", file=sys.stderr, flush=True)
+            exact = run(case.astype("float64"), implementation="reference")
+            errors = {}
+            for implementation in ("streamed", "reference"):
+                found = run(case, implementation=implementation)
+                errors[implementation] = {
+                    stage: np.linalg.norm(found[stage] - x) / np.linalg.norm(x) / tolerance.epsilon("float32")
+                    for stage, x in exact.items()
+                    if (stage == "out" or stage.startswith("gradient/")) and stage != "gradient/attention_2d/bias"
+                }
+            ratios = {s: e / (errors["reference"][s] + 1) for s, e in errors["streamed"].items()}
+            worst = max((s for s in ratios if s != "out"), key=lambda s: ratios[s])
+            for stage in ("out", worst):
+                streamed, reference = (errors[name][stage] for name in ("streamed", "reference"))
+                ratio = f"{streamed / reference:.2f}"
+                print(
+                    f"| {case.name} | {framework} | {stage} | {streamed:.1f} | {reference:.1f} | {ratio} |", flush=True
+                )
+            passed &= ratios["out"] <= 2 and ratios[worst] <= 3
+    return 0 if passed else 1
+
+
+def cases(residues: int, structures: list[str]) -> Iterator[Callable[[], Case]]:
+    """Random frames near, far apart and far away, and proteins, in AlphaFold 2's sizes."""
+    config, shape = IPAConfig.alphafold2(), (residues,)
+    yield lambda: make_case("random frames", config, shape)
+    yield lambda: make_case("spread ±100", config, shape, spread=100.0, cluster=4)
+    yield lambda: make_case("offset 1000", config, shape, offset=1000.0)
+    for path in structures:
+        structure = load_structure(path)
+        name = f"{path.rpartition('/')[-1]}, {len(structure)} residues"
+        yield lambda name=name, structure=structure: make_case(name, config, structure=structure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
