@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -48,20 +49,20 @@ def main() -> int:
                 print(
                     f"| {case.name} | {framework} | {stage} | {streamed:.1f} | {reference:.1f} | {ratio} |", flush=True
                 )
-            passed &= ratios["out"] <= 2 and ratios[worst] <= 3
+            passed &= bool(ratios["out"] <= 2 and ratios[worst] <= 3)
     return 0 if passed else 1
 
 
 def cases(residues: int, structures: list[str]) -> Iterator[Callable[[], Case]]:
     """Random frames near, far apart and far away, and proteins, in AlphaFold 2's sizes."""
     config, shape = IPAConfig.alphafold2(), (residues,)
-    yield lambda: make_case("random frames", config, shape)
-    yield lambda: make_case("spread ±100", config, shape, spread=100.0, cluster=4)
-    yield lambda: make_case("offset 1000", config, shape, offset=1000.0)
+    yield partial(make_case, "random frames", config, shape)
+    yield partial(make_case, "spread ±100", config, shape, spread=100.0, cluster=4)
+    yield partial(make_case, "offset 1000", config, shape, offset=1000.0)
     for path in structures:
         structure = load_structure(path)
         name = f"{path.rpartition('/')[-1]}, {len(structure)} residues"
-        yield lambda name=name, structure=structure: make_case(name, config, structure=structure)
+        yield partial(make_case, name, config, structure=structure)
 
 
 if __name__ == "__main__":

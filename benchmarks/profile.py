@@ -47,10 +47,14 @@ def profile_torch(inputs: Inputs, direction: str, calls: int) -> collections.Cou
 
     call = our_torch("streamed")(inputs)[direction]()
     call()
-    with torch.profiler.profile() as profiler:
+    with torch.profiler.profile(record_shapes=True) as profiler:
         for _ in range(calls):
             call()
-    return collections.Counter({e.key: e.self_cpu_time_total / 1e6 / calls for e in profiler.key_averages()})
+    spent: collections.Counter[str] = collections.Counter()
+    for event in profiler.key_averages(group_by_input_shape=True):
+        shapes = " · ".join("×".join(map(str, shape)) for shape in event.input_shapes if len(shape) == 3)
+        spent[f"{event.key} {shapes}" if "mm" in event.key else event.key] += event.self_cpu_time_total / 1e6 / calls
+    return spent
 
 
 def profile_jax(inputs: Inputs, direction: str, calls: int) -> collections.Counter[str]:
@@ -67,7 +71,7 @@ def profile_jax(inputs: Inputs, direction: str, calls: int) -> collections.Count
         return apply(params, single, pair, ipa_jax.Rigid(rotation, translation), mask)
 
     backward = jax.grad(lambda *xs: (forward(*xs) ** 2).sum(), (0, 1, 2))
-    operands = jax.tree.map(jax.numpy.asarray, (Weights.random(config, dtype=np.float32).to_haiku(), *arrays))
+    operands = jax.device_put((Weights.random(config, dtype=np.float32).to_haiku(), *arrays))
     compiled = jax.jit(backward if direction == BACKWARD else forward).lower(*operands).compile()
     jax.block_until_ready(compiled(*operands))
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +80,7 @@ def profile_jax(inputs: Inputs, direction: str, calls: int) -> collections.Count
                 jax.block_until_ready(compiled(*operands))
         (trace,) = Path(folder).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    named = parts(compiled.as_text())
+    named = parts(compiled.as_text() or "")
     spent: collections.Counter[str] = collections.Counter()
     for event in events:
         if event.get("ph") == "X" and event["name"] in named:

@@ -78,7 +78,7 @@ def jax_calls(forward: Callable[..., Any], params: Any, *arrays: np.ndarray) -> 
     """A function of parameters, single, pair and what gets no gradient, under jit."""
     import jax
 
-    inputs = [jax.tree.map(jax.numpy.asarray, params), *map(jax.numpy.asarray, arrays)]
+    inputs = jax.device_put([params, *arrays])
     backward = jax.grad(lambda *xs: (forward(*xs) ** 2).sum(), (0, 1, 2))
 
     def ready(function: Callable) -> Timed:
