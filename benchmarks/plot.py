@@ -51,6 +51,7 @@ def save(rows: list[dict], path: str | Path) -> None:
             axes[1][column].plot(
                 *zip(*sorted(set(sizes_of_pair)), strict=True), color="#aaaaaa", label="the pair itself"
             )
-    axes[1][0].legend(fontsize=8)
+    handles, labels = axes[1][0].get_legend_handles_labels()
+    axes[0][0].legend(handles, labels, fontsize=8, loc="upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)

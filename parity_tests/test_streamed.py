@@ -341,7 +341,6 @@ def test_torch_forward_mode_and_second_derivatives_name_the_reference():
         torch.autograd.grad(gradient.sum(), leaf)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does, not we
 @pytest.mark.parametrize("pair", [True, False])
 def test_torch_compiles_whole_and_exports(pair):
     torch, attend, inputs = torch_inputs(pair=pair)

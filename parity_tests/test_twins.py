@@ -22,7 +22,7 @@ ONLY_IN_ONE = {
     "layers.initialize_weight": "… torch fills a parameter in place",
     "layers.without_autocast": "JAX has no autocast",
     "layers.take": "JAX has take_along_axis",
-    "attention.streamed.MOST_ROWS": "torch's blocks are sized by the pair's rows",
+    "attention.streamed.LANES": "XLA's products on CPU want padded heads",
     "attention.streamed.SMALLEST_WEIGHT": "subnormal numbers slow torch's products on CPU",
 }
 """Names that one framework has and the other has no use for."""

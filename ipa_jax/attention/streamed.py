@@ -113,7 +113,6 @@ def _attend(block_size: int, with_attention: bool, inputs: _Inputs) -> tuple[Any
         None if inputs.pair is None else jnp.zeros((number, heads, inputs.pair.shape[-1]), inputs.queries.dtype),
         jnp.zeros((heads, number, number), inputs.queries.dtype) if with_attention else None,
     )
-
     keys = _Keys.of(inputs)
 
     def block(outputs: tuple[Any, Any, Any], start: Array) -> tuple[tuple[Any, Any, Any], None]:
