@@ -98,7 +98,7 @@ def torch_calls(module: Any, forward: Callable[..., Any], inputs: Inputs) -> Cal
     def backward() -> Any:
         return torch.autograd.grad((forward(single, pair) ** 2).sum(), [single, pair, *module.parameters()])
 
-    inference = torch.inference_mode()(lambda: forward(single, pair))
+    inference = torch.no_grad()(lambda: forward(single, pair))
     return {FORWARD: lambda: inference, BACKWARD: lambda: backward}
 
 

@@ -93,7 +93,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """One of several processes hands over what it compared, as plain data."""
     if hasattr(session.config, "workeroutput"):
         rows = [[asdict(row) for row in session.config.stash.get(key, [])] for key in TABLES]
-        session.config.workeroutput["tables"] = json.dumps(rows)
+        session.config.workeroutput["tables"] = json.dumps(rows, default=float)
 
 
 @pytest.hookimpl(optionalhook=True)
