@@ -168,8 +168,13 @@ class Rigid(NamedTuple):
 
 
 def _rotate(rotation: Float[Tensor, "*B 3 3"], vectors: Float[Tensor, "*B 3"]) -> Float[Tensor, "*B 3"]:
-    """R·x by elementwise products: no matrix unit with fewer bits than the dtype ever sees coordinates."""
-    return torch.sum(rotation * vectors[..., None, :], -1)
+    """R·x by elementwise products: no matrix unit with fewer bits than the dtype ever sees coordinates.
+
+    Added one by one: `torch.sum` over an axis of three takes twice as long.
+    """
+    x_axis, y_axis, z_axis = rotation.unbind(-1)
+    x, y, z = vectors[..., None].unbind(-2)
+    return x_axis * x + y_axis * y + z_axis * z
 
 
 def _normalise(vectors: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
