@@ -34,12 +34,16 @@ class IPAConfig:
         point_bias: the point projections have biases.
         norm_form: the length of a value point x: "add" is √(|x|² + ε), "clamp" is √max(|x|², ε²).
         norm_epsilon: that ε.
+        pair_value_channel: width that the attended pair representation is projected down to before it is read (`down_z`
+            of FrameDiff and its family; the bias reads the whole pair); None for the pair as it is.
+        position_scale: what the frames' translations are divided by before anything reads them: 10 for frames in Å and
+            weights trained on nm; 1 where the caller scales, as the structure module does.
         point_weight_init: γ before training; the point weight is softplus(γ).
         zero_init: the output projection starts at zero, so that a residual branch starts as the identity.
 
     Raises:
-        ValueError: a width is not a positive integer, a name is not one of those listed, or ε is no
-            positive number that float32 can hold.
+        ValueError: a width is not a positive integer, a name is not one of those listed, ε is no positive number that
+            float32 can hold, a position_scale that is not positive, or a pair_value_channel without a pair_channel.
     """
 
     num_channel: int
@@ -54,6 +58,8 @@ class IPAConfig:
     point_bias: bool = True
     norm_form: NormForm = "add"
     norm_epsilon: float = 1e-8
+    pair_value_channel: int | None = None
+    position_scale: float = 1.0
     point_weight_init: float = UNIT_SOFTPLUS
     zero_init: bool = True
 
@@ -62,6 +68,10 @@ class IPAConfig:
             _check_width(field, getattr(self, field))
         if self.pair_channel is not None:
             _check_width("pair_channel", self.pair_channel, "; pass None for no pair representation")
+        if self.pair_value_channel is not None:
+            _check_width("pair_value_channel", self.pair_value_channel, "; pass None for the pair as it is")
+            if self.pair_channel is None:
+                raise ValueError("pair_value_channel must be None where pair_channel is: there is no pair to project")
         for field, names in (("layout", get_args(Layout)), ("norm_form", get_args(NormForm))):
             if getattr(self, field) not in names:
                 raise ValueError(f"{field} must be one of {', '.join(names)}; got {getattr(self, field)!r}")
@@ -76,6 +86,9 @@ class IPAConfig:
                 f"root, or the norm's gradient at a zero-length point is not finite; got {self.norm_epsilon!r}"
             )
         _check_number("point_weight_init", self.point_weight_init)
+        _check_number("position_scale", self.position_scale)
+        if not self.position_scale > 0:
+            raise ValueError(f"position_scale must be positive; got {self.position_scale!r}")
 
     @property
     def num_logit_terms(self) -> int:
@@ -85,7 +98,8 @@ class IPAConfig:
     @property
     def num_feature(self) -> int:
         """Width of the concatenated features that the output projection reads (line 11)."""
-        return self.num_head * (self.num_scalar_v + 4 * self.num_point_v + (self.pair_channel or 0))
+        pair_value = self.pair_value_channel or self.pair_channel or 0
+        return self.num_head * (self.num_scalar_v + 4 * self.num_point_v + pair_value)
 
     @classmethod
     def alphafold2(cls) -> IPAConfig:
@@ -109,6 +123,24 @@ class IPAConfig:
     def esmfold(cls) -> IPAConfig:
         """ESMFold's structure module: the monomer form with ε = 1e-12 and γ starting at 0."""
         return replace(cls.alphafold2(), norm_epsilon=1e-12, point_weight_init=0.0)
+
+    @classmethod
+    def framediff(cls) -> IPAConfig:
+        """One block of FrameDiff, and of FrameFlow and FoldFlow: frames in Å, which it reads in nm, and `down_z`.
+
+        Each of its blocks (`trunk.ipa_0` …) has weights of its own.
+        """
+        return cls(
+            num_channel=256,
+            pair_channel=128,
+            num_head=8,
+            num_scalar_qk=256,
+            num_scalar_v=256,
+            num_point_qk=8,
+            num_point_v=12,
+            pair_value_channel=32,
+            position_scale=10.0,
+        )
 
     @classmethod
     def lucidrains(
@@ -160,8 +192,8 @@ class StructureModuleConfig:
         num_residual_block: its depth.
 
     Raises:
-        ValueError: an attention without pair representation, a number of layers or a width that is not a positive
-            integer, a dropout outside [0, 1), or a position_scale that is not positive.
+        ValueError: an attention without pair representation or with a unit of its own, a number of layers or a width
+            that is not a positive integer, a dropout outside [0, 1), or a position_scale that is not positive.
     """
 
     ipa: IPAConfig
@@ -178,6 +210,11 @@ class StructureModuleConfig:
             raise ValueError(f"ipa must be an IPAConfig; got {self.ipa!r}")
         if self.ipa.pair_channel is None:
             raise ValueError("ipa.pair_channel must be a width: a structure module reads a pair representation")
+        if self.ipa.position_scale != 1:
+            raise ValueError(
+                f"ipa.position_scale must be 1 in a structure module, whose own position_scale says the unit; got "
+                f"{self.ipa.position_scale!r}"
+            )
         for field in ("num_layer", "num_layer_in_transition", "sidechain_channel", "num_residual_block"):
             _check_width(field, getattr(self, field))
         if not isinstance(self.tied_layers, bool):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -26,6 +28,18 @@ class ArrayFile:
     keys: tuple[str, ...]
     metadata: Mapping[str, str]
     _read: Callable[[str], np.ndarray]
+    _shape: Callable[[str], tuple[int, ...]]
+    ignored: tuple[str, ...] = ()
+    """Entries that are no arrays."""
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of one array, which is not read for it.
+
+        Raises:
+            ValueError: it is no array of numbers, or the file is damaged.
+        """
+        with _plain_errors(self.path, f"array {key!r}"):
+            return self._shape(key)
 
     def __getitem__(self, key: str) -> np.ndarray:
         """Reads one array.
@@ -102,15 +116,39 @@ def _open_npz(path: Path) -> Iterator[ArrayFile]:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it holds one bare array and no names: save it with numpy.savez")
         with archive:
+            archive_zip = cast(zipfile.ZipFile, archive.zip)
+            members = archive_zip.namelist()
+            twice = [name for name, number in Counter(members).items() if number > 1]
+            if twice:
+                raise ValueError(f"{twice[0]!r} is there twice")
+
+            def shape(name: str) -> tuple[int, ...]:
+                if f"{name}.npy" not in members:
+                    raise ValueError("it is no .npy array")
+                return _npy_shape(archive_zip, f"{name}.npy")
 
             def read(name: str) -> np.ndarray:
-                x = archive[name]
-                # numpy hands over a member that does not start as an array does as its raw bytes.
-                if not isinstance(x, np.ndarray):
-                    raise ValueError("it is no .npy array")
-                return x
+                shape(name)  # whose header is not one that claims more than there is
+                return archive[name]
 
-            yield ArrayFile(path, tuple(archive.files), {}, read)
+            yield ArrayFile(path, tuple(archive.files), {}, read, shape)
+
+
+def _npy_shape(archive: zipfile.ZipFile, member: str) -> tuple[int, ...]:
+    """What a member's header says, if the member is as long as that takes."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"it is in version {version} of the .npy format, and 1.0 or 2.0 was expected")
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        start = file.tell()
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects")
+    size, there = math.prod(shape) * dtype.itemsize, archive.getinfo(member).file_size - start
+    if size != there:
+        raise ValueError(f"its header asks for {size} bytes where there are {there}: it is damaged")
+    return shape
 
 
 @contextmanager
@@ -118,25 +156,59 @@ def _open_safetensors(path: Path) -> Iterator[ArrayFile]:
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
-        yield ArrayFile(path, tuple(file.keys()), file.metadata() or {}, file.get_tensor)
+        yield ArrayFile(
+            path,
+            tuple(file.keys()),
+            file.metadata() or {},
+            file.get_tensor,
+            lambda name: tuple(file.get_slice(name).get_shape()),
+        )
 
 
 @contextmanager
 def _open_torch(path: Path) -> Iterator[ArrayFile]:
     import torch
 
-    tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    if not isinstance(tensors, Mapping):
+    loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    if not isinstance(loaded, Mapping):
         raise ValueError(
-            f"it holds a {type(tensors).__name__}: save a state dict, torch.save(module.state_dict(), path)"
+            f"it holds a {type(loaded).__name__}: save a state dict, torch.save(module.state_dict(), path)"
         )
-    other = [name for name, x in tensors.items() if not (isinstance(name, str) and isinstance(x, torch.Tensor))]
-    if other:
+    tensors: dict[str, Any] = {}
+    ignored: list[str] = []
+    _flatten(loaded, "", tensors, ignored)
+    if not tensors:
         raise ValueError(
-            f"a flat state dict of tensors was expected, but {other[0]!r} is a {type(tensors[other[0]]).__name__}: "
-            f"save the state dict alone, torch.save(module.state_dict(), path)"
+            f"it holds no tensors, but {', '.join(ignored[:5]) or 'nothing'}: save a state dict, "
+            f"torch.save(module.state_dict(), path)"
         )
-    yield ArrayFile(path, tuple(tensors), {}, lambda name: numpy_array(tensors[name]))
+    yield ArrayFile(
+        path,
+        tuple(tensors),
+        {},
+        lambda name: numpy_array(tensors[name]),
+        lambda name: tuple(tensors[name].shape),
+        tuple(ignored),
+    )
+
+
+def _flatten(loaded: Mapping, prefix: str, tensors: dict[str, Any], ignored: list[str]) -> None:
+    """The tensors of a checkpoint, with the dictionaries that hold them (state_dict, ema, …) as the start of the name.
+
+    What lies in lists, as an optimiser's state does, is no parameter.
+    """
+    import torch
+
+    for key, x in loaded.items():
+        name = f"{prefix}{key}"
+        if name in tensors:
+            raise ValueError(f"{name!r} is there twice")
+        if isinstance(x, torch.Tensor) and isinstance(key, str):
+            tensors[name] = x
+        elif isinstance(x, Mapping) and isinstance(key, str):
+            _flatten(x, f"{name}.", tensors, ignored)
+        else:
+            ignored.append(name)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Stages(NamedTuple):
     o: ndarray  # (*B, N, H, Cv)
     o_points: ndarray  # (*B, N, H, Pv, 3), in the local frame
     norms: ndarray  # (*B, N, H, Pv)
-    o_pair: ndarray | None  # (*B, N, H, c_z)
+    o_pair: ndarray | None  # (*B, N, H, c_z), or projected down
     out: ndarray  # (*B, N, c_s)
 
 
@@ -43,22 +43,52 @@ def invariant_point_attention(
     the derivative along v, exact to rounding, in the outputs' imaginary parts (the complex step).
     """
     p = {name: _double(x) for name, x in parameters.items()}
-    single, rotation, translation = _double(single), _double(rotation), _double(translation)
-    mask = np.ones(single.shape[:-1]) if mask is None else np.asarray(mask, np.float64)
+    single = _double(single)
+    bias = None
+    if pair is not None:
+        pair = _double(pair)
+        bias = einsum("...ijc,ch->...hij", pair, p["attention_2d/weights"])  # line 4
+        bias = bias + p["attention_2d/bias"][:, None, None]
+    projections = _project(p, config, single)  # lines 1–3
+    gamma = p["trainable_point_weights"]
+    stages = attend(config, projections, pair, bias, gamma, rotation, translation / config.position_scale, mask)
+    if config.pair_value_channel is not None:
+        stages = stages._replace(o_pair=stages.o_pair @ p["down_z/weights"] + p["down_z/bias"])
+    _, _, o, o_points, norms, o_pair, _ = stages
+    parts = [o, *np.moveaxis(o_points, -1, 0), norms, *([] if o_pair is None else [o_pair])]
+    features = np.concatenate([x.reshape(*single.shape[:-1], math.prod(x.shape[single.ndim - 1 :])) for x in parts], -1)
+    out = features @ p["output_projection/weights"] + p["output_projection/bias"]  # line 11
+    return stages._replace(out=out)
+
+
+def attend(
+    config: IPAConfig,
+    projections: Sequence[ndarray],
+    pair: ndarray | None,
+    bias: ndarray | None,
+    gamma: ndarray,
+    rotation: ndarray,
+    translation: ndarray,
+    mask: ndarray | None = None,
+) -> Stages:
+    """Lines 5–10, from q, k, v (*B, N, H, C) and local points (*B, N, H, P, 3) on; `out` is left empty.
+
+    Of the config it takes the widths and the norm; the pair may be another than the one that the bias
+    (*B, H, N, N) came from.
+    """
+    q, k, v, *local_points = projections
+    rotation, translation = _double(rotation), _double(translation)
+    mask = np.ones(q.shape[:-2]) if mask is None else np.asarray(mask, np.float64)
     # Nothing changes when all frames move alike, and near the origin float64 keeps its bits.
     translation = translation - translation.real.sum(-2, keepdims=True) / max(translation.shape[-2], 1)
-
-    q, k, v, *local_points = _project(p, config, single)  # lines 1–3
     q_points, k_points, v_points = (
         einsum("...nxy,...nhpy->...nhpx", rotation, x) + translation[..., None, None, :] for x in local_points
     )
     logits = einsum("...ihc,...jhc->...hij", q, k) / math.sqrt(config.num_scalar_qk)
-    if pair is not None:
-        pair = _double(pair)
-        bias = einsum("...ijc,ch->...hij", pair, p["attention_2d/weights"])  # line 4
-        logits = logits + bias + p["attention_2d/bias"][:, None, None]
+    if bias is not None:
+        logits = logits + bias
     w_c = math.sqrt(2 / (9 * config.num_point_qk))
-    point_weights = np.log1p(np.exp(p["trainable_point_weights"]))
+    point_weights = np.log1p(np.exp(gamma))
     distance2 = np.stack([_distance2(q_points, k_points, head) for head in range(config.num_head)], -3)
     logits = logits - 0.5 * w_c * point_weights[:, None, None] * distance2
     logits = math.sqrt(1 / config.num_logit_terms) * logits
@@ -75,11 +105,7 @@ def invariant_point_attention(
         norms = np.sqrt(length2 + epsilon)
     else:
         norms = np.sqrt(np.where(length2.real < epsilon**2, epsilon**2, length2))
-
-    parts = [o, *np.moveaxis(o_points, -1, 0), norms, *([] if o_pair is None else [o_pair])]
-    features = np.concatenate([x.reshape(*single.shape[:-1], math.prod(x.shape[single.ndim - 1 :])) for x in parts], -1)
-    out = features @ p["output_projection/weights"] + p["output_projection/bias"]  # line 11
-    return Stages(logits, attention, o, o_points, norms, o_pair, out)
+    return Stages(logits, attention, o, o_points, norms, o_pair, np.empty(0))
 
 
 def _project(p: Mapping[str, ndarray], config: IPAConfig, single: ndarray) -> tuple[ndarray, ...]:

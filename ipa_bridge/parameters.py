@@ -23,6 +23,8 @@ def ipa_parameters(config: IPAConfig) -> Shapes:
     shapes |= project(config)
     if config.pair_channel is not None:
         shapes |= _linear("attention_2d", config.pair_channel, (config.num_head,), bias=True)
+        if config.pair_value_channel is not None:
+            shapes |= _linear("down_z", config.pair_channel, (config.pair_value_channel,), bias=True)
     shapes |= _linear("output_projection", config.num_feature, (config.num_channel,), bias=True)
     return shapes
 
@@ -77,6 +79,19 @@ def predicted_lddt_parameters(config: PredictedLDDTConfig) -> Shapes:
 def numbered(name: str, index: int) -> str:
     """Haiku's name of the module that is number `index`, from 0, of that name."""
     return f"{name}_{index}" if index else name
+
+
+def torch_name(name: str) -> str:
+    """The torch parameter of a canonical name: `/` → `.`, `weights` and `scale` → `weight`, `offset` → `bias`."""
+    *modules, leaf = name.split("/")
+    return ".".join([*modules, {"weights": "weight", "scale": "weight", "offset": "bias"}.get(leaf, leaf)])
+
+
+def canonical_leaf(module: str, leaf: str) -> str:
+    """The way back, of a parameter of that module."""
+    if module.endswith("layer_norm"):
+        return {"weight": "scale", "bias": "offset"}.get(leaf, leaf)
+    return "weights" if leaf == "weight" else leaf
 
 
 def _fold_iteration(config: StructureModuleConfig) -> Shapes:
@@ -147,7 +162,7 @@ def _infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureM
     layers = _count("fold_iteration", "/attention_layer_norm/scale", shapes)
     return dataclasses.replace(
         preset,
-        ipa=ipa,
+        ipa=dataclasses.replace(ipa, position_scale=1.0),
         num_layer=layers if layers > 1 else preset.num_layer,
         tied_layers=layers < 2,
         num_layer_in_transition=max(1, _count("transition", "/weights", within)),
@@ -175,7 +190,8 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     """The config that canonical names and shapes tell, output axes flat or not.
 
     What they cannot tell is taken from the system that has such parameters: AlphaFold 2 for the monomer layout, for
-    the multimer layout AlphaFold-Multimer where points have biases and `invariant-point-attention` where not.
+    the multimer layout AlphaFold-Multimer where points have biases and `invariant-point-attention` where not, FrameDiff
+    where there is a `down_z`.
 
     Raises:
         ValueError: parameters are missing or empty, or sizes do not divide by the number of heads.
@@ -188,7 +204,7 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise ValueError(f"no invariant point attention without {', '.join(missing)}; got {', '.join(sorted(shapes))}")
-    sized = [name for name in (*needed, "attention_2d/weights") if name in shapes]
+    sized = [name for name in (*needed, "attention_2d/weights", "down_z/weights") if name in shapes]
     formless = [name for name in sized if 0 in shapes[name] or len(shapes[name]) < 1 + name.endswith("/weights")]
     if formless:
         listed = ", ".join(f"{name} {shapes[name]}" for name in formless)
@@ -211,8 +227,11 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     preset = IPAConfig.alphafold2()
     if multimer:
         preset = IPAConfig.alphafold_multimer() if point_bias else IPAConfig.lucidrains(1)
+    if "down_z/weights" in shapes:
+        preset = IPAConfig.framediff()
     return dataclasses.replace(
         preset,
+        layout="multimer" if multimer else "monomer",
         num_channel=shapes[f"{scalars[0]}/weights"][0],
         pair_channel=shapes["attention_2d/weights"][0] if "attention_2d/weights" in shapes else None,
         num_head=heads,
@@ -220,6 +239,7 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
         num_scalar_v=v if multimer else v - qk,
         num_point_qk=p_qk,
         num_point_v=p_v if multimer else p_v - p_qk,
+        pair_value_channel=math.prod(shapes["down_z/weights"][1:]) if "down_z/weights" in shapes else None,
         scalar_bias=f"{scalars[0]}/bias" in shapes,
         point_bias=point_bias,
     )

@@ -7,15 +7,18 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, StructureModuleConfig
-from ipa_bridge.files import open_arrays, write_arrays
-from ipa_bridge.parameters import LANDMARKS, Shapes, infer_config, parameter_shapes
+from ipa_bridge.conversion import express
+from ipa_bridge.dialects import DIALECTS, Dialect, Found, Transform, find_module, named
+from ipa_bridge.dialects.alphafold import IPA_TORCH
+from ipa_bridge.files import ArrayFile, open_arrays, write_arrays
+from ipa_bridge.parameters import Shapes, infer_config, parameter_shapes, torch_name
 from ipa_bridge.tensors import numpy_array, numpy_dtype, torch_tensor
 
 if TYPE_CHECKING:
@@ -29,12 +32,10 @@ ROOTS: dict[type, str] = {
 }
 """The haiku module path of each on its own, as `ipa_jax.transform_ipa` and its like make it."""
 
-_KINDS = {
-    IPAConfig: "invariant point attentions",
-    StructureModuleConfig: "structure modules",
-    PredictedLDDTConfig: "confidence heads",
-}
-_METADATA_KEY = "ipa_config"
+MOST_NUMBERS = 1 << 28
+"""Of one module read from outside, a hundred times AlphaFold's: a small file may claim to hold any number."""
+
+_CONFIG_KEY, _DIALECT_KEY = "ipa_config", "ipa_dialect"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,80 +100,115 @@ class Weights:
         Raises:
             ValueError: no such module, several and no root, or parameters that do not fit.
         """
-        flat: dict[str, Any] = {}
+        flat: list[tuple[str, Any]] = []
         for module, leaves in params.items():
             if isinstance(leaves, Mapping):
-                flat |= {_join(module, leaf): x for leaf, x in leaves.items()}
+                flat += [(_join(module, leaf), x) for leaf, x in leaves.items()]
             else:
-                flat[module.replace("//", "/")] = leaves
-        root = _find_root(flat, "/", root, config)
-        arrays = {name: np.asarray(flat[key]) for name, key in _below(flat, root, "/").items()}
-        return cls(arrays, config or _config_of(arrays), root)
+                flat.append((module.replace("//", "/"), leaves))
+        tree = _without_duplicates(flat, "these parameters")
+        shapes = {name: np.shape(x) for name, x in tree.items()}
+        found, config = find_module(shapes, root=root, config=config, haiku=True)
+        return cls(_read(found, config, shapes, lambda key: np.asarray(tree[key])), config, found.root)
 
     @classmethod
     def from_torch(
-        cls, state_dict: Mapping[str, Tensor], *, root: str | None = None, config: Config | None = None
+        cls,
+        state_dict: Mapping[str, Tensor],
+        *,
+        dialect: str | None = None,
+        root: str | None = None,
+        config: Config | None = None,
     ) -> Weights:
-        """Takes one module out of a torch state dict with AlphaFold's names, alone or under a prefix.
+        """Takes one module out of a torch state dict, with our names or another system's, alone or under a prefix.
 
         Args:
             state_dict: tensors or parameters on any device.
+            dialect: whose names they are, one of `ipa_bridge.dialects.DIALECTS`; None to recognise it.
             root: prefix of the module ("" for none), where there are several or another is meant.
             config: overrides what the names and shapes say; a module of its kind is looked for.
 
         Raises:
-            ValueError: no such module, several and no root, entries that are no tensors, or parameters that do not fit.
+            ValueError: no such module, several and no root, names that two dialects read differently, entries that are
+                no tensors, or parameters that do not fit.
         """
-        root = _find_root(state_dict, ".", root, config)
-        tensors = {name: state_dict[key] for name, key in _below(state_dict, root, ".").items()}
+        shapes = {name: tuple(getattr(x, "shape", ())) for name, x in state_dict.items()}
+        found, config = find_module(shapes, dialect=dialect, root=root, config=config, haiku=False)
+        tensors = {key: state_dict[key] for key in found.names(state_dict).values()}
         other = [f"{name} ({type(x).__name__})" for name, x in tensors.items() if not hasattr(x, "detach")]
         if other:
             raise ValueError(f"tensors were expected, as module.state_dict() gives them; got {', '.join(other)}")
-        return cls._from_torch_arrays({name: numpy_array(x) for name, x in tensors.items()}, config)
+        return cls(_read(found, config, shapes, lambda key: numpy_array(tensors[key])), config)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, root: str | None = None, config: Config | None = None) -> Weights:
-        """Reads one module from .npz, .safetensors or .pt, in AlphaFold's `module//leaf` names or torch's.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dialect: str | None = None,
+        root: str | None = None,
+        config: Config | None = None,
+    ) -> Weights:
+        """Reads one module from .npz, .safetensors or .pt, in AlphaFold's `module//leaf` names or any torch dialect's.
 
         That is the structure module, or where there is none the attention, or else the confidence head. Only its own
-        arrays are read, be the file a whole AlphaFold's. Where it lay in the file is the file's affair: `to_haiku()`
+        arrays are read, be the file a whole model's. Where it lay in the file is the file's affair: `to_haiku()`
         gives what `ipa_jax.transform_structure_module(config).apply`, `transform_ipa`'s or `transform_predicted_lddt`'s
         takes.
 
         Args:
             path: the file.
+            dialect: whose names they are, one of `ipa_bridge.dialects.DIALECTS`; None to recognise it.
             root: path of the module in the file, where there are several or another is meant.
             config: overrides what the file's metadata, or names and shapes, say; a module of its kind is looked for.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a damaged or pickled file, no such module, several and no root, or parameters that do not fit.
+            ValueError: a damaged or pickled file, no such module, several and no root, names that two dialects read
+                differently, or parameters that do not fit.
         """
         with open_arrays(path) as file:
-            haiku = any("//" in key for key in file.keys)
-            keys = {key.replace("//", "/"): key for key in file.keys}
-            separator = "/" if haiku else "."
-            root = _find_root(keys, separator, root, config, source=os.fspath(path))
-            arrays = {name: file[keys[key]] for name, key in _below(keys, root, separator).items()}
-            config = config or _config_from_metadata(file.metadata, path)
-        return cls(arrays, config or _config_of(arrays)) if haiku else cls._from_torch_arrays(arrays, config)
+            return read_module(file, dialect=dialect, root=root, config=config)[0]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dialect: str | None = None,
+        root: str | None = None,
+        allow_lossy: Collection[str] = (),
+    ) -> None:
         """Writes .npz in AlphaFold's form (`root/module//leaf`), or .safetensors or .pt in torch's names and layout.
 
         .safetensors also carries the config; the others warn where `load` would take something else for granted.
         The file is replaced in one step, or left as it was.
 
+        Args:
+            path: destination.
+            dialect: write another system's names and layouts, one of `ipa_bridge.dialects.DIALECTS`; what its modules
+                and their callers must be told besides comes as a warning.
+            root: path of the module in the file; None for where it came from in haiku's names, and none in torch's.
+            allow_lossy: names of `ipa_bridge.conversion.LOSSES` that may happen.
+
         Raises:
-            ValueError: another suffix, or bfloat16 into .npz, which cannot hold it.
+            ValueError: another suffix, something the dialect cannot say, or bfloat16 into .npz, which cannot hold it.
         """
-        if not os.fspath(path).endswith(".safetensors"):
+        if dialect is None:
+            dialect = "ipa_jax" if os.fspath(path).endswith(".npz") else "ipa_torch"
+        target = named(dialect)
+        expressed = express(self, target, allow_lossy=allow_lossy)
+        for note in expressed.notes:
+            warnings.warn(f"{os.fspath(path)}, as {target.title}'s: {note}", stacklevel=2)
+        if not target.forms and not os.fspath(path).endswith(".safetensors"):
             self._warn_of_what_is_forgotten(path)
-        if os.fspath(path).endswith(".npz"):
-            write_arrays(path, {_join(*_split(_join(self.root, name)), "//"): x for name, x in self.arrays.items()})
-        else:
-            metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(self.config))}
-            write_arrays(path, self._in_torch_layout(), metadata)
+        expressed.weights.write(path, target, root=root)
+
+    def write(self, path: str | os.PathLike[str], dialect: Dialect, *, root: str | None = None) -> None:
+        """Writes what a dialect can say as it is; see `save`, which first makes it so."""
+        arrays = in_dialect(self, dialect, root)
+        if dialect.separator == "/":
+            arrays = {_join(*_split(name), "//"): x for name, x in arrays.items()}
+        write_arrays(path, arrays, _metadata(self.config, dialect))
 
     def subtree(self, path: str) -> Weights:
         """One module out of a larger one, as "fold_iteration/invariant_point_attention" of a structure module.
@@ -192,9 +228,23 @@ class Weights:
             tree.setdefault(module, {})[leaf] = x
         return tree
 
-    def to_torch(self) -> dict[str, Tensor]:
-        """The state dict of the torch module of that config, tensors with memory of their own."""
-        return {name: torch_tensor(x) for name, x in self._in_torch_layout().items()}
+    def to_torch(
+        self, *, dialect: str | None = None, root: str = "", allow_lossy: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """The state dict of the torch module of that config, tensors with memory of their own.
+
+        Args:
+            dialect: that of another system's module, one of `ipa_bridge.dialects.DIALECTS`, for its
+                `load_state_dict(strict=True)`. Lucidrains' takes row-vector frames: pass `rotations` transposed.
+            root: prefix of the names.
+            allow_lossy: names of `ipa_bridge.conversion.LOSSES` that may happen.
+
+        Raises:
+            ValueError: something the dialect cannot say.
+        """
+        target = named(dialect or "ipa_torch")
+        expressed = express(self, target, allow_lossy=allow_lossy).weights
+        return {name: torch_tensor(x) for name, x in in_dialect(expressed, target, root).items()}
 
     def astype(self, dtype: DTypeLike) -> Weights:
         """The same parameters rounded to another dtype."""
@@ -216,25 +266,115 @@ class Weights:
                 stacklevel=3,
             )
 
-    def _in_torch_layout(self) -> dict[str, np.ndarray]:
-        return {
-            torch_name(name): np.ascontiguousarray(x.reshape(len(x), -1).T if x.ndim > 1 else x)
-            if name.endswith("/weights")
-            else x.reshape(-1)
-            for name, x in self.arrays.items()
-        }
 
-    @classmethod
-    def _from_torch_arrays(cls, arrays: Mapping[str, np.ndarray], config: Config | None) -> Weights:
-        arrays = _from_torch_layout(arrays)
-        config = config or _config_of(arrays)
-        return cls(_unflatten_outputs(arrays, parameter_shapes(config)), config)
+def read_module(
+    file: ArrayFile,
+    *,
+    dialect: str | None = None,
+    root: str | None = None,
+    config: Config | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[Weights, Found]:
+    """One module out of an open file, and whose it was; see `Weights.load`.
+
+    Args:
+        file: the file.
+        dialect: see there.
+        root: see there.
+        config: see there.
+        progress: told how many parameters of how many are read.
+    """
+    keys = slashed(file.keys, str(file.path))
+    haiku = any("//" in key for key in file.keys)
+    shapes = {name: file.shape(key) for name, key in keys.items()}
+    whose = file.metadata.get(_DIALECT_KEY)
+    if dialect is None and whose in DIALECTS and (named(whose).separator == "/") == haiku:
+        dialect = whose
+    told = _config_from_metadata(file.metadata, file.path) if config is None else None
+    if root is None:
+        config = config or told
+    found, settled = find_module(
+        shapes, dialect=dialect, root=root, config=config, haiku=haiku, source=os.fspath(file.path)
+    )
+    if told is not None and isinstance(told, found.kind):
+        settled = told
+    number, done = len(found.names(keys)), 0
+
+    def read(name: str) -> np.ndarray:
+        nonlocal done
+        done += 1
+        progress(done, number)
+        return file[keys[name]]
+
+    return Weights(_read(found, settled, shapes, read), settled), found
 
 
-def torch_name(name: str) -> str:
-    """The torch parameter of a canonical name: `/` → `.`, `weights` and `scale` → `weight`, `offset` → `bias`."""
-    *modules, leaf = name.split("/")
-    return ".".join([*modules, {"weights": "weight", "scale": "weight", "offset": "bias"}.get(leaf, leaf)])
+def _read(found: Found, config: Config, shapes: Shapes, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+    """A module's arrays in our form, once all their names and shapes are right."""
+    names, below = found.dialect.names(config), found.names(shapes)
+    wanted, ours = parameter_shapes(config), found.dialect.canonical_names(below, found.kind)
+    problems = [f"missing {name} {shape}" for name, shape in wanted.items() if names[name][0] not in below]
+    known = {theirs for theirs, _ in names.values()}
+    problems += [
+        f"unexpected {ours.get(theirs, theirs)} {shapes[key]}" for theirs, key in below.items() if theirs not in known
+    ]
+    arrays = {}
+    for name, (theirs, transform) in names.items():
+        if theirs not in below:
+            continue
+        shape = shapes[below[theirs]]
+        if shape == transform.their_shape:
+            continue
+        shown = shape[::-1] if transform.turned else shape
+        problems.append(f"{name} must be {transform.shape}, got {shown}" + _here(name, theirs, transform, shape))
+    number = sum(math.prod(shape) for shape in wanted.values())
+    if number > MOST_NUMBERS:
+        problems.append(f"{number} numbers are more than the {MOST_NUMBERS} that any such module has been seen to need")
+    if problems:
+        raise ValueError("these parameters do not fit the config:\n  " + "\n  ".join(problems))
+    for name, (theirs, transform) in names.items():
+        arrays[name] = transform.invert(read(below[theirs]))
+    return arrays
+
+
+def _here(name: str, theirs: str, transform: Transform, shape: tuple[int, ...]) -> str:
+    """How a foreign file sees it."""
+    return "" if theirs in (name, torch_name(name)) else f" ({theirs}: {transform.their_shape}, got {shape})"
+
+
+def in_dialect(weights: Weights, dialect: Dialect, root: str | None) -> dict[str, np.ndarray]:
+    """Arrays under another system's names, below a root."""
+    if root is None:
+        root = weights.root if dialect.separator == "/" else ""
+    names = dialect.names(weights.config)
+    return {
+        _join(root, theirs, dialect.separator): transform.apply(weights.arrays[name])
+        for name, (theirs, transform) in names.items()
+    }
+
+
+def _metadata(config: Config, dialect: Dialect) -> dict[str, str]:
+    """What .safetensors carries beside the arrays; "format" is what transformers asks for."""
+    metadata = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
+    return {"format": "pt", _DIALECT_KEY: dialect.name, **metadata} if dialect.forms else metadata
+
+
+def slashed(keys: Iterable[str], source: str = "this file") -> dict[str, str]:
+    """A file's keys by their names with one `/` before the leaf, as haiku's paths have it.
+
+    Raises:
+        ValueError: two keys are the same name.
+    """
+    return _without_duplicates([(key.replace("//", "/"), key) for key in keys], source)
+
+
+def _without_duplicates(pairs: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, x in pairs:
+        if name in found:
+            raise ValueError(f"{source}: {name!r} is there twice; which of the two is meant cannot be told")
+        found[name] = x
+    return found
 
 
 def canonical_from_haiku(params: Mapping[str, Mapping[str, Any]], root: str) -> dict[str, Any]:
@@ -255,20 +395,14 @@ def _config_of(arrays: Mapping[str, np.ndarray]) -> Config:
 def _functional(config: Config) -> dict[str, Any]:
     """The fields that say what a trained module computes: all but how it begins and is trained."""
     fields = dataclasses.asdict(config)
-    fields |= fields.pop("ipa", {})
+    fields |= {name: x for name, x in fields.pop("ipa", {}).items() if name not in fields}
     return {name: x for name, x in fields.items() if name not in ("point_weight_init", "zero_init", "dropout")}
 
 
 def _from_torch_layout(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Canonical names and inputs-first weights of arrays under torch names; output axes stay flat."""
-    canonical = {}
-    for name, x in arrays.items():
-        *modules, leaf = name.split(".")
-        if modules and modules[-1].endswith("layer_norm"):
-            leaf = {"weight": "scale", "bias": "offset"}.get(leaf, leaf)
-        leaf = "weights" if leaf == "weight" else leaf
-        canonical["/".join([*modules, leaf])] = x.T if leaf == "weights" and x.ndim == 2 else x
-    return canonical
+    names = IPA_TORCH.canonical_names(arrays, IPAConfig)
+    return {names[key]: x.T if names[key].endswith("/weights") and x.ndim == 2 else x for key, x in arrays.items()}
 
 
 def _unflatten_outputs(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> dict[str, np.ndarray]:
@@ -281,33 +415,6 @@ def _unflatten_outputs(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> dict
         return x.reshape(shape) if x.shape == flat else x
 
     return {name: unflatten(name, x) if name in shapes else x for name, x in arrays.items()}
-
-
-def _find_root(
-    keys: Iterable[str], separator: str, root: str | None, config: Config | None, source: str = "these parameters"
-) -> str:
-    """The path of the one module among the keys that is meant, or the given one."""
-    found: dict[type, list[str]] = {}
-    for kind, landmark in LANDMARKS.items():
-        name = landmark if separator == "/" else torch_name(landmark)
-        ends = (key for key in keys if (separator + key).endswith(separator + name))
-        found[kind] = [key.removesuffix(name).removesuffix(separator) for key in ends]
-    kinds = [kind for kind in found if config is None or isinstance(config, kind)]
-    if root is not None:
-        roots = [path for kind in kinds for path in found[kind]]
-        if root not in roots:
-            raise ValueError(f"no module at root={root!r} in {source}; there is {roots or 'none'}")
-        return root
-    present = next((kind for kind in kinds if found[kind]), None)
-    if present is None:
-        some, ends_in = ", ".join(sorted(keys)[:5]), " or ".join(LANDMARKS[kind] for kind in kinds)
-        known = " or ".join(_KINDS[kind] for kind in kinds)
-        raise ValueError(f"no {known} in {source}: no name ends in {ends_in}; names are {some}, …")
-    roots = found[present]
-    if len(roots) > 1:
-        listed = ", ".join(map(repr, roots))
-        raise ValueError(f"{len(roots)} {_KINDS[present]} in {source}: choose with root=, one of {listed}")
-    return roots[0]
 
 
 def _below(keys: Iterable[str], root: str, separator: str) -> dict[str, str]:
@@ -352,12 +459,12 @@ def _frozen_copy(x: ArrayLike) -> np.ndarray:
 
 
 def _config_from_metadata(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Config | None:
-    if _METADATA_KEY not in metadata:
+    if _CONFIG_KEY not in metadata:
         return None
     try:
-        fields = json.loads(metadata[_METADATA_KEY])
+        fields = json.loads(metadata[_CONFIG_KEY])
         if "ipa" in fields:
             return StructureModuleConfig(**{**fields, "ipa": IPAConfig(**fields["ipa"])})
         return PredictedLDDTConfig(**fields) if "num_bin" in fields else IPAConfig(**fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its {_METADATA_KEY} metadata is no config ({error}): pass config=") from error
+        raise ValueError(f"{path}: its {_CONFIG_KEY} metadata is no config ({error}): pass config=") from error

@@ -51,8 +51,9 @@ class InvariantPointAttention(hk.Module):
         Args:
             single: single representation.
             pair: pair representation; None where config.pair_channel is None.
-            rigids: frames of the residues, (*B, N), in the unit the weights were trained for (AlphaFold's: Å
-                divided by position_scale, 10 or 20). The output does not change when all are moved alike.
+            rigids: frames of the residues, (*B, N), in the unit the weights were trained for divided by
+                config.position_scale (AlphaFold's: 10 or 20 Å; FrameDiff's, by its preset: 1 Å). The output does not
+                change when all are moved alike.
             mask: 1 or True where a residue is valid. Valid residues ignore masked ones, whose own rows attend
                 to everything; the inputs of masked residues must be finite all the same.
             return_attention: also return the attention weights, heads first.
@@ -63,6 +64,8 @@ class InvariantPointAttention(hk.Module):
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
         rigids = rigids.astype(at_least_float32(*(x.dtype for x in (single, pair, *rigids) if x is not None)))
         rigids = _centre(rigids, mask)
+        if self.config.position_scale != 1:
+            rigids = rigids.scale_translation(1 / self.config.position_scale)
         pair_bias_weight, point_weights = self.logit_weights(single.dtype)
         o, o_points, o_pair, *attention = point_attention(
             *self.project(single, rigids),
@@ -73,6 +76,8 @@ class InvariantPointAttention(hk.Module):
             implementation=self.implementation,
             return_attention=return_attention,
         )
+        if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum as before
+            o_pair = Linear(self.config.pair_value_channel, name="down_z")(o_pair)
         features = self._features(o, rigids.apply_inverse(o_points), o_pair)
         initializer: Initializer = "zeros" if self.config.zero_init else "linear"
         output_projection = Linear(self.config.num_channel, initializer=initializer, name="output_projection")

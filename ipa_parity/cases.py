@@ -21,6 +21,7 @@ PRESETS: dict[str, Callable[[], IPAConfig]] = {
     "alphafold-multimer": IPAConfig.alphafold_multimer,
     "esmfold": IPAConfig.esmfold,
     "lucidrains": partial(IPAConfig.lucidrains, 64),
+    "framediff": IPAConfig.framediff,
 }
 """Configs by the names that the command takes; lucidrains at the width of its README's example."""
 
@@ -37,6 +38,7 @@ ODD = IPAConfig(
 
 ODD_MULTIMER = replace(ODD, layout="multimer", scalar_bias=False, norm_form="clamp")
 ODD_NO_PAIR = replace(ODD, pair_channel=None)
+ODD_DOWN_Z = replace(ODD, pair_value_channel=4, position_scale=10.0)
 ODD_NO_BIAS = replace(ODD, layout="multimer", scalar_bias=False, point_bias=False, zero_init=False)
 
 POSITION_SCALE = {"monomer": 10.0, "multimer": 20.0}
@@ -81,7 +83,8 @@ def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Wei
         return weights
     told = PRESETS[preset]()
     config = cast(IPAConfig, weights.config)
-    return replace(weights, config=replace(config, norm_form=told.norm_form, norm_epsilon=told.norm_epsilon))
+    fields = ("norm_form", "norm_epsilon", "position_scale")
+    return replace(weights, config=replace(config, **{field: getattr(told, field) for field in fields}))
 
 
 def make_case(
@@ -119,10 +122,12 @@ def make_case(
         if cluster > 1:
             centres = np.repeat(translation[..., ::cluster, :], cluster, -2)[..., : shape[-1], :]
             translation = centres + rng.uniform(-1, 1, translation.shape)
+        translation = translation * config.position_scale
         mask = np.ones(shape, bool)
     else:
         shape = structure.mask.shape
-        rotation, translation = structure.rotation, structure.translation / POSITION_SCALE[config.layout]
+        unit = POSITION_SCALE[config.layout] if config.position_scale == 1 else 1.0
+        rotation, translation = structure.rotation, structure.translation / unit
         mask = structure.mask
     if shape[-1] > 1:
         mask = mask & (rng.random(shape) > 0.1)
@@ -147,6 +152,7 @@ CATALOGUE: dict[str, Callable[[], Case]] = {
         ("multimer", ODD_MULTIMER, {}),
         ("no-pair", ODD_NO_PAIR, {}),
         ("no-bias", ODD_NO_BIAS, {}),
+        ("down-z", ODD_DOWN_Z, {"shape": (2, 7)}),
         ("batch", ODD, {"shape": (2, 5)}),
         ("batch-of-batches", ODD_MULTIMER, {"shape": (2, 3, 5)}),
         ("batch-no-pair", ODD_NO_PAIR, {"shape": (3, 5)}),
@@ -156,6 +162,7 @@ CATALOGUE: dict[str, Callable[[], Case]] = {
         ("alphafold-multimer", IPAConfig.alphafold_multimer(), {"shape": (31,)}),
         ("esmfold", IPAConfig.esmfold(), {"shape": (31,)}),
         ("lucidrains", IPAConfig.lucidrains(64), {"shape": (2, 31)}),
+        ("framediff", IPAConfig.framediff(), {"shape": (31,)}),
         ("peptide", IPAConfig.alphafold2(), {"structure": idealised_peptide()}),
     )
 }

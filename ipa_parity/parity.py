@@ -79,7 +79,9 @@ def _compare_stage(
         actual, wanted = (_without_row_constant(x, visible) for x in (actual, wanted))
     conditioning = 1.0
     if stage in ("points", "norms"):
-        conditioning = tolerance.conditioning(case.translation, case.mask, expected["points"])
+        conditioning = tolerance.conditioning(
+            case.translation / case.config.position_scale, case.mask, expected["points"]
+        )
     return compare(
         actual,
         wanted,

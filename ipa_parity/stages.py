@@ -158,7 +158,7 @@ def _named_stages(
         "out": out,
     }
     if config.pair_channel is not None:
-        stages["o_pair"] = per_head(o_pair, config.pair_channel)
+        stages["o_pair"] = per_head(o_pair, config.pair_value_channel or config.pair_channel)
     return stages
 
 

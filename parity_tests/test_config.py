@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.parameters import ipa_parameters
 
 IMPOSSIBLE = {
@@ -24,6 +24,12 @@ IMPOSSIBLE = {
     "epsilon nan": ({"norm_epsilon": math.nan}, "norm_epsilon must be a finite number"),
     "epsilon text": ({"norm_epsilon": "1e-8"}, "norm_epsilon must be a finite number; got '1e-8'"),
     "epsilon lost in float32": ({"norm_epsilon": 1e-20, "norm_form": "clamp"}, "at least 1.1e-19 for float32"),
+    "narrowed nothing": ({"pair_channel": None, "pair_value_channel": 32}, "there is no pair to project"),
+    "narrowed to nothing": (
+        {"pair_value_channel": 0},
+        "pair_value_channel must be a positive integer; got 0; pass None",
+    ),
+    "no unit": ({"position_scale": 0.0}, "position_scale must be positive; got 0.0"),
     "weight": ({"point_weight_init": math.inf}, "point_weight_init must be a finite number"),
 }
 
@@ -51,6 +57,11 @@ def test_lucidrains_takes_the_packages_own_arguments():
     assert (config.num_scalar_qk, config.num_point_v, config.norm_epsilon) == (8, 3, 1e-6)
     assert IPAConfig.lucidrains(64).pair_channel == 64
     assert IPAConfig.lucidrains(64, require_pairwise_repr=False).pair_channel is None
+
+
+def test_a_structure_module_has_one_unit():
+    with pytest.raises(ValueError, match=r"ipa\.position_scale must be 1 in a structure module.*got 10\.0"):
+        StructureModuleConfig(ipa=IPAConfig.framediff())
 
 
 ALPHAFOLDS = {

@@ -98,8 +98,11 @@ def test_what_a_pt_file_must_hold(tmp_path, torch):
     with pytest.raises(ValueError, match="it holds a list"), open_arrays(tmp_path / "list.pt"):
         pass
     torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="'epoch' is a int: save the state dict alone"):
+    with pytest.raises(ValueError, match=r"it holds no tensors, but epoch: save a state dict"):
         Weights.load(tmp_path / "checkpoint.pt")
+    torch.save({"a.b": torch.ones(2), "a": {"b": torch.ones(2)}}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match=r"'a\.b' is there twice"):
+        Weights.load(tmp_path / "twice.pt")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

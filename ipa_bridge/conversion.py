@@ -1,0 +1,286 @@
+"""From one system's form into another's: what changes exactly, what is lost, and what cannot be said at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from ipa_bridge.config import Config, IPAConfig, Layout, NormForm, StructureModuleConfig
+from ipa_bridge.dialects import KINDS, Dialect, Form, layout_of
+from ipa_bridge.parameters import parameter_shapes
+
+if TYPE_CHECKING:
+    from ipa_bridge.weights import Weights
+
+LOSSES = {
+    "scalar_bias": "biases of the scalar projections, which are not zero",
+    "point_bias": "biases of the point projections, which are not zero",
+    "norm": "how the length of a value point is kept from zero (a difference of about 1e-9 in lengths of order 1)",
+    "down_z": "the projection of attended pairs, merged into the output projection: the same function up to rounding, "
+    "but not to be parted again",
+}
+"""By the names that allow them."""
+
+ATTENTION = "fold_iteration/invariant_point_attention/"
+"""Where it lies in a structure module of tied layers."""
+
+
+class Loss(NamedTuple):
+    """What a conversion gives up."""
+
+    name: str
+    """One of `LOSSES`."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Expressed:
+    """Weights in a form that a dialect can say."""
+
+    weights: Weights
+    losses: tuple[Loss, ...]
+    notes: tuple[str, ...]
+    """What the file cannot say, and its reader must be told."""
+
+
+def express(weights: Weights, dialect: Dialect, *, allow_lossy: Collection[str] = ()) -> Expressed:
+    """The same function in a form that a dialect has names for.
+
+    Layout and biases of zero change exactly, and the layout that loses least is taken, their own before the other.
+
+    Args:
+        weights: of any form.
+        dialect: the target.
+        allow_lossy: names of `LOSSES` that may happen.
+
+    Raises:
+        ValueError: something the dialect cannot say, or a loss that is not allowed.
+    """
+    unknown = [name for name in allow_lossy if name not in LOSSES]
+    if unknown:
+        raise ValueError(f"allow_lossy must name {', '.join(LOSSES)}; got {', '.join(unknown)}")
+    if not dialect.forms or type(weights.config) not in (IPAConfig, StructureModuleConfig):
+        dialect.names(weights.config)  # which raises where it has no such module
+        return Expressed(weights, (), ())
+    own = layout_of(weights.config)
+    layouts = sorted(dialect.forms, key=lambda layout: layout != own)
+    if not layouts or type(weights.config) not in dialect.rows:
+        raise ValueError(f"{dialect.title} has no {KINDS[type(weights.config)]} of its own to convert to")
+    _refuse(weights.config, dialect)
+    attempts = [_fit(in_layout(weights, layout), dialect.forms[layout]) for layout in layouts]
+    fitted, losses = min(attempts, key=lambda attempt: len(attempt[1]))
+    forbidden = [loss for loss in losses if loss.name not in allow_lossy]
+    if forbidden:
+        listed = "".join(f"\n  {loss.name}: {loss.reason}" for loss in forbidden)
+        raise ValueError(
+            f"{dialect.title} cannot say all of this; allow what may be lost by its name, as --allow-lossy "
+            f"{' '.join(loss.name for loss in forbidden)} or allow_lossy=:{listed}"
+        )
+    dialect.names(fitted.config)
+    return Expressed(fitted, tuple(losses), _notes(fitted.config, dialect))
+
+
+def in_layout(weights: Weights, layout: Layout) -> Weights:
+    """The same function with the parameters of AlphaFold's other layout, exactly: nothing but an order of numbers.
+
+    Biases and the form of the norm stay, as the config says.
+    """
+    config = weights.config
+    ipa = attention_of(config)
+    if ipa.layout == layout:
+        return weights
+    convert = _to_multimer if layout == "multimer" else _to_monomer
+    changed = replace_attention(config, replace(ipa, layout=layout))
+    if isinstance(config, IPAConfig):
+        arrays = convert(weights.arrays, ipa)
+    else:
+        arrays = {}
+        for prefix in _attentions(weights.arrays):
+            part = {n.removeprefix(prefix): x for n, x in weights.arrays.items() if n.startswith(prefix)}
+            arrays |= {prefix + name: x for name, x in convert(part, ipa).items()}
+        update = {"monomer": "affine_update", "multimer": "quat_rigid/rigid"}
+        arrays |= {
+            name.replace(f"/{update[ipa.layout]}/", f"/{update[layout]}/"): x
+            for name, x in weights.arrays.items()
+            if not any(name.startswith(prefix) for prefix in _attentions(weights.arrays))
+        }
+    return _like(weights, arrays, changed)
+
+
+def attention_of(config: Config) -> IPAConfig:
+    """That of a structure module, or the attention itself."""
+    return config.ipa if isinstance(config, StructureModuleConfig) else cast(IPAConfig, config)
+
+
+def replace_attention(config: Config, ipa: IPAConfig) -> Config:
+    """The config with another attention."""
+    return replace(config, ipa=ipa) if isinstance(config, StructureModuleConfig) else ipa
+
+
+def _like(weights: Weights, arrays: Mapping[str, np.ndarray], config: Config) -> Weights:
+    """In the order of the manifest."""
+    return replace(weights, arrays={name: arrays[name] for name in parameter_shapes(config)}, config=config)
+
+
+def _attentions(names: Collection[str]) -> list[str]:
+    """Prefixes of the attentions in a structure module."""
+    end = "trainable_point_weights"
+    return [name.removesuffix(end) for name in names if name.endswith(end)]
+
+
+def _to_multimer(arrays: Mapping[str, np.ndarray], c: IPAConfig) -> dict[str, np.ndarray]:
+    """Heads unflattened, keys and values parted; points with the coordinate inside the head."""
+    h, qk, p = c.num_head, c.num_scalar_qk, c.num_point_qk
+    found = {name: x for name, x in arrays.items() if name.split("/")[0] not in _MONOMER}
+    for name, x in arrays.items():
+        module, _, leaf = name.partition("/")
+        if module not in _MONOMER:
+            continue
+        inputs = x.shape[: leaf == "weights"]
+        if module.endswith("scalar"):
+            heads = x.reshape(*inputs, h, -1)
+            parts = {"q": heads} if module == "q_scalar" else {"k": heads[..., :qk], "v": heads[..., qk:]}
+            found |= {f"{letter}_scalar_projection/{leaf}": part for letter, part in parts.items()}
+        else:
+            heads = np.moveaxis(x.reshape(*inputs, 3, h, -1), -3, -2)
+            parts = {"q": heads} if module == "q_point_local" else {"k": heads[..., :p], "v": heads[..., p:]}
+            for letter, part in parts.items():
+                found[f"{letter}_point_projection/point_projection/{leaf}"] = part.reshape(*inputs, h, -1)
+    return found
+
+
+def _to_monomer(arrays: Mapping[str, np.ndarray], c: IPAConfig) -> dict[str, np.ndarray]:
+    """The way back."""
+    h = c.num_head
+    found = {name: x for name, x in arrays.items() if "_projection/" not in name or name.startswith("output_")}
+    for leaf in ("weights", "bias"):
+        scalars = [arrays.get(f"{x}_scalar_projection/{leaf}") for x in "qkv"]
+        if scalars[0] is not None:
+            q, k, v = cast(list[np.ndarray], scalars)
+            inputs = q.shape[: leaf == "weights"]
+            found[f"q_scalar/{leaf}"] = q.reshape(*inputs, -1)
+            found[f"kv_scalar/{leaf}"] = np.concatenate([k, v], -1).reshape(*inputs, -1)
+        points = [arrays.get(f"{x}_point_projection/point_projection/{leaf}") for x in "qkv"]
+        if points[0] is not None:
+            q, k, v = (
+                np.moveaxis(x.reshape(*x.shape[: leaf == "weights"], h, 3, -1), -2, -3)
+                for x in cast(list[np.ndarray], points)
+            )
+            inputs = q.shape[: leaf == "weights"]
+            found[f"q_point_local/{leaf}"] = q.reshape(*inputs, -1)
+            found[f"kv_point_local/{leaf}"] = np.concatenate([k, v], -1).reshape(*inputs, -1)
+    return found
+
+
+_MONOMER = ("q_scalar", "kv_scalar", "q_point_local", "kv_point_local")
+
+
+def _fit(weights: Weights, form: Form) -> tuple[Weights, list[Loss]]:
+    """Biases, pair projection and norm as a form has them, and what that loses."""
+    losses: list[Loss] = []
+    for field, wanted in (("scalar_bias", form.scalar_bias), ("point_bias", form.point_bias)):
+        weights = _with_biases(weights, field, wanted, losses)
+    if attention_of(weights.config).pair_value_channel is not None and form.pair_value_divisor is None:
+        weights = _merged(weights)
+        losses.append(Loss("down_z", f"it has no down_z: {LOSSES['down_z']}"))
+    ipa = attention_of(weights.config)
+    epsilon = form.norm_epsilon if form.epsilon_is_fixed else ipa.norm_epsilon
+    if (ipa.norm_form, ipa.norm_epsilon) != (form.norm_form, epsilon):
+        if ipa.norm_form != form.norm_form:
+            epsilon = form.norm_epsilon
+        said = {"add": "√(|x|² + {})", "clamp": "√max(|x|², {}²)"}
+        ours, theirs = said[ipa.norm_form].format(ipa.norm_epsilon), said[form.norm_form].format(epsilon)
+        losses.append(Loss("norm", f"the length of a value point x is {ours}, there it is {theirs}"))
+        changed = replace(ipa, norm_form=cast(NormForm, form.norm_form), norm_epsilon=epsilon)
+        weights = replace(weights, config=replace_attention(weights.config, changed))
+    return weights, losses
+
+
+def _with_biases(weights: Weights, field: str, wanted: bool, losses: list[Loss]) -> Weights:
+    """Biases of zero where there are none, or none where they are zero."""
+    ipa = attention_of(weights.config)
+    if getattr(ipa, field) == wanted:
+        return weights
+    config = replace_attention(weights.config, replace(ipa, **cast(dict[str, Any], {field: wanted})))
+    arrays, shapes = dict(weights.arrays), parameter_shapes(config)
+    if wanted:
+        like = next(x for name, x in arrays.items() if name.endswith("output_projection/weights"))
+        arrays |= {name: np.zeros(shape, like.dtype) for name, shape in shapes.items() if name not in arrays}
+    else:
+        dropped = {name: x for name, x in arrays.items() if name not in shapes}
+        if any(x.any() for x in dropped.values()):
+            named = ", ".join(name for name, x in dropped.items() if x.any())
+            losses.append(Loss(field, f"it has none of the {LOSSES[field]}: {named}"))
+    return _like(weights, arrays, config)
+
+
+def _merged(weights: Weights) -> Weights:
+    """The attended pair's projection as part of the output's: attention sums to 1, so its bias is the output's."""
+    ipa = attention_of(weights.config)
+    arrays = dict(weights.arrays)
+    h, narrow = ipa.num_head, cast(int, ipa.pair_value_channel)
+    for prefix in [""] if isinstance(weights.config, IPAConfig) else _attentions(arrays):
+        down, bias = (arrays.pop(f"{prefix}down_z/{leaf}").astype(np.float64) for leaf in ("weights", "bias"))
+        output = arrays[f"{prefix}output_projection/weights"]
+        others, pair = np.split(output.astype(np.float64), [len(output) - h * narrow])
+        pair = pair.reshape(h, narrow, -1)
+        wide = np.einsum("zn,hnc->hzc", down, pair).reshape(-1, pair.shape[-1])
+        arrays[f"{prefix}output_projection/weights"] = np.concatenate([others, wide]).astype(output.dtype)
+        old = arrays[f"{prefix}output_projection/bias"]
+        arrays[f"{prefix}output_projection/bias"] = (old + np.einsum("n,hnc->c", bias, pair)).astype(old.dtype)
+    return _like(weights, arrays, replace_attention(weights.config, replace(ipa, pair_value_channel=None)))
+
+
+def _refuse(config: Config, dialect: Dialect) -> None:
+    """What no loss could mend."""
+    ipa, reasons = attention_of(config), []
+    form = next(iter(dialect.forms.values()))
+    if form.pair_required and ipa.pair_channel is None:
+        reasons.append("its attention always reads a pair representation, and scales logits by √(1/3) for it")
+    if form.pair_value_divisor is not None:
+        width = ipa.pair_channel // form.pair_value_divisor if ipa.pair_channel else 0
+        if ipa.pair_value_channel != width:
+            has = ipa.pair_value_channel or "none"
+            reasons.append(
+                f"its down_z is c_z / {form.pair_value_divisor} = {width} wide, and pair_value_channel here is {has}: "
+                f"a pair as it is cannot pass through so few channels"
+            )
+    if form.one_width and ipa.num_scalar_v != ipa.num_scalar_qk:
+        reasons.append(
+            f"its scalar values are as wide as its queries and keys: num_scalar_v must be {ipa.num_scalar_qk}, not "
+            f"{ipa.num_scalar_v}"
+        )
+    if isinstance(config, StructureModuleConfig):
+        if not config.tied_layers:
+            reasons.append("one set of weights serves all its layers: tied_layers must be True")
+        if dialect.transitions not in (None, config.num_layer_in_transition):
+            reasons.append(
+                f"its transition has {dialect.transitions} linear layers, not {config.num_layer_in_transition}"
+            )
+    if reasons:
+        raise ValueError(f"{dialect.title} cannot say this:" + "".join(f"\n  {reason}" for reason in reasons))
+
+
+def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
+    """What its modules must be told, and what their callers."""
+    ipa, notes = attention_of(config), []
+    form = dialect.forms[ipa.layout]
+    if not form.epsilon_is_fixed and ipa.norm_epsilon != form.norm_epsilon:
+        notes.append(f"construct it with {dialect.epsilon_argument}={ipa.norm_epsilon}: a file cannot say so")
+    if ipa.position_scale != 1:
+        notes.append(f"divide the translations of its frames by {ipa.position_scale:g}: it has no such argument")
+    if isinstance(config, StructureModuleConfig):
+        usual = (
+            StructureModuleConfig.alphafold_multimer()
+            if ipa.layout == "multimer"
+            else StructureModuleConfig.alphafold2()
+        )
+        for name in ("num_layer", "position_scale", "sidechain_channel", "num_residual_block"):
+            mine = getattr(config, name)
+            if not math.isclose(mine, getattr(usual, name)):
+                notes.append(f"construct it with {mine:g} for what is called {name} here: a file cannot say so")
+    return (*notes, *([dialect.frames] if dialect.frames else []))

@@ -1,0 +1,79 @@
+"""AlphaFold's own parameters under haiku's names, in both layouts; and ours, which are these, in haiku and in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.dialects.spec import Dialect, Form, Transform
+from ipa_bridge.parameters import LANDMARKS, Shapes, canonical_leaf, infer_config, parameter_shapes, torch_name
+
+
+class HaikuDialect(Dialect):
+    """Canonical names and shapes themselves."""
+
+    separator: ClassVar[str] = "/"
+
+    def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
+        """Every parameter under its own name."""
+        return {name: (name, Transform(shape, flat=False)) for name, shape in parameter_shapes(config).items()}
+
+    def canonical_names(self, keys: Iterable[str], kind: type) -> dict[str, str]:
+        """Every name for itself."""
+        return {key: key for key in keys}
+
+    def infer(self, shapes: Shapes, kind: type) -> Config:
+        """What names and shapes tell."""
+        return infer_config(shapes)
+
+
+class TorchDialect(Dialect):
+    """Canonical names by the rule: `/` → `.`, weights turned and their heads flattened."""
+
+    def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
+        """Every parameter under its name by the rule."""
+        return {
+            name: (torch_name(name), Transform(shape, turned=name.endswith("/weights")))
+            for name, shape in parameter_shapes(config).items()
+        }
+
+    def canonical_names(self, keys: Iterable[str], kind: type) -> dict[str, str]:
+        """Every name by the rule, back."""
+        canonical = {}
+        for key in keys:
+            *modules, leaf = key.split(".")
+            canonical[key] = "/".join([*modules, canonical_leaf(modules[-1] if modules else "", leaf)])
+        return canonical
+
+
+_KINDS = (StructureModuleConfig, IPAConfig, PredictedLDDTConfig)
+
+ALPHAFOLD = HaikuDialect(
+    name="alphafold",
+    title="AlphaFold",
+    rows={kind: {} for kind in _KINDS},
+    forms={
+        "monomer": Form(scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=1e-8, epsilon_is_fixed=True),
+        "multimer": Form(
+            scalar_bias=False, point_bias=True, norm_form="clamp", norm_epsilon=1e-8, epsilon_is_fixed=True
+        ),
+    },
+    landmarks={kind: (LANDMARKS[kind],) for kind in _KINDS},
+)
+
+IPA_JAX = HaikuDialect(
+    name="ipa_jax",
+    title="IPA Twins in Haiku",
+    rows={kind: {} for kind in _KINDS},
+    forms={},
+    landmarks=ALPHAFOLD.landmarks,
+)
+
+IPA_TORCH = TorchDialect(
+    name="ipa_torch",
+    title="IPA Twins in PyTorch",
+    rows={kind: {} for kind in _KINDS},
+    forms={},
+    landmarks={kind: (torch_name(LANDMARKS[kind]),) for kind in _KINDS},
+)

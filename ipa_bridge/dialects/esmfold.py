@@ -1,0 +1,33 @@
+"""ESMFold, as in Hugging Face's transformers: OpenFold 1's names under `trunk.structure_module.`, another ε."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import cast
+
+from ipa_bridge.config import Config, IPAConfig, StructureModuleConfig
+from ipa_bridge.dialects.openfold import OPENFOLD_V1, lies_in_esmfold
+from ipa_bridge.dialects.spec import Dialect, Form
+
+
+def _finish(config: Config) -> Config:
+    if isinstance(config, StructureModuleConfig):
+        return replace(config, ipa=cast(IPAConfig, _finish(config.ipa)))
+    if isinstance(config, IPAConfig):
+        return replace(config, norm_epsilon=ESMFOLD.forms["monomer"].norm_epsilon, point_weight_init=0.0)
+    return config
+
+
+ESMFOLD = Dialect(
+    name="esmfold",
+    title="ESMFold",
+    rows={kind: OPENFOLD_V1.rows[kind] for kind in (IPAConfig, StructureModuleConfig)},
+    forms={"monomer": Form(scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=1e-12, one_width=True)},
+    landmarks={kind: OPENFOLD_V1.landmarks[kind] for kind in (IPAConfig, StructureModuleConfig)},
+    absent=OPENFOLD_V1.absent,
+    at=lambda root, kind: lies_in_esmfold(root) or not re.search(r"(^|\.)structure_module(\.|$)", root),
+    finish=_finish,
+    epsilon_argument="epsilon",
+    transitions=3,
+)

@@ -1,0 +1,285 @@
+"""What a dialect is: how another system names and lays out our parameters, in one table that is read both ways.
+
+A row says our module, theirs, and in which order they keep its features; what a linear layer's weight looks like in
+torch (outputs first, heads flattened) holds for all rows. Every step is a permutation of numbers, so the way back
+gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple, cast
+
+import numpy as np
+
+from ipa_bridge.config import Config, IPAConfig, Layout, PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.parameters import Shapes, canonical_leaf, infer_config, parameter_shapes, torch_name
+
+
+@dataclass(frozen=True)
+class Order:
+    """The same features in two orders: groups between bars, the letters of each its axes, outermost first.
+
+    Letters stand for the sizes that `sizes` gives: "c h q" is coordinate, then head, then query point.
+    """
+
+    ours: str
+    theirs: str
+
+    def indices(self, config: IPAConfig) -> np.ndarray:
+        """Where theirs lie in ours: theirs[k] = ours[indices[k]]."""
+        size, start, moved = sizes(config), 0, []
+        for ours, theirs in zip(*(groups.split("|") for groups in (self.ours, self.theirs)), strict=True):
+            axes = ours.split()
+            shape = [size[axis] for axis in axes]
+            block = np.arange(start, start + math.prod(shape)).reshape(shape)
+            moved.append(block.transpose([axes.index(axis) for axis in theirs.split()]).reshape(-1))
+            start += block.size
+        return np.concatenate(moved)
+
+
+def sizes(config: IPAConfig) -> dict[str, int]:
+    """What the letters of an `Order` stand for."""
+    return {
+        "c": 3,
+        "h": config.num_head,
+        "s": config.num_scalar_v,
+        "q": config.num_point_qk,
+        "p": config.num_point_v,
+        "z": config.pair_value_channel or config.pair_channel or 0,
+    }
+
+
+class Row(NamedTuple):
+    """One module, or one parameter that stands on no module of its own, here and there.
+
+    `{}` in ours is haiku's number of a module ("", "_1", …), `{0}` or `{1}` in theirs the same counted from there.
+    """
+
+    ours: str
+    theirs: str
+    outputs: Order | None = None
+    """Of a weight and its bias, where theirs come in another order."""
+    inputs: Order | None = None
+    """Of a weight."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One parameter's array from our form into theirs and back, bit for bit."""
+
+    shape: tuple[int, ...]
+    """Ours: inputs first, heads unflattened in the multimer layout."""
+    turned: bool = False
+    """A linear layer's weight, whose outputs come first there."""
+    outputs: np.ndarray | None = None
+    inputs: np.ndarray | None = None
+    flat: bool = True
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """Theirs."""
+        if self.turned:
+            return math.prod(self.shape[1:]), self.shape[0]
+        return (math.prod(self.shape),) if self.flat else self.shape
+
+    def apply(self, ours: np.ndarray) -> np.ndarray:
+        """Ours into theirs."""
+        if not self.flat:
+            return ours
+        x = ours.reshape(len(ours), -1).T if self.turned else ours.reshape(-1)
+        x = x if self.outputs is None else x[self.outputs]
+        return np.ascontiguousarray(x if self.inputs is None else x[:, self.inputs])
+
+    def invert(self, theirs: np.ndarray) -> np.ndarray:
+        """Theirs into ours.
+
+        Raises:
+            ValueError: it has another shape than the config asks for.
+        """
+        if theirs.shape != self.their_shape:
+            raise ValueError(f"must be {self.their_shape}, got {theirs.shape}")
+        if not self.flat:
+            return theirs
+        x = theirs
+        if self.outputs is not None:
+            x = np.empty_like(theirs)
+            x[self.outputs] = theirs
+        if self.inputs is not None:
+            x, permuted = np.empty_like(x), x
+            x[:, self.inputs] = permuted
+        return np.ascontiguousarray((x.T if self.turned else x).reshape(self.shape))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the modules of a dialect compute in one layout; what is not said here, their constructors take."""
+
+    scalar_bias: bool
+    point_bias: bool
+    norm_form: str
+    norm_epsilon: float
+    """Theirs unless they are told."""
+    epsilon_is_fixed: bool = False
+    """Nobody can tell them."""
+    one_width: bool = False
+    """Scalar values are as wide as scalar queries and keys: one constructor argument gives both."""
+    pair_required: bool = True
+    pair_value_divisor: int | None = None
+    """The pair that is attended to is c_z over this wide; None for the pair itself."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One system's parameters.
+
+    Attributes:
+        name: as arguments take it.
+        title: as people call it.
+        rows: by what the parameters belong to, for each layout.
+        forms: what its attention computes, by layout.
+        landmarks: by what they belong to, names by which a module is known; all of them are there.
+        absent: names that are never there.
+        at: whether a module of that kind may lie at a path.
+        finish: what names and shapes cannot tell.
+        frames: what a caller of their attention must know of its frames and mask; "" where they are like ours.
+        epsilon_argument: how their constructor calls ε.
+        transitions: linear layers of a transition that its structure module always has; None where it can be told.
+    """
+
+    name: str
+    title: str
+    rows: Mapping[type, Mapping[Layout, tuple[Row, ...]]]
+    forms: Mapping[Layout, Form]
+    landmarks: Mapping[type, tuple[str, ...]]
+    absent: tuple[str, ...] = ()
+    at: Callable[[str, type], bool] = lambda root, kind: True
+    finish: Callable[[Config], Config] = lambda config: config
+    frames: str = ""
+    epsilon_argument: str = "eps"
+    transitions: int | None = None
+    separator: ClassVar[str] = "."
+    """Between modules."""
+
+    def rows_of(self, config: Config) -> tuple[Row, ...]:
+        """The table for what the config is of.
+
+        Raises:
+            ValueError: the dialect has no such module.
+        """
+        layout = layout_of(config)
+        try:
+            return self.rows[type(config)][layout]
+        except KeyError:
+            raise ValueError(f"{self.title} has no {KINDS[type(config)]} in the {layout} layout") from None
+
+    def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
+        """Canonical name to theirs and the transform between them.
+
+        Raises:
+            ValueError: it has no such module, or no place for some of its parameters.
+        """
+        patterns = [(_pattern(row.ours), row) for row in self.rows_of(config)]
+        ipa = cast(IPAConfig, config.ipa if isinstance(config, StructureModuleConfig) else config)
+        found: dict[str, tuple[str, Transform]] = {}
+        homeless = []
+        for name, shape in parameter_shapes(config).items():
+            module, _, leaf = name.rpartition("/")
+            alone, number = _match(patterns, name)
+            row, number = (alone, number) if alone else _match(patterns, module)
+            if row is None:
+                homeless.append(name)
+                continue
+            theirs = row.theirs.format(number, number + 1)
+            weight = leaf == "weights"
+            outputs, inputs = (
+                None if order is None else order.indices(ipa) for order in (row.outputs, row.inputs if weight else None)
+            )
+            transform = Transform(shape, turned=weight, outputs=outputs, inputs=inputs)
+            found[name] = theirs if alone else f"{theirs}.{torch_name(leaf)}", transform
+        if homeless:
+            raise ValueError(f"{self.title} has no place for {', '.join(homeless)}")
+        return found
+
+    def canonical_names(self, keys: Iterable[str], kind: type) -> dict[str, str]:
+        """Their names to canonical ones, as far as one of its tables knows them: the one that knows most."""
+        best: dict[str, str] = {}
+        for rows in self._reading.get(kind, {}).values():
+            known: dict[str, str] = {}
+            for key in keys:
+                module, _, leaf = key.rpartition(".")
+                alone, number = _match(rows, key)
+                row, number = (alone, number) if alone else _match(rows, module)
+                if row is None:
+                    continue
+                ours = row.ours.replace("{}", f"_{number}" if number else "")
+                known[key] = ours if alone else f"{ours}/{canonical_leaf(ours, leaf)}"
+            best = max(best, known, key=len)
+        return best
+
+    def infer(self, shapes: Shapes, kind: type) -> Config:
+        """The config of parameters under their names.
+
+        Raises:
+            ValueError: parameters are missing, or sizes do not divide by the number of heads.
+        """
+        canonical = self.canonical_names(shapes, kind)
+        return self.finish(
+            infer_config(
+                {ours: shapes[x][::-1] if ours.endswith("/weights") else shapes[x] for x, ours in canonical.items()}
+            )
+        )
+
+    @cached_property
+    def _reading(self) -> dict[type, dict[Layout, list[tuple[re.Pattern, Row]]]]:
+        return {
+            kind: {layout: [(_pattern(row.theirs), row) for row in rows] for layout, rows in layouts.items()}
+            for kind, layouts in self.rows.items()
+        }
+
+
+KINDS: dict[type, str] = {
+    IPAConfig: "invariant point attention",
+    StructureModuleConfig: "structure module",
+    PredictedLDDTConfig: "confidence head",
+}
+"""What parameters may belong to."""
+
+
+def within(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+    """A table of modules that lie inside others."""
+    return tuple(row._replace(ours=ours + row.ours, theirs=theirs + row.theirs) for row in rows)
+
+
+def layout_of(config: Config) -> Layout:
+    """That of the attention; the confidence head is the same in both."""
+    ipa = config.ipa if isinstance(config, StructureModuleConfig) else config
+    return ipa.layout if isinstance(ipa, IPAConfig) else "monomer"
+
+
+_NUMBERS = {
+    "{}": r"(?:_(?P<haiku>[1-9]\d{0,3}))?",
+    "{0}": r"(?P<from0>0|[1-9]\d{0,3})",
+    "{1}": r"(?P<from1>[1-9]\d{0,3})",
+}
+
+
+def _pattern(template: str) -> re.Pattern:
+    """Matches the names of a template; its group is the number."""
+    pattern = re.escape(template)
+    for hole, number in _NUMBERS.items():
+        pattern = pattern.replace(re.escape(hole), number)
+    return re.compile(pattern)
+
+
+def _match(patterns: Iterable[tuple[re.Pattern, Row]], name: str) -> tuple[Row | None, int]:
+    """The row whose pattern is the name, and its number counted from 0."""
+    for pattern, row in patterns:
+        if found := pattern.fullmatch(name):
+            numbers = {hole: int(x) for hole, x in found.groupdict().items() if x is not None}
+            return row, numbers.get("haiku", numbers.get("from0", numbers.get("from1", 1) - 1))
+    return None, 0
