@@ -42,7 +42,8 @@ def probe(dialect: str, parameters: Parameters, config: Config, *, seed: int = 0
     rotation, translation = random_frames(rng, (RESIDUES,), spread=2.0)
     mask = np.arange(RESIDUES) != RESIDUES // 2
     if isinstance(config, StructureModuleConfig):
-        return _structure_module(dialect, p, config, single, cast(ndarray, pair), mask)[mask]
+        layers = structure_module(dialect, p, config, single, cast(ndarray, pair), mask)
+        return np.concatenate([x[:, mask].ravel() for x in layers.values()])
     return attention(dialect, p, config, single, pair, rotation, translation * ipa.position_scale, mask)[mask]
 
 
@@ -146,10 +147,10 @@ def _of_torch(p: Parameters, config: IPAConfig) -> dict[str, ndarray]:
     return canonical
 
 
-def _structure_module(
+def structure_module(
     dialect: str, p: Parameters, c: StructureModuleConfig, single: ndarray, pair: ndarray, mask: ndarray
-) -> ndarray:
-    """Suppl. Alg. 20 up to the angles: activations, frames and unnormalised angles of every layer, side by side."""
+) -> dict[str, ndarray]:
+    """Suppl. Alg. 20 up to the angles: act, rotation, translation (Å) and unnormalized_angles, layers first."""
     openfold = dialect not in ("alphafold", "ipa_jax", "ipa_torch")
     linear, norm = _layers(dialect, p)
     n = len(single)
@@ -157,7 +158,7 @@ def _structure_module(
     pair = norm("layer_norm_z" if openfold else "pair_layer_norm", pair)
     act = linear("linear_in" if openfold else "initial_projection", initial)
     rotation, translation = np.broadcast_to(np.eye(3), (n, 3, 3)), np.zeros((n, 3))
-    outputs = []
+    layers = []
     for layer in range(c.num_layer):
         fold = f"fold_iteration_{layer}" if layer and not c.tied_layers else "fold_iteration"
         prefix = "ipa." if openfold else f"{fold}{'.' if dialect == 'ipa_torch' else '/'}invariant_point_attention"
@@ -176,8 +177,9 @@ def _structure_module(
         translation = translation + np.einsum("nxy,ny->nx", rotation, step[:, 3:])
         rotation = rotation @ _quaternion_to_rotation(step[:, :3])
         angles = _angles(linear, c, f"{fold}/rigid_sidechain/" if not openfold else "", act, initial)
-        outputs += [act, rotation.reshape(n, 9), c.position_scale * translation, angles]
-    return np.concatenate(outputs, -1)
+        layers.append((act, rotation, c.position_scale * translation, angles.reshape(n, 7, 2)))
+    fields = ("act", "rotation", "translation", "unnormalized_angles")
+    return {field: np.stack(x) for field, x in zip(fields, zip(*layers, strict=True), strict=True)}
 
 
 def _angles(linear: Callable, c: StructureModuleConfig, prefix: str, act: ndarray, initial: ndarray) -> ndarray:

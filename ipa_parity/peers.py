@@ -1,7 +1,7 @@
 """Published implementations of IPA, run on our cases under our names: independent witnesses of what it is.
 
 Each takes a case whose cotangent is zero in masked rows, since what a masked query attends to differs between
-systems, and returns `out` and gradients as `stages` does. Conversions follow each system's own layout.
+systems, and returns `out` and gradients as `stages` does. Parameters and their gradients go through its dialect.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any, cast
 import numpy as np
 
 from ipa_bridge import residues
-from ipa_bridge.config import IPAConfig, StructureModuleConfig
+from ipa_bridge.config import Config, IPAConfig, StructureModuleConfig
+from ipa_bridge.dialects import named
 from ipa_bridge.tensors import torch_tensor
-from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
+from ipa_bridge.weights import Weights, canonical_from_haiku
 from ipa_parity.cases import Case
 from ipa_parity.stages import Arrays
 from ipa_parity.structure_module import COTANGENT_SCALES, StructureModuleCase
@@ -73,18 +74,6 @@ def run_alphafold(case: Case) -> Arrays:
     return _named(out, by_input, canonical_from_haiku(by_module, case.weights.root))
 
 
-ESMFOLD_NAMES = {
-    "linear_q": "q_scalar",
-    "linear_kv": "kv_scalar",
-    "linear_q_points": "q_point_local",
-    "linear_kv_points": "kv_point_local",
-    "linear_b": "attention_2d",
-    "linear_out": "output_projection",
-    "head_weights": "trainable_point_weights",
-}
-"""transformers' (and OpenFold v1's) names to AlphaFold's; the layouts are the same."""
-
-
 def esmfold_module(case: Case) -> Any:
     """`transformers`' EsmFold attention with the case's widths and weights."""
     from types import SimpleNamespace
@@ -104,7 +93,7 @@ def esmfold_module(case: Case) -> Any:
             inf=1e5,
         )
     )
-    module.load_state_dict({theirs: case.weights.to_torch()[ours] for theirs, ours in _esmfold_names(module).items()})
+    module.load_state_dict(case.weights.to_torch(dialect="esmfold"))
     return module
 
 
@@ -120,14 +109,7 @@ def run_esmfold(case: Case) -> Arrays:
         return module(single, pair, frames, torch_tensor(case.mask).to(single.dtype))
 
     out, by_input, by_parameter = _torch_gradients(case, module, call)
-    by_name = {ours: by_parameter[theirs] for theirs, ours in _esmfold_names(module).items()}
-    return _named(out, by_input, canonical_from_torch(by_name, case.config))
-
-
-def _esmfold_names(module: Any) -> dict[str, str]:
-    """Their parameter names to our torch ones."""
-    names = (name.partition(".") for name, _ in module.named_parameters())
-    return {f"{module}{dot}{leaf}": f"{ESMFOLD_NAMES[module]}{dot}{leaf}" for module, dot, leaf in names}
+    return _named(out, by_input, _canonical("esmfold", case.config, by_parameter))
 
 
 def lucidrains_module(config: IPAConfig) -> Any:
@@ -153,32 +135,8 @@ def run_lucidrains(case: Case) -> Arrays:
     """The PyPI package `invariant-point-attention`: row-vector frames, points with the coordinate innermost."""
     import torch
 
-    c = config = case.config
-    paired = config.pair_channel is not None
-    module = lucidrains_module(config)
-
-    def coordinate_innermost(number: int) -> np.ndarray:
-        rows = np.arange(c.num_head * 3 * number).reshape(c.num_head, 3, number)
-        return rows.swapaxes(-1, -2).reshape(-1)
-
-    columns = np.arange(c.num_feature)
-    first, last = c.num_head * c.num_scalar_v, c.num_head * (c.num_scalar_v + 3 * c.num_point_v)
-    columns[first:last] = columns[first:last].reshape(3, c.num_head, c.num_point_v).transpose(1, 2, 0).reshape(-1)
-    rows = {
-        "to_point_q.weight": coordinate_innermost(c.num_point_qk),
-        "to_point_k.weight": coordinate_innermost(c.num_point_qk),
-        "to_point_v.weight": coordinate_innermost(c.num_point_v),
-    }
-    names = {f"to_scalar_{x}.weight": f"{x}_scalar_projection.weight" for x in "qkv"}
-    names |= {f"to_point_{x}.weight": f"{x}_point_projection.point_projection.weight" for x in "qkv"}
-    names |= {f"to_out.{leaf}": f"output_projection.{leaf}" for leaf in ("weight", "bias")}
-    names |= {"point_weights": "trainable_point_weights"}
-    if paired:
-        names |= {f"to_pairwise_attn_bias.0.{leaf}": f"attention_2d.{leaf}" for leaf in ("weight", "bias")}
-
-    ours = case.weights.to_torch()
-    state = {theirs: ours[name][rows.get(theirs, slice(None))] for theirs, name in names.items()}
-    state["to_out.weight"] = state["to_out.weight"][:, columns]
+    module = lucidrains_module(case.config)
+    state = case.weights.to_torch(dialect="lucidrains")
     module.to(state["point_weights"].dtype).load_state_dict(state)
     batched = case.single.ndim == 3
 
@@ -194,14 +152,13 @@ def run_lucidrains(case: Case) -> Arrays:
         return out if batched else out[0]
 
     out, by_input, by_parameter = _torch_gradients(case, module, call)
-    by_name = {}
-    for theirs, name in names.items():
-        x = by_name[name] = np.empty_like(by_parameter[theirs])
-        if theirs == "to_out.weight":
-            x[:, columns] = by_parameter[theirs]
-        else:
-            x[rows.get(theirs, slice(None))] = by_parameter[theirs]
-    return _named(out, by_input, canonical_from_torch(by_name, config))
+    return _named(out, by_input, _canonical("lucidrains", case.config, by_parameter))
+
+
+def _canonical(dialect: str, config: Config, theirs: Arrays) -> Arrays:
+    """Arrays under another system's names, as gradients to its parameters are, under ours and in our order."""
+    names = named(dialect).names(config)
+    return {ours: transform.invert(theirs[name]) for ours, (name, transform) in names.items()}
 
 
 def _torch_gradients(case: Case, module: Any, call: Callable) -> tuple[np.ndarray, Arrays, Arrays]:
@@ -307,9 +264,9 @@ def esmfold_structure_module(weights: Weights) -> Any:
     from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
     from transformers.models.esm.modeling_esmfold import EsmFoldStructureModule
 
-    ours, config = weights.to_torch(), cast(StructureModuleConfig, weights.config)
+    config = cast(StructureModuleConfig, weights.config)
     module = EsmFoldStructureModule(EsmConfig(epsilon=config.ipa.norm_epsilon)).eval()
-    module.load_state_dict({theirs: ours[_esmfold_name(theirs)] for theirs, _ in module.named_parameters()})
+    module.load_state_dict(weights.to_torch(dialect="esmfold"))
     return module
 
 
@@ -318,7 +275,6 @@ def run_esmfold_structure_module(case: StructureModuleCase, *, gradients: bool =
     import torch
 
     module, config = esmfold_structure_module(case.weights), case.config
-    names = {name: _esmfold_name(name) for name, _ in module.named_parameters()}
     inputs = {"single": torch_tensor(case.single), "pair": torch_tensor(case.pair)}
     inputs = {name: x[None].requires_grad_(gradients) for name, x in inputs.items()}
     found = module(inputs, torch_tensor(case.aatype)[None], torch_tensor(case.mask)[None].to(inputs["single"].dtype))
@@ -340,37 +296,10 @@ def run_esmfold_structure_module(case: StructureModuleCase, *, gradients: bool =
         parameters = dict(module.named_parameters())
         grads = torch.autograd.grad(sum(terms), [*inputs.values(), *parameters.values()])
         arrays = {f"gradient/{name}": x[0].numpy() for name, x in zip(inputs, grads, strict=False)}
-        by_name = {names[name]: x.numpy() for name, x in zip(parameters, grads[len(inputs) :], strict=True)}
-        arrays |= {f"gradient/{name}": x for name, x in canonical_from_torch(by_name, config).items()}
+        by_name = {name: x.numpy() for name, x in zip(parameters, grads[len(inputs) :], strict=True)}
+        arrays |= {f"gradient/{name}": x for name, x in _canonical("esmfold", config, by_name).items()}
     detached = {field: x.detach().numpy() for field, x in output.items()}
     return _named_structure_module(detached, config.num_layer) | arrays
-
-
-def _esmfold_name(theirs: str) -> str:
-    """Our torch name of a parameter of `transformers`' (and OpenFold v1's) structure module."""
-    module, _, leaf = theirs.rpartition(".")
-    fold = "fold_iteration."
-    sidechain = f"{fold}rigid_sidechain."
-    modules = {
-        "layer_norm_s": "single_layer_norm",
-        "layer_norm_z": "pair_layer_norm",
-        "linear_in": "initial_projection",
-        "layer_norm_ipa": f"{fold}attention_layer_norm",
-        "transition.layers.0.linear_1": f"{fold}transition",
-        "transition.layers.0.linear_2": f"{fold}transition_1",
-        "transition.layers.0.linear_3": f"{fold}transition_2",
-        "transition.layer_norm": f"{fold}transition_layer_norm",
-        "bb_update.linear": f"{fold}affine_update",
-        "angle_resnet.linear_in": f"{sidechain}input_projection",
-        "angle_resnet.linear_initial": f"{sidechain}input_projection_1",
-        "angle_resnet.layers.0.linear_1": f"{sidechain}resblock1",
-        "angle_resnet.layers.0.linear_2": f"{sidechain}resblock2",
-        "angle_resnet.layers.1.linear_1": f"{sidechain}resblock1_1",
-        "angle_resnet.layers.1.linear_2": f"{sidechain}resblock2_1",
-        "angle_resnet.linear_out": f"{sidechain}unnormalized_angles",
-    }
-    modules |= {f"ipa.{name}": f"{fold}invariant_point_attention.{ours}" for name, ours in ESMFOLD_NAMES.items()}
-    return f"{modules[module]}.{leaf}" if module in modules else modules[theirs]
 
 
 def _named_structure_module(output: Mapping[str, np.ndarray], num_layer: int) -> Arrays:

@@ -15,9 +15,10 @@ import pytest
 COMPARED = pytest.StashKey[list]()
 COMPARED_WITH_PEERS = pytest.StashKey[list]()
 COMPARED_WITH_STRUCTURE_MODULES = pytest.StashKey[list]()
+CONVERSIONS = pytest.StashKey[list]()
 """What the run compared, for its closing tables."""
 
-TABLES = (COMPARED, COMPARED_WITH_PEERS, COMPARED_WITH_STRUCTURE_MODULES)
+TABLES = (COMPARED, COMPARED_WITH_PEERS, COMPARED_WITH_STRUCTURE_MODULES, CONVERSIONS)
 
 ROOT = Path(__file__).resolve().parent.parent
 STRUCTURES = Path(os.environ.get("IPA_STRUCTURES") or ROOT.parent / "shared" / "structures")
@@ -73,8 +74,8 @@ def structures_dir() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    compared, with_peers, of_layers = (config.stash.get(key, []) for key in TABLES)
-    if not compared + with_peers + of_layers:
+    compared, with_peers, of_layers, conversions = (config.stash.get(key, []) for key in TABLES)
+    if not compared + with_peers + of_layers + conversions:
         return
     from ipa_parity.report import table, worst_by_case
 
@@ -87,6 +88,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if of_layers:
         terminalreporter.section("structure modules in float32 against float64: root mean square errors, in eps")
         terminalreporter.write_line(table(of_layers))
+    if conversions:
+        terminalreporter.section("other systems' weights: their outputs against ours, in eps of float32")
+        for row in sorted(conversions, key=lambda row: (row.case, row.stage, row.subject)):
+            line = f"{row.case:40} {row.stage:5} {row.subject:6} {row.error:5.1f} of {row.bound:.0f}"
+            terminalreporter.write_line(line)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -123,3 +129,9 @@ def compared_with_peers(request: pytest.FixtureRequest) -> list:
 def compared_with_structure_modules(request: pytest.FixtureRequest) -> list:
     """Collects what published structure modules and ours are off, layer by layer, for a table of their own."""
     return request.config.stash.setdefault(COMPARED_WITH_STRUCTURE_MODULES, [])
+
+
+@pytest.fixture(scope="session")
+def conversions(request: pytest.FixtureRequest) -> list:
+    """Collects what other systems' modules and ours compute with the same weights, for a table of their own."""
+    return request.config.stash.setdefault(CONVERSIONS, [])
