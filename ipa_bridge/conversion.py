@@ -279,7 +279,7 @@ def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
             if ipa.layout == "multimer"
             else StructureModuleConfig.alphafold2()
         )
-        for name in ("num_layer", "position_scale", "sidechain_channel", "num_residual_block"):
+        for name in ("num_layer", "position_scale"):
             mine = getattr(config, name)
             if not math.isclose(mine, getattr(usual, name)):
                 notes.append(f"construct it with {mine:g} for what is called {name} here: a file cannot say so")

@@ -247,6 +247,12 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def _suffix(path: Path) -> str:
     if path.suffix not in SUFFIXES:
-        hint = ": pickles are never loaded; save plain arrays instead" if path.suffix in (".pkl", ".pickle") else ""
+        hint = ""
+        if path.suffix in (".pkl", ".pickle"):
+            hint = (
+                ": pickles are never loaded, for they can run anything. Where you trust it, save its haiku parameters as "
+                "numpy.savez(path, **{f'{module}//{leaf}': x for module, leaves in params.items() for leaf, x in "
+                "leaves.items()})"
+            )
         raise ValueError(f"{path}: expected a name ending in {', '.join(SUFFIXES)}{hint}")
     return path.suffix
