@@ -250,8 +250,8 @@ def _suffix(path: Path) -> str:
         hint = ""
         if path.suffix in (".pkl", ".pickle"):
             hint = (
-                ": pickles are never loaded, for they can run anything. Where you trust it, save its haiku parameters as "
-                "numpy.savez(path, **{f'{module}//{leaf}': x for module, leaves in params.items() for leaf, x in "
+                ": pickles are never loaded, for they can run anything. Where you trust it, save its haiku parameters "
+                "as numpy.savez(path, **{f'{module}//{leaf}': x for module, leaves in params.items() for leaf, x in "
                 "leaves.items()})"
             )
         raise ValueError(f"{path}: expected a name ending in {', '.join(SUFFIXES)}{hint}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ipa_bridge import residues
+from ipa_bridge import cli, residues
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.structures import load_structure
 from ipa_bridge.tensors import torch_tensor
@@ -89,6 +89,21 @@ def test_the_attention_of_a_whole_models_file(tmp_path):
     assert found.config == config.ipa
     assert {name.split("/")[0] for name in found.to_haiku()} == {"invariant_point_attention"}
     assert Weights.load(tmp_path / "params_model_1.npz").config == config
+
+
+def test_ipa_port_says_what_it_is_shown_to_say(tmp_path, monkeypatch, capsys):
+    """Word for word, but for the last digits of what is measured."""
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    Weights.random(StructureModuleConfig.alphafold2()).save("structure_module.safetensors")
+    (console,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    shown = [part.split("\n", 1) for part in re.split(r"^\$ ipa-port ", console, flags=re.MULTILINE)[1:]]
+    assert len(shown) == 5
+    for command, expected in shown:
+        cli.main(command.split())
+        said = "".join(capsys.readouterr())
+        unmeasured = (re.sub(r"differ by .* eps", "differ by … eps", text) for text in (said, expected))
+        assert next(unmeasured) == next(unmeasured), command
 
 
 def test_commands_are_in_the_makefile():

@@ -22,9 +22,9 @@ def _finish(config: Config) -> Config:
 ESMFOLD = Dialect(
     name="esmfold",
     title="ESMFold",
-    rows={kind: OPENFOLD_V1.rows[kind] for kind in (IPAConfig, StructureModuleConfig)},
+    rows={kind: OPENFOLD_V1.rows[kind] for kind in (StructureModuleConfig, IPAConfig)},
     forms={"monomer": Form(scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=1e-12, one_width=True)},
-    landmarks={kind: OPENFOLD_V1.landmarks[kind] for kind in (IPAConfig, StructureModuleConfig)},
+    landmarks={kind: OPENFOLD_V1.landmarks[kind] for kind in (StructureModuleConfig, IPAConfig)},
     absent=OPENFOLD_V1.absent,
     at=lambda root, kind: lies_in_esmfold(root) or not re.search(r"(^|\.)structure_module(\.|$)", root),
     finish=_finish,
