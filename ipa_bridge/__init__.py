@@ -1,11 +1,19 @@
 """Ground floor of IPA Twins: configurations, weights, structures and a float64 oracle; numpy only at import."""
 
-from ipa_bridge.config import IPAConfig, PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.config import (
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+)
 from ipa_bridge.structures import Structure, load_structure, save_structure
 from ipa_bridge.weights import Weights
 
 __all__ = [
+    "IPABlockConfig",
     "IPAConfig",
+    "IPATransformerConfig",
     "PredictedLDDTConfig",
     "Structure",
     "StructureModuleConfig",

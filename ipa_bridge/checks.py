@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ipa_bridge.config import IPAConfig, StructureModuleConfig
+from ipa_bridge.config import IPAConfig, IPATransformerConfig, StructureModuleConfig
 
 
 class Shaped(Protocol):
@@ -83,6 +83,21 @@ def check_structure_module_inputs(
             "update_mask": (update_mask, residues),
         },
     )
+
+
+def check_tokens(config: IPATransformerConfig, single: Shaped) -> None:
+    """An IPA transformer's input is tokens if it embeds them, and a single representation if not.
+
+    Raises:
+        ValueError: it is the other.
+    """
+    if config.num_token is not None and ("int" not in str(single.dtype) or len(single.shape) < 1):
+        raise ValueError(
+            f"single must hold tokens, integers (*batch, N), as config.num_token is {config.num_token}; got "
+            f"{_shape(single)} of {single.dtype}"
+        )
+    if config.num_token is None and (len(single.shape) < 2 or single.shape[-1] != config.num_channel):
+        raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
 
 
 def check_shape(name: str, array: Shaped, shape: Sequence[int], beside: str) -> None:

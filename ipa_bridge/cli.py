@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import math
+import os
 import sys
 import time
 from collections import Counter
@@ -15,25 +18,31 @@ from typing import Any
 import numpy as np
 
 from ipa_bridge import semantics
-from ipa_bridge.config import Config, IPAConfig, StructureModuleConfig
-from ipa_bridge.conversion import LOSSES, Expressed, attention_of, express, in_layout, replace_attention
+from ipa_bridge.config import Config, PredictedLDDTConfig, attention_of, replace_attention
+from ipa_bridge.conversion import LOSSES, express, in_layout
 from ipa_bridge.dialects import DIALECTS, KINDS, Dialect, Found, modules, named
-from ipa_bridge.files import SUFFIXES, ArrayFile, open_arrays
+from ipa_bridge.files import SUFFIXES, ArrayFile, check_destination, open_arrays
 from ipa_bridge.parameters import parameter_shapes
 from ipa_bridge.weights import Weights, in_dialect, read_module, slashed
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 VERIFIED_WITHIN = 1024
-"""Units of eps; a conversion that only orders numbers anew stays below ten, a swapped axis is at 1e14."""
+"""Units of eps of float64; what only orders numbers anew stays below ten, a swapped axis is at 1e14."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 if all is well, 1 if files differ or a conversion does not hold, 2 if it cannot be done."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may have no √
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         return args.run(args)
+    except BrokenPipeError:  # as of `| head`
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"ipa-port {args.command}: {error}", file=sys.stderr)
         return 2
@@ -60,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--to-root", metavar="PATH", help="path of the module in DST (default: the module alone)")
     convert.add_argument("--dtype", choices=DTYPES, help="round to it (default: as they are)")
     convert.add_argument(
-        "--allow-lossy", nargs="+", default=[], choices=LOSSES, metavar="LOSS", help=f"of {', '.join(LOSSES)}"
+        "--allow-lossy",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="LOSS[,LOSS…]",
+        help=f"what may be lost, of {', '.join(LOSSES)}",
     )
     convert.add_argument("--verify", action="store_true", help="run both files' semantics on random input")
     convert.add_argument("--force", action="store_true", help="replace DST if it exists")
@@ -92,47 +105,61 @@ def _convert(args: argparse.Namespace) -> int:
     target = named(args.to or ("ipa_jax" if destination.suffix == ".npz" else "ipa_torch"))
     with open_arrays(args.source) as file:
         weights, found = _read(file, args.source_dialect, args.root)
-        elsewhere = _elsewhere(file, found)
-    as_read = weights
+        elsewhere, ignored = _elsewhere(file, found), list(file.ignored)
+    as_read, whose = weights, _whose(found, weights)
     if args.dtype:
         weights = weights.astype(args.dtype)
     expressed = express(weights, target, allow_lossy=args.allow_lossy)
+    root = _root(args.to_root, target, expressed.weights)
+    notes = list(expressed.notes)
+    if not target.forms:
+        notes += [f"{destination.name} {text}" for text in expressed.weights.forgotten(destination)]
+    if found.dialect.frames and not target.frames:
+        notes.append(found.dialect.frames)
     report: dict[str, Any] = {
-        "source": {"file": args.source, "dialect": found.dialect.name, "root": found.root},
-        "destination": {"file": args.destination, "dialect": target.name, "root": args.to_root or ""},
+        "source": {"file": args.source, "dialect": whose.name, "root": found.root},
+        "destination": {"file": args.destination, "dialect": target.name, "root": root},
         "module": KINDS[found.kind],
         "config": dataclasses.asdict(expressed.weights.config),
         "converted": len(expressed.weights.arrays),
         "numbers": sum(x.size for x in expressed.weights.arrays.values()),
         "losses": [loss._asdict() for loss in expressed.losses],
-        "notes": list(expressed.notes),
+        "notes": notes,
         "elsewhere": elsewhere,
+        "ignored": ignored,
     }
     verified = True
     if args.verify:
-        report["verified"] = _verify(as_read, found, expressed, target)
-        verified = bool(report["verified"]["passed"]) or bool(expressed.losses)
+        report["verified"] = _verify(as_read, found, args.dtype, target, args.allow_lossy)
+        verified = bool(report["verified"]["passed"])
     if verified:
-        expressed.weights.write(destination, target, root=args.to_root)
+        expressed.weights.write(destination, target, root=root, replace=args.force)
     if args.json:
         print(json.dumps(report, indent=1))
     else:
-        print(_conversion(report, found, target, destination, verified))
+        print(_conversion(report, whose, target, destination, verified))
     return 0 if verified else 1
+
+
+def _root(asked: str | None, target: Dialect, weights: Weights) -> str:
+    """The path in the destination; a prefix may be given with its dot."""
+    if asked is None:
+        return weights.root if target.separator == "/" else ""
+    root = asked.rstrip("./")
+    if root and ("" in root.split(target.separator) or root.strip() != root):
+        raise ValueError(f"--to-root must be names with {target.separator!r} between them; got {asked!r}")
+    return root
 
 
 def _check_destination(destination: Path, source: Path, force: bool) -> None:
     if destination.suffix not in SUFFIXES:
         raise ValueError(f"{destination}: expected a name ending in {', '.join(SUFFIXES)}")
-    if destination.is_symlink():
-        raise ValueError(f"{destination} is a symbolic link, which would be replaced: name the file it points to")
-    if destination.is_dir():
-        raise ValueError(f"{destination} is a directory: name a file in it")
-    if destination.exists():
-        if source.exists() and destination.samefile(source):
-            raise ValueError(f"{destination} is the source itself: name another file")
-        if not force:
-            raise ValueError(f"{destination} exists: pass --force to replace it")
+    if source.exists() and destination.exists() and destination.samefile(source):
+        raise ValueError(f"{destination} is the source itself: name another file")
+    try:
+        check_destination(destination, replace=force)
+    except ValueError as error:
+        raise ValueError(f"{error}; --force replaces an ordinary file") from None
     if not destination.parent.is_dir():
         raise ValueError(f"{destination}: there is no directory {destination.parent}")
 
@@ -158,45 +185,51 @@ def _stem(key: str) -> str:
     return separator.join(parts[: min(3, max(1, len(parts) - 1))])
 
 
-def _verify(weights: Weights, found: Found, expressed: Expressed, target: Dialect) -> dict[str, Any]:
-    """Both semantics on the same random input."""
+def _verify(
+    weights: Weights, found: Found, dtype: str | None, target: Dialect, allow_lossy: Sequence[str]
+) -> dict[str, Any]:
+    """The source's semantics and the target's on the same random input, each against ours in float64.
+
+    What rounding and losses change is measured apart: from what was read to what is written, both in our semantics.
+    """
+    weights = _without_zeros(weights)
+    written = express(weights.astype(dtype) if dtype else weights, target, allow_lossy=allow_lossy).weights
+    before, after = (semantics.probe("ipa_jax", each.arrays, each.config) for each in (weights, written))
     source = semantics.probe(found.dialect.name, in_dialect(weights, found.dialect, ""), weights.config)
-    written = expressed.weights
     result = semantics.probe(target.name, in_dialect(written, target, ""), written.config)
-    before, after = ({x.dtype for x in each.arrays.values()} for each in (weights, written))
-    rounded = before != after or expressed.losses
-    arithmetic = _coarsest(before | after) if rounded else np.dtype(np.float64)
-    error = semantics.distance(result, source)
-    in_eps = error / float(_finfo(arithmetic).eps)
+    eps = float(np.finfo(np.float64).eps)
+    errors = [semantics.distance(source, before) / eps, semantics.distance(result, after) / eps]
+    change = semantics.distance(after, before)
+    finite = all(map(math.isfinite, (*errors, change)))
     return {
-        "error": error,
-        "eps": in_eps,
-        "of": arithmetic.name,
+        "eps": max(errors) if finite else None,
         "within": VERIFIED_WITHIN,
-        "passed": in_eps <= VERIFIED_WITHIN,
+        "change": change if finite else None,
+        "passed": finite and max(errors) <= VERIFIED_WITHIN,
     }
 
 
-def _coarsest(dtypes: set[np.dtype]) -> np.dtype:
-    return max(dtypes, key=lambda dtype: float(_finfo(dtype).eps))
+def _without_zeros(weights: Weights) -> Weights:
+    """The same with random numbers where a whole projection is zero, as in a model that has not been trained.
+
+    Nothing passes through zeros, and any two functions that end in them are the same.
+    """
+    filling = Weights.random(weights.config).arrays
+    arrays = {
+        name: filling[name].astype(x.dtype) if name.endswith("/weights") and not x.any() else x
+        for name, x in weights.arrays.items()
+    }
+    return dataclasses.replace(weights, arrays=arrays)
 
 
-def _finfo(dtype: np.dtype) -> Any:
-    import ml_dtypes
-
-    return ml_dtypes.finfo(dtype)
-
-
-def _conversion(report: dict[str, Any], found: Found, target: Dialect, destination: Path, written: bool) -> str:
-    where = f" at {found.root}" if found.root else ""
+def _conversion(report: dict[str, Any], source: Dialect, target: Dialect, destination: Path, written: bool) -> str:
+    where = f" at {report['source']['root']}" if report["source"]["root"] else ""
     lines = [
-        f"{report['source']['file']}: {found.dialect.title}'s {report['module']}{where}",
+        f"{report['source']['file']}: {source.title}'s {report['module']}{where}",
         f"{destination}: {target.title}'s, {report['converted']} parameters, {report['numbers']:,} numbers",
     ]
     lines += [f"lost, as allowed: {loss['name']}: {loss['reason']}" for loss in report["losses"]]
     lines += [f"mind: {note}" for note in report["notes"]]
-    if found.dialect.frames and not target.frames:
-        lines.append(f"mind: {found.dialect.frames}")
     if report["elsewhere"]:
         others = ", ".join(f"{stem} ({number})" for stem, number in sorted(report["elsewhere"].items())[:8])
         more = len(report["elsewhere"]) - 8
@@ -204,16 +237,24 @@ def _conversion(report: dict[str, Any], found: Found, target: Dialect, destinati
             f"left, for they belong to other parts of the model: {sum(report['elsewhere'].values())} arrays: {others}"
             + (f" and {more} more places" if more > 0 else "")
         )
+    if report["ignored"]:
+        lines.append(f"left, for they are no arrays by name: {_some(report['ignored'])}")
     if "verified" in report:
         v = report["verified"]
-        verdict = "the same function" if v["passed"] else "as lossy as allowed" if written else "NOT THE SAME FUNCTION"
-        lines.append(
-            f"verified on random input: outputs differ by {v['error']:.1e} of the largest, {v['eps']:.2g} eps of "
-            f"{v['of']}: {verdict}"
-        )
+        if v["eps"] is None:
+            lines.append("verified on random input: outputs overflow, NOTHING CAN BE SAID")
+        else:
+            verdict = "the same function as the file's names mean" if v["passed"] else "NOT THE SAME FUNCTION"
+            lines.append(f"verified on random input: within {v['eps']:.1f} eps of float64: {verdict}")
+            if v["change"] > VERIFIED_WITHIN * float(np.finfo(np.float64).eps):
+                lines.append(f"what was lost or rounded changes outputs by {v['change']:.1e} of the largest")
     if not written:
         lines.append("nothing was written")
     return "\n".join(lines)
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -260,11 +301,10 @@ def _whose(found: Found, weights: Weights) -> Dialect:
     if found.dialect.separator != "/":
         return found.dialect
     try:
-        fits = not express(weights, named("alphafold"), allow_lossy=list(LOSSES)).losses
-        same = express(weights, named("alphafold"), allow_lossy=list(LOSSES)).weights.config == weights.config
+        same = express(weights, named("alphafold")).weights.config == weights.config
     except ValueError:
-        return named("ipa_jax")
-    return named("alphafold" if fits and same else "ipa_jax")
+        same = False
+    return named("alphafold" if same else "ipa_jax")
 
 
 def _contents(report: dict[str, Any]) -> str:
@@ -289,7 +329,7 @@ def _contents(report: dict[str, Any]) -> str:
         lines.append("other parts of the model:")
         lines += [f"  {stem}: {number} arrays" for stem, number in sorted(report["elsewhere"].items())]
     if report["ignored"]:
-        lines.append(f"no arrays: {', '.join(report['ignored'][:10])}" + ("…" if len(report["ignored"]) > 10 else ""))
+        lines.append(f"no arrays by name: {_some(report['ignored'])}")
     return "\n".join(lines)
 
 
@@ -353,7 +393,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _common(weights: Weights) -> Weights:
     """In the form that both of AlphaFold's layouts have a place in: monomer, with biases, zero where there are none."""
-    if not isinstance(weights.config, IPAConfig | StructureModuleConfig):
+    if isinstance(weights.config, PredictedLDDTConfig):
         return weights
     weights = in_layout(weights, "monomer")
     ipa = dataclasses.replace(attention_of(weights.config), scalar_bias=True, point_bias=True)
@@ -395,7 +435,7 @@ def _comparison(report: dict[str, Any], *found: Found) -> str:
     lines.append(
         f"the same function: {number} parameters, number for number"
         if report["same"]
-        else f"not the same: {differing} of {number} parameters and {len(report['config'])} settings differ"
+        else f"not the same parameters: {differing} of {number} parameters and {len(report['config'])} settings differ"
     )
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 Layout = Literal["monomer", "multimer"]
 NormForm = Literal["add", "clamp"]
@@ -253,6 +253,140 @@ class StructureModuleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IPABlockConfig:
+    """An attention and a transition, each with a residual connection and a layer norm.
+
+    Attributes:
+        ipa: the attention, whose c_s, layout and zero_init are the block's too.
+        num_layer_in_transition: linear layers of the transition, ReLUs between them.
+        transition_factor: width of its hidden layers over c_s.
+        post_norm: layer norms follow the residual sums, as in AlphaFold; else they precede attention and transition.
+        attention_dropout: rate after the attention's residual sum, in training only.
+        transition_dropout: rate after the transition's.
+
+    Raises:
+        ValueError: a number of layers or a factor that is not a positive integer, or a rate outside [0, 1).
+    """
+
+    ipa: IPAConfig
+    num_layer_in_transition: int = 3
+    transition_factor: int = 1
+    post_norm: bool = True
+    attention_dropout: float = 0.0
+    transition_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ipa, IPAConfig):
+            raise ValueError(f"ipa must be an IPAConfig; got {self.ipa!r}")
+        for field in ("num_layer_in_transition", "transition_factor"):
+            _check_width(field, getattr(self, field))
+        if not isinstance(self.post_norm, bool):
+            raise ValueError(f"post_norm must be True or False; got {self.post_norm!r}")
+        for field in ("attention_dropout", "transition_dropout"):
+            _check_number(field, getattr(self, field))
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} must be a rate in [0, 1); got {getattr(self, field)!r}")
+
+    @property
+    def num_channel(self) -> int:
+        """c_s, width of the single representation."""
+        return self.ipa.num_channel
+
+    @classmethod
+    def lucidrains(
+        cls,
+        dim: int,
+        *,
+        ff_mult: int = 1,
+        ff_num_layers: int = 3,
+        post_norm: bool = True,
+        post_attn_dropout: float = 0.0,
+        post_ff_dropout: float = 0.0,
+        **attention: Any,
+    ) -> IPABlockConfig:
+        """The package `invariant-point-attention`'s `IPABlock`, with its own argument names and defaults."""
+        return cls(
+            ipa=IPAConfig.lucidrains(dim, **attention),
+            num_layer_in_transition=ff_num_layers,
+            transition_factor=ff_mult,
+            post_norm=post_norm,
+            attention_dropout=post_attn_dropout,
+            transition_dropout=post_ff_dropout,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPATransformerConfig:
+    """Blocks with weights of their own, after each of which the frames move.
+
+    Attributes:
+        block: every layer's block.
+        num_layer: how many there are.
+        num_token: size of the vocabulary, where the input is integers to embed; None for a single representation.
+        predict_points: also predict a point per residue, local to its last frame.
+        detach_rotations: rotations pass no gradient into the attention and into the next translations.
+        original_composition_order: rotate as the package `invariant-point-attention` does, which turns each update the
+            wrong way round and applies it on the wrong side, so that what is predicted does not move with the input.
+            For its trained weights only.
+
+    Raises:
+        ValueError: a number of layers or tokens that is not a positive integer.
+    """
+
+    block: IPABlockConfig
+    num_layer: int
+    num_token: int | None = None
+    predict_points: bool = False
+    detach_rotations: bool = True
+    original_composition_order: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block, IPABlockConfig):
+            raise ValueError(f"block must be an IPABlockConfig; got {self.block!r}")
+        _check_width("num_layer", self.num_layer)
+        if self.num_token is not None:
+            _check_width("num_token", self.num_token, "; pass None for a single representation")
+        for field in ("predict_points", "detach_rotations", "original_composition_order"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be True or False; got {getattr(self, field)!r}")
+
+    @property
+    def ipa(self) -> IPAConfig:
+        """Every layer's attention."""
+        return self.block.ipa
+
+    @property
+    def num_channel(self) -> int:
+        """c_s, width of the single representation."""
+        return self.block.num_channel
+
+    @classmethod
+    def lucidrains(
+        cls,
+        dim: int,
+        *,
+        depth: int,
+        num_tokens: int | None = None,
+        predict_points: bool = False,
+        detach_rotations: bool = True,
+        original_composition_order: bool = False,
+        **block: Any,
+    ) -> IPATransformerConfig:
+        """The package `invariant-point-attention`'s `IPATransformer`, with its constructor's own argument names.
+
+        It composes rotations so that it is not equivariant; its trained weights want original_composition_order=True.
+        """
+        return cls(
+            block=IPABlockConfig.lucidrains(dim, **block),
+            num_layer=depth,
+            num_token=num_tokens,
+            predict_points=predict_points,
+            detach_rotations=detach_rotations,
+            original_composition_order=original_composition_order,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictedLDDTConfig:
     """The confidence head (Jumper et al. 2021, Suppl. Alg. 29).
 
@@ -276,8 +410,20 @@ class PredictedLDDTConfig:
             _check_width(field, getattr(self, field))
 
 
-Config = IPAConfig | StructureModuleConfig | PredictedLDDTConfig
+Config = IPAConfig | IPABlockConfig | IPATransformerConfig | StructureModuleConfig | PredictedLDDTConfig
 """What a set of weights may belong to."""
+
+
+def attention_of(config: Config) -> IPAConfig:
+    """Of what holds one, or the attention itself."""
+    return cast(IPAConfig, config if isinstance(config, IPAConfig) else getattr(config, "ipa", None))
+
+
+def replace_attention(config: Config, ipa: IPAConfig) -> Config:
+    """The config with another attention."""
+    if isinstance(config, IPATransformerConfig):
+        return replace(config, block=replace(config.block, ipa=ipa))
+    return replace(config, ipa=ipa) if isinstance(config, IPABlockConfig | StructureModuleConfig) else ipa
 
 
 def _check_width(field: str, value: object, hint: str = "") -> None:
@@ -286,5 +432,9 @@ def _check_width(field: str, value: object, hint: str = "") -> None:
 
 
 def _check_number(field: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        finite = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        finite = False
+    if not finite:
         raise ValueError(f"{field} must be a finite number; got {value!r}")

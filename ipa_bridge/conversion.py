@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from ipa_bridge.config import Config, IPAConfig, Layout, NormForm, StructureModuleConfig
+from ipa_bridge.config import (
+    Config,
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    Layout,
+    NormForm,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+    attention_of,
+    replace_attention,
+)
 from ipa_bridge.dialects import KINDS, Dialect, Form, layout_of
 from ipa_bridge.parameters import parameter_shapes
 
@@ -17,13 +29,14 @@ if TYPE_CHECKING:
     from ipa_bridge.weights import Weights
 
 LOSSES = {
-    "scalar_bias": "biases of the scalar projections, which are not zero",
-    "point_bias": "biases of the point projections, which are not zero",
     "norm": "how the length of a value point is kept from zero (a difference of about 1e-9 in lengths of order 1)",
+    "composition_order": "the order in which rotations compose, which is another function in all but special cases",
     "down_z": "the projection of attended pairs, merged into the output projection: the same function up to rounding, "
     "but not to be parted again",
+    "point_bias": "biases of the point projections, which are not zero",
+    "scalar_bias": "biases of the scalar projections, which are not zero",
 }
-"""By the names that allow them."""
+"""By the names that allow them, the gravest last."""
 
 ATTENTION = "fold_iteration/invariant_point_attention/"
 """Where it lies in a structure module of tied layers."""
@@ -50,7 +63,8 @@ class Expressed:
 def express(weights: Weights, dialect: Dialect, *, allow_lossy: Collection[str] = ()) -> Expressed:
     """The same function in a form that a dialect has names for.
 
-    Layout and biases of zero change exactly, and the layout that loses least is taken, their own before the other.
+    Layout and biases of zero change exactly. Of two layouts the one is taken that loses least of what is not allowed,
+    then the less grave, then their own.
 
     Args:
         weights: of any form.
@@ -63,22 +77,30 @@ def express(weights: Weights, dialect: Dialect, *, allow_lossy: Collection[str] 
     unknown = [name for name in allow_lossy if name not in LOSSES]
     if unknown:
         raise ValueError(f"allow_lossy must name {', '.join(LOSSES)}; got {', '.join(unknown)}")
-    if not dialect.forms or type(weights.config) not in (IPAConfig, StructureModuleConfig):
+    if not dialect.forms or isinstance(weights.config, PredictedLDDTConfig):
         dialect.names(weights.config)  # which raises where it has no such module
         return Expressed(weights, (), ())
     own = layout_of(weights.config)
     layouts = sorted(dialect.forms, key=lambda layout: layout != own)
-    if not layouts or type(weights.config) not in dialect.rows:
+    if type(weights.config) not in dialect.rows:
         raise ValueError(f"{dialect.title} has no {KINDS[type(weights.config)]} of its own to convert to")
     _refuse(weights.config, dialect)
     attempts = [_fit(in_layout(weights, layout), dialect.forms[layout]) for layout in layouts]
-    fitted, losses = min(attempts, key=lambda attempt: len(attempt[1]))
+
+    def gravity(attempt: tuple[Weights, list[Loss]]) -> tuple[int, list[int]]:
+        names = [loss.name for loss in attempt[1]]
+        return len(set(names) - set(allow_lossy)), sorted((list(LOSSES).index(name) for name in names), reverse=True)
+
+    fitted, losses = min(attempts, key=gravity)
+    if isinstance(fitted.config, IPATransformerConfig) and not fitted.config.original_composition_order:
+        losses.append(Loss("composition_order", "its transformer composes rotations so that it is not equivariant"))
+        fitted = replace(fitted, config=replace(fitted.config, original_composition_order=True))
     forbidden = [loss for loss in losses if loss.name not in allow_lossy]
     if forbidden:
         listed = "".join(f"\n  {loss.name}: {loss.reason}" for loss in forbidden)
         raise ValueError(
             f"{dialect.title} cannot say all of this; allow what may be lost by its name, as --allow-lossy "
-            f"{' '.join(loss.name for loss in forbidden)} or allow_lossy=:{listed}"
+            f"{','.join(loss.name for loss in forbidden)} or allow_lossy=:{listed}"
         )
     dialect.names(fitted.config)
     return Expressed(fitted, tuple(losses), _notes(fitted.config, dialect))
@@ -102,23 +124,12 @@ def in_layout(weights: Weights, layout: Layout) -> Weights:
         for prefix in _attentions(weights.arrays):
             part = {n.removeprefix(prefix): x for n, x in weights.arrays.items() if n.startswith(prefix)}
             arrays |= {prefix + name: x for name, x in convert(part, ipa).items()}
-        update = {"monomer": "affine_update", "multimer": "quat_rigid/rigid"}
         arrays |= {
-            name.replace(f"/{update[ipa.layout]}/", f"/{update[layout]}/"): x
+            re.sub(rf"^(fold_iteration(?:_\d+)?)/{_UPDATE[ipa.layout]}/", rf"\1/{_UPDATE[layout]}/", name): x
             for name, x in weights.arrays.items()
             if not any(name.startswith(prefix) for prefix in _attentions(weights.arrays))
         }
     return _like(weights, arrays, changed)
-
-
-def attention_of(config: Config) -> IPAConfig:
-    """That of a structure module, or the attention itself."""
-    return config.ipa if isinstance(config, StructureModuleConfig) else cast(IPAConfig, config)
-
-
-def replace_attention(config: Config, ipa: IPAConfig) -> Config:
-    """The config with another attention."""
-    return replace(config, ipa=ipa) if isinstance(config, StructureModuleConfig) else ipa
 
 
 def _like(weights: Weights, arrays: Mapping[str, np.ndarray], config: Config) -> Weights:
@@ -175,6 +186,9 @@ def _to_monomer(arrays: Mapping[str, np.ndarray], c: IPAConfig) -> dict[str, np.
             found[f"kv_point_local/{leaf}"] = np.concatenate([k, v], -1).reshape(*inputs, -1)
     return found
 
+
+_UPDATE = {"monomer": "affine_update", "multimer": "quat_rigid/rigid"}
+"""The one other module of a structure module that the layouts call differently."""
 
 _MONOMER = ("q_scalar", "kv_scalar", "q_point_local", "kv_point_local")
 
@@ -273,6 +287,12 @@ def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
         notes.append(f"construct it with {dialect.epsilon_argument}={ipa.norm_epsilon}: a file cannot say so")
     if ipa.position_scale != 1:
         notes.append(f"divide the translations of its frames by {ipa.position_scale:g}: it has no such argument")
+    if isinstance(config, IPABlockConfig | IPATransformerConfig):
+        block = config.block if isinstance(config, IPATransformerConfig) else config
+        if not block.post_norm:
+            notes.append("construct it with post_norm=False: a file cannot say so")
+    if isinstance(config, IPATransformerConfig) and not config.detach_rotations:
+        notes.append("construct it with detach_rotations=False: a file cannot say so")
     if isinstance(config, StructureModuleConfig):
         usual = (
             StructureModuleConfig.alphafold_multimer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import secrets
@@ -17,7 +18,7 @@ import numpy as np
 
 from ipa_bridge.tensors import numpy_array, torch_tensor
 
-SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")
+SUFFIXES = (".npz", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
         ValueError: another suffix, a damaged file, or one that only unpickling could read.
     """
     path = Path(path)
-    opener = {".npz": _open_npz, ".safetensors": _open_safetensors, ".pt": _open_torch, ".pth": _open_torch}
+    opener = {".npz": _open_npz, ".safetensors": _open_safetensors}
     suffix = _suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-    opened = opener[suffix](path)
+    opened = opener.get(suffix, _open_torch)(path)
     with _plain_errors(path, "file"):
         file = opened.__enter__()
     try:
@@ -76,23 +77,30 @@ def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
 
 
 def write_arrays(
-    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
     """Writes a file of arrays, by its suffix: beside the destination first, which is then replaced in one step.
 
     Args:
         path: destination; an existing file is replaced, and left as it was if anything fails.
+        replace: False to leave an existing file alone, even one that comes to be there meanwhile.
         arrays: what to write.
         metadata: short texts beside the arrays, which only .safetensors can carry.
 
     Raises:
-        ValueError: another suffix, or an array that the format cannot hold without pickling.
+        ValueError: another suffix, an array that the format cannot hold without pickling, or a destination that exists
+            and is not to be replaced, or is a link, a directory or a device.
     """
     path = Path(path)
     suffix = _suffix(path)
+    check_destination(path, replace=replace)
     if suffix == ".npz" and any(x.dtype.name == "bfloat16" for x in arrays.values()):
         raise ValueError(f"{path}: .npz cannot hold bfloat16; cast to float32, or write .safetensors or .pt")
-    with _replacing(path) as handle:
+    with _replacing(path, replace) as handle:
         if suffix == ".npz":
             with zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 for name, x in arrays.items():
@@ -106,7 +114,9 @@ def write_arrays(
         else:
             import torch
 
-            torch.save({name: torch_tensor(x) for name, x in arrays.items()}, handle)
+            whole = io.BytesIO()  # for torch, met by a full disk, raises what nobody expects
+            torch.save({name: torch_tensor(x) for name, x in arrays.items()}, whole)
+            handle.write(whole.getbuffer())
 
 
 @contextmanager
@@ -145,6 +155,8 @@ def _npy_shape(archive: zipfile.ZipFile, member: str) -> tuple[int, ...]:
         start = file.tell()
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
+    if dtype.kind not in "fiub":
+        raise ValueError(f"it holds no real numbers, but {dtype}")
     size, there = math.prod(shape) * dtype.itemsize, archive.getinfo(member).file_size - start
     if size != there:
         raise ValueError(f"its header asks for {size} bytes where there are {there}: it is damaged")
@@ -176,7 +188,16 @@ def _open_torch(path: Path) -> Iterator[ArrayFile]:
         )
     tensors: dict[str, Any] = {}
     ignored: list[str] = []
-    _flatten(loaded, "", tensors, ignored)
+    _flatten(loaded, "", tensors, ignored, set())
+
+    def shape(name: str) -> tuple[int, ...]:
+        x = tensors[name]
+        if x.layout != torch.strided or x.is_quantized or x.device.type != "cpu":
+            raise ValueError(f"it is no plain tensor, but {x.layout} on {x.device.type}: save it dense")
+        if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            raise ValueError("it says it is larger than what it holds: save it contiguous")
+        return tuple(x.shape)
+
     if not tensors:
         raise ValueError(
             f"it holds no tensors, but {', '.join(ignored[:5]) or 'nothing'}: save a state dict, "
@@ -187,26 +208,28 @@ def _open_torch(path: Path) -> Iterator[ArrayFile]:
         tuple(tensors),
         {},
         lambda name: numpy_array(tensors[name]),
-        lambda name: tuple(tensors[name].shape),
+        shape,
         tuple(ignored),
     )
 
 
-def _flatten(loaded: Mapping, prefix: str, tensors: dict[str, Any], ignored: list[str]) -> None:
+def _flatten(loaded: Mapping, prefix: str, tensors: dict[str, Any], ignored: list[str], seen: set[int]) -> None:
     """The tensors of a checkpoint, with the dictionaries that hold them (state_dict, ema, …) as the start of the name.
 
-    What lies in lists, as an optimiser's state does, is no parameter.
+    What lies in lists or under numbers, as an optimiser's state does, is no parameter; a dictionary that is there under
+    several names is read under the first.
     """
     import torch
 
+    seen.add(id(loaded))
     for key, x in loaded.items():
         name = f"{prefix}{key}"
-        if name in tensors:
-            raise ValueError(f"{name!r} is there twice")
         if isinstance(x, torch.Tensor) and isinstance(key, str):
+            if name in tensors:
+                raise ValueError(f"{name!r} is there twice")
             tensors[name] = x
-        elif isinstance(x, Mapping) and isinstance(key, str):
-            _flatten(x, f"{name}.", tensors, ignored)
+        elif isinstance(x, Mapping) and isinstance(key, str) and id(x) not in seen:
+            _flatten(x, f"{name}.", tensors, ignored, seen)
         else:
             ignored.append(name)
 
@@ -224,23 +247,47 @@ def _plain_errors(path: Path, what: str) -> Iterator[None]:
             # numpy and torch take any bytes they do not know for a pickle.
             reason = (
                 "it may be damaged, or it holds pickled objects, which are never loaded here: save plain arrays with "
-                "numpy.savez, safetensors, or torch.save(module.state_dict(), path)"
+                "numpy.savez, safetensors, or torch.save(module.state_dict(), path); of a checkpoint with more in it, "
+                'torch.save(checkpoint["state_dict"], path)'
             )
         elif not isinstance(error, ValueError):
             reason = f"it may be damaged ({type(error).__name__}: {reason})"
         raise ValueError(f"{path}: cannot read {what}: {reason}") from error
 
 
+def check_destination(path: Path, *, replace: bool) -> None:
+    """A file can be written there.
+
+    Raises:
+        ValueError: it exists and is not to be replaced, or is a link, a directory or a device.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link, which would be replaced: name the file it points to")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no ordinary file: name one")
+    if path.exists() and not replace:
+        raise ValueError(f"{path} exists, and is not to be replaced")
+
+
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def _replacing(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """A file beside `path` that takes its place once it is whole and on disk."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    beside = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(beside, "xb") as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(beside, path)
+        if replace:
+            os.replace(beside, path)
+        else:
+            try:
+                os.link(beside, path)  # which fails where there is something by now
+            except FileExistsError:
+                raise ValueError(f"{path} exists, and is not to be replaced") from None
+            except OSError:  # a file system without links
+                check_destination(path, replace=False)
+                os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 

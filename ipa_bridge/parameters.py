@@ -11,7 +11,14 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 
-from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.config import (
+    Config,
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -76,21 +83,48 @@ def predicted_lddt_parameters(config: PredictedLDDTConfig) -> Shapes:
     }
 
 
+def ipa_block_parameters(config: IPABlockConfig) -> Shapes:
+    """Canonical parameter names and shapes of an attention with its transition."""
+    c_s, layers = config.num_channel, config.num_layer_in_transition
+    shapes = {f"invariant_point_attention/{name}": x for name, x in ipa_parameters(config.ipa).items()}
+    shapes |= _layer_norm("attention_layer_norm", c_s)
+    for i in range(layers):
+        inputs, outputs = (c_s if end else c_s * config.transition_factor for end in (i == 0, i == layers - 1))
+        shapes |= _linear(numbered("transition", i), inputs, (outputs,), bias=True)
+    return shapes | _layer_norm("transition_layer_norm", c_s)
+
+
+def ipa_transformer_parameters(config: IPATransformerConfig) -> Shapes:
+    """Canonical parameter names and shapes of blocks with weights of their own."""
+    c_s = config.num_channel
+    shapes: Shapes = {} if config.num_token is None else {"token_embedding/embeddings": (config.num_token, c_s)}
+    for i in range(config.num_layer):
+        block = ipa_block_parameters(config.block)
+        shapes |= {f"{numbered('ipa_block', i)}/{name}": x for name, x in block.items()}
+        shapes |= _linear(numbered("affine_update", i), c_s, (6,), bias=True)
+    return shapes | (_linear("predicted_points", c_s, (3,), bias=True) if config.predict_points else {})
+
+
 def numbered(name: str, index: int) -> str:
     """Haiku's name of the module that is number `index`, from 0, of that name."""
     return f"{name}_{index}" if index else name
 
 
+_TORCH_LEAVES = {"weights": "weight", "scale": "weight", "offset": "bias", "embeddings": "weight"}
+
+
 def torch_name(name: str) -> str:
-    """The torch parameter of a canonical name: `/` → `.`, `weights` and `scale` → `weight`, `offset` → `bias`."""
+    """The torch parameter of a canonical name: `/` → `.`; weights, scale, embeddings → weight; offset → bias."""
     *modules, leaf = name.split("/")
-    return ".".join([*modules, {"weights": "weight", "scale": "weight", "offset": "bias"}.get(leaf, leaf)])
+    return ".".join([*modules, _TORCH_LEAVES.get(leaf, leaf)])
 
 
 def canonical_leaf(module: str, leaf: str) -> str:
     """The way back, of a parameter of that module."""
     if module.endswith("layer_norm"):
         return {"weight": "scale", "bias": "offset"}.get(leaf, leaf)
+    if module.endswith("embedding"):
+        return {"weight": "embeddings"}.get(leaf, leaf)
     return "weights" if leaf == "weight" else leaf
 
 
@@ -121,6 +155,8 @@ def _linear(name: str, inputs: int, outputs: tuple[int, ...], bias: bool) -> Sha
 
 LANDMARKS: dict[type, str] = {
     StructureModuleConfig: "initial_projection/weights",
+    IPATransformerConfig: "ipa_block/transition_layer_norm/scale",
+    IPABlockConfig: "transition_layer_norm/scale",
     IPAConfig: "trainable_point_weights",
     PredictedLDDTConfig: "act_0/weights",
 }
@@ -133,6 +169,10 @@ def parameter_shapes(config: Config) -> Shapes:
         return ipa_parameters(config)
     if isinstance(config, StructureModuleConfig):
         return structure_module_parameters(config)
+    if isinstance(config, IPATransformerConfig):
+        return ipa_transformer_parameters(config)
+    if isinstance(config, IPABlockConfig):
+        return ipa_block_parameters(config)
     return predicted_lddt_parameters(config)
 
 
@@ -144,6 +184,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
     """
     known: dict[type, Callable[[Mapping[str, tuple[int, ...]]], Config]] = {
         StructureModuleConfig: _infer_structure_module,
+        IPATransformerConfig: _infer_ipa_transformer,
+        IPABlockConfig: _infer_ipa_block,
         PredictedLDDTConfig: _infer_predicted_lddt,
     }
     kind = next((kind for kind, landmark in LANDMARKS.items() if landmark in shapes), IPAConfig)
@@ -168,6 +210,27 @@ def _infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureM
         num_layer_in_transition=max(1, _count("transition", "/weights", within)),
         sidechain_channel=math.prod(hidden),
         num_residual_block=max(1, _count("rigid_sidechain/resblock1", "/weights", within)),
+    )
+
+
+def _infer_ipa_block(shapes: Mapping[str, tuple[int, ...]]) -> IPABlockConfig:
+    attention = "invariant_point_attention/"
+    ipa = infer_ipa({n.removeprefix(attention): x for n, x in shapes.items() if n.startswith(attention)})
+    hidden = math.prod(shapes.get("transition/bias", (ipa.num_channel,)))
+    return IPABlockConfig(
+        ipa=ipa,
+        num_layer_in_transition=max(1, _count("transition", "/weights", shapes)),
+        transition_factor=max(1, hidden // ipa.num_channel),
+    )
+
+
+def _infer_ipa_transformer(shapes: Mapping[str, tuple[int, ...]]) -> IPATransformerConfig:
+    first = {n.removeprefix("ipa_block/"): x for n, x in shapes.items() if n.startswith("ipa_block/")}
+    return IPATransformerConfig(
+        block=_infer_ipa_block(first),
+        num_layer=_count("ipa_block", "/transition_layer_norm/scale", shapes),
+        num_token=shapes["token_embedding/embeddings"][0] if "token_embedding/embeddings" in shapes else None,
+        predict_points="predicted_points/weights" in shapes,
     )
 
 

@@ -14,7 +14,15 @@ import numpy as np
 from numpy import ndarray
 
 from ipa_bridge import oracle
-from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.config import (
+    Config,
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+    attention_of,
+)
 from ipa_bridge.frames import random_frames
 
 Parameters = Mapping[str, ndarray]
@@ -36,15 +44,22 @@ def probe(dialect: str, parameters: Parameters, config: Config, *, seed: int = 0
     rng = np.random.default_rng(seed)
     if isinstance(config, PredictedLDDTConfig):
         return _confidence(dialect, p, rng.standard_normal((RESIDUES, config.num_channel)))
-    ipa = config.ipa if isinstance(config, StructureModuleConfig) else config
-    single = rng.standard_normal((RESIDUES, ipa.num_channel))
+    ipa = attention_of(config)
+    single: ndarray = rng.standard_normal((RESIDUES, ipa.num_channel))
     pair = None if ipa.pair_channel is None else rng.standard_normal((RESIDUES, RESIDUES, ipa.pair_channel))
     rotation, translation = random_frames(rng, (RESIDUES,), spread=2.0)
     mask = np.arange(RESIDUES) != RESIDUES // 2
     if isinstance(config, StructureModuleConfig):
         layers = structure_module(dialect, p, config, single, cast(ndarray, pair), mask)
         return np.concatenate([x[:, mask].ravel() for x in layers.values()])
-    return attention(dialect, p, config, single, pair, rotation, translation * ipa.position_scale, mask)[mask]
+    inputs = (pair, rotation, translation * ipa.position_scale, mask)
+    if isinstance(config, IPATransformerConfig):
+        tokens = rng.integers(0, config.num_token or 1, RESIDUES)
+        outputs = transformer(dialect, p, config, single if config.num_token is None else tokens, *inputs)
+        return np.concatenate([x[mask].ravel() for x in outputs if x is not None])
+    if isinstance(config, IPABlockConfig):
+        return block(dialect, p, config, single, *inputs)[mask]
+    return attention(dialect, p, config, single, *inputs)[mask]
 
 
 def attention(
@@ -182,6 +197,71 @@ def structure_module(
     return {field: np.stack(x) for field, x in zip(fields, zip(*layers, strict=True), strict=True)}
 
 
+def block(
+    dialect: str,
+    p: Parameters,
+    c: IPABlockConfig,
+    act: ndarray,
+    pair: ndarray | None,
+    rotation: ndarray,
+    translation: ndarray,
+    mask: ndarray,
+) -> ndarray:
+    """`IPABlock`'s, after or before its layer norms."""
+    linear, norm = _layers(dialect, p)
+    theirs = dialect == "lucidrains"
+    norms = ("attn_norm", "ff_norm") if theirs else ("attention_layer_norm", "transition_layer_norm")
+    prefix = "attn." if theirs else f"invariant_point_attention{'.' if dialect == 'ipa_torch' else '/'}"
+    within = {name.removeprefix(prefix): x for name, x in p.items() if name.startswith(prefix)}
+
+    def attend(x: ndarray) -> ndarray:
+        return attention(dialect, within, c.ipa, x, pair, rotation, translation, mask)
+
+    def feed_forward(x: ndarray) -> ndarray:
+        for i in range(c.num_layer_in_transition):
+            name = f"ff.{2 * i}" if theirs else "transition" + (f"_{i}" if i else "")
+            x = linear(name, x if i == 0 else np.maximum(x, 0))
+        return x
+
+    for function, name in zip((attend, feed_forward), norms, strict=True):
+        act = norm(name, act + function(act)) if c.post_norm else act + function(norm(name, act))
+    return act
+
+
+def transformer(
+    dialect: str,
+    p: Parameters,
+    c: IPATransformerConfig,
+    single: ndarray,
+    pair: ndarray | None,
+    rotation: ndarray,
+    translation: ndarray,
+    mask: ndarray,
+) -> tuple[ndarray, ndarray, ndarray, ndarray | None]:
+    """`IPATransformer`'s activations, rotations, translations and points; its mask is honoured, which it never was."""
+    theirs, dot = dialect == "lucidrains", "/" if dialect in ("alphafold", "ipa_jax") else "."
+    linear, _ = _layers(dialect, p)
+    act = single
+    if c.num_token is not None:
+        embedding = "token_emb.weight" if theirs else "token_embedding/embeddings"
+        act = p[embedding if dot == "/" or theirs else "token_embedding.weight"][single]
+    for layer in range(c.num_layer):
+        number = f"_{layer}" if layer else ""
+        prefix = f"layers.{layer}.0." if theirs else f"ipa_block{number}{dot}"
+        within = {name.removeprefix(prefix): x for name, x in p.items() if name.startswith(prefix)}
+        act = block(dialect, within, c.block, act, pair, rotation, translation, mask)
+        step = linear(f"layers.{layer}.1" if theirs else f"affine_update{number}", act)
+        translation = translation + np.einsum("nxy,ny->nx", rotation, step[:, 3:])
+        turn = _quaternion_to_rotation(step[:, :3])
+        # Theirs are rows: its rotations are the transpose of ours, and it multiplies them in the same order.
+        rotation = np.swapaxes(turn, -1, -2) @ rotation if c.original_composition_order else rotation @ turn
+    points = None
+    if c.predict_points:
+        local = linear("to_points" if theirs else "predicted_points", act)
+        points = np.einsum("nxy,ny->nx", rotation, local) + translation
+    return act, rotation, translation, points
+
+
 def _angles(linear: Callable, c: StructureModuleConfig, prefix: str, act: ndarray, initial: ndarray) -> ndarray:
     """Seven unnormalised (sin, cos)."""
     if prefix:
@@ -241,5 +321,6 @@ def _quaternion_to_rotation(bcd: ndarray) -> ndarray:
 
 
 def distance(one: ndarray, other: ndarray) -> float:
-    """Largest difference over the largest value."""
-    return float(np.abs(one - other).max() / max(np.abs(other).max(), math.ulp(0.0)))
+    """Largest difference over the largest value; infinite where that is zero, for zeros tell nothing."""
+    largest = float(np.abs(other).max())
+    return float(np.abs(one - other).max()) / largest if largest else math.inf

@@ -9,11 +9,19 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.config import (
+    Config,
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+    attention_of,
+)
 from ipa_bridge.conversion import express
 from ipa_bridge.dialects import DIALECTS, Dialect, Found, Transform, find_module, named
 from ipa_bridge.dialects.alphafold import IPA_TORCH
@@ -27,13 +35,24 @@ if TYPE_CHECKING:
 
 ROOTS: dict[type, str] = {
     IPAConfig: "invariant_point_attention",
+    IPABlockConfig: "ipa_block",
+    IPATransformerConfig: "ipa_transformer",
     StructureModuleConfig: "structure_module",
     PredictedLDDTConfig: "predicted_lddt_head",
 }
 """The haiku module path of each on its own, as `ipa_jax.transform_ipa` and its like make it."""
 
-MOST_NUMBERS = 1 << 28
-"""Of one module read from outside, a hundred times AlphaFold's: a small file may claim to hold any number."""
+MOST_NUMBERS = 1 << 26
+"""Of one module read from outside, thirty times AlphaFold's: a small file may claim to hold any number."""
+
+MOST_PROBLEMS = 40
+"""Named in one error."""
+
+MOST_LAYERS = 1024
+"""That metadata may tell of."""
+
+NOT_FUNCTIONAL = ("point_weight_init", "zero_init", "dropout", "attention_dropout", "transition_dropout")
+"""Fields of a config that say how a model begins and is trained, and not what a trained one computes."""
 
 _CONFIG_KEY, _DIALECT_KEY = "ipa_config", "ipa_dialect"
 
@@ -73,13 +92,12 @@ class Weights:
         for name, shape in parameter_shapes(config).items():
             x = rng.standard_normal(shape)
             if name.endswith("trainable_point_weights"):
-                ipa = config.ipa if isinstance(config, StructureModuleConfig) else config
-                x = cast(IPAConfig, ipa).point_weight_init + 0.3 * x
+                x = attention_of(config).point_weight_init + 0.3 * x
             elif name.endswith("/weights"):
                 x = x / math.sqrt(shape[0])
             else:
                 x = name.endswith("/scale") + 0.1 * x
-            if "/affine_update/" in name or "/quat_rigid/" in name:
+            if "affine_update" in name or "/quat_rigid/" in name:
                 x = 0.2 * x  # a residue goes a few Å and turns by tens of degrees in a layer
             arrays[name] = x.astype(dtype)
         return cls(arrays, config)
@@ -132,13 +150,23 @@ class Weights:
             ValueError: no such module, several and no root, names that two dialects read differently, entries that are
                 no tensors, or parameters that do not fit.
         """
+        strange = [repr(name) for name in state_dict if not isinstance(name, str)]
+        if strange:
+            raise ValueError(f"names were expected, as module.state_dict() has them; got {', '.join(strange[:5])}")
         shapes = {name: tuple(getattr(x, "shape", ())) for name, x in state_dict.items()}
         found, config = find_module(shapes, dialect=dialect, root=root, config=config, haiku=False)
         tensors = {key: state_dict[key] for key in found.names(state_dict).values()}
         other = [f"{name} ({type(x).__name__})" for name, x in tensors.items() if not hasattr(x, "detach")]
         if other:
             raise ValueError(f"tensors were expected, as module.state_dict() gives them; got {', '.join(other)}")
-        return cls(_read(found, config, shapes, lambda key: numpy_array(tensors[key])), config)
+
+        def read(key: str) -> np.ndarray:
+            try:
+                return numpy_array(tensors[key])
+            except (TypeError, RuntimeError, NotImplementedError) as error:
+                raise ValueError(f"{key} is no plain tensor ({error}): make it dense, on a device with data") from error
+
+        return cls(_read(found, config, shapes, read), config)
 
     @classmethod
     def load(
@@ -199,16 +227,18 @@ class Weights:
         expressed = express(self, target, allow_lossy=allow_lossy)
         for note in expressed.notes:
             warnings.warn(f"{os.fspath(path)}, as {target.title}'s: {note}", stacklevel=2)
-        if not target.forms and not os.fspath(path).endswith(".safetensors"):
-            self._warn_of_what_is_forgotten(path)
+        for note in [] if target.forms else expressed.weights.forgotten(path):
+            warnings.warn(f"{os.fspath(path)} {note}", stacklevel=2)
         expressed.weights.write(path, target, root=root)
 
-    def write(self, path: str | os.PathLike[str], dialect: Dialect, *, root: str | None = None) -> None:
+    def write(
+        self, path: str | os.PathLike[str], dialect: Dialect, *, root: str | None = None, replace: bool = True
+    ) -> None:
         """Writes what a dialect can say as it is; see `save`, which first makes it so."""
         arrays = in_dialect(self, dialect, root)
         if dialect.separator == "/":
             arrays = {_join(*_split(name), "//"): x for name, x in arrays.items()}
-        write_arrays(path, arrays, _metadata(self.config, dialect))
+        write_arrays(path, arrays, _metadata(self.config, dialect), replace=replace)
 
     def subtree(self, path: str) -> Weights:
         """One module out of a larger one, as "fold_iteration/invariant_point_attention" of a structure module.
@@ -243,6 +273,8 @@ class Weights:
             ValueError: something the dialect cannot say.
         """
         target = named(dialect or "ipa_torch")
+        if target.separator == "/":
+            raise ValueError(f"{target.title}'s are haiku parameters: use to_haiku()")
         expressed = express(self, target, allow_lossy=allow_lossy).weights
         return {name: torch_tensor(x) for name, x in in_dialect(expressed, target, root).items()}
 
@@ -253,18 +285,25 @@ class Weights:
 
     def _alone(self, whole: Config) -> Weights:
         """The same under its own name, with what its names and shapes do not tell from the config of the whole."""
-        config = whole.ipa if isinstance(whole, StructureModuleConfig) else whole
-        return Weights(self.arrays, config)
+        if isinstance(self.config, IPABlockConfig) and isinstance(whole, IPATransformerConfig):
+            return Weights(self.arrays, whole.block)
+        return Weights(self.arrays, attention_of(whole) if isinstance(self.config, IPAConfig) else self.config)
 
-    def _warn_of_what_is_forgotten(self, path: str | os.PathLike[str]) -> None:
+    def forgotten(self, path: str | os.PathLike[str]) -> list[str]:
+        """What a file of that name cannot say, and `load` would take for granted, each as the end of a sentence.
+
+        .safetensors carries the config; the others only names and shapes.
+        """
+        if os.fspath(path).endswith(".safetensors"):
+            return []
         inferred, told = (_functional(config) for config in (_config_of(self.arrays), self.config))
-        forgotten = [f"{name} is {x!r}, not {inferred[name]!r}" for name, x in told.items() if x != inferred[name]]
-        if forgotten:
-            warnings.warn(
-                f"{os.fspath(path)} cannot say that {'; that '.join(forgotten)}, as Weights.load will believe: pass it "
-                f"config=, or save as .safetensors",
-                stacklevel=3,
-            )
+        untold = [f"{name} is {x!r}, not {inferred[name]!r}" for name, x in told.items() if x != inferred[name]]
+        if not untold:
+            return []
+        return [
+            f"cannot say that {'; that '.join(untold)}, as Weights.load will believe: pass it config=, or save as "
+            f".safetensors"
+        ]
 
 
 def read_module(
@@ -286,18 +325,27 @@ def read_module(
     """
     keys = slashed(file.keys, str(file.path))
     haiku = any("//" in key for key in file.keys)
-    shapes = {name: file.shape(key) for name, key in keys.items()}
+    shapes, unreadable = _shapes(file, keys)
     whose = file.metadata.get(_DIALECT_KEY)
     if dialect is None and whose in DIALECTS and (named(whose).separator == "/") == haiku:
         dialect = whose
     told = _config_from_metadata(file.metadata, file.path) if config is None else None
     if root is None:
         config = config or told
-    found, settled = find_module(
-        shapes, dialect=dialect, root=root, config=config, haiku=haiku, source=os.fspath(file.path)
-    )
+    try:
+        found, settled = find_module(
+            shapes, dialect=dialect, root=root, config=config, haiku=haiku, source=os.fspath(file.path)
+        )
+    except ValueError as error:
+        raise next(iter(unreadable.values()), error) from error
+    for name in found.names(unreadable):
+        raise unreadable[found.names(unreadable)[name]]
     if told is not None and isinstance(told, found.kind):
         settled = told
+    elif isinstance(told, IPATransformerConfig) and found.kind is IPABlockConfig:
+        settled = told.block
+    elif told is not None and found.kind is IPAConfig:
+        settled = attention_of(told)
     number, done = len(found.names(keys)), 0
 
     def read(name: str) -> np.ndarray:
@@ -307,6 +355,18 @@ def read_module(
         return file[keys[name]]
 
     return Weights(_read(found, settled, shapes, read), settled), found
+
+
+def _shapes(file: ArrayFile, keys: Mapping[str, str]) -> tuple[Shapes, dict[str, ValueError]]:
+    """Shapes by name; and what is wrong with those that cannot be read, which may be no business of ours."""
+    shapes: Shapes = {}
+    unreadable: dict[str, ValueError] = {}
+    for name, key in keys.items():
+        try:
+            shapes[name] = file.shape(key)
+        except ValueError as error:
+            unreadable[name] = error
+    return shapes, unreadable
 
 
 def _read(found: Found, config: Config, shapes: Shapes, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
@@ -327,6 +387,8 @@ def _read(found: Found, config: Config, shapes: Shapes, read: Callable[[str], np
             continue
         shown = shape[::-1] if transform.turned else shape
         problems.append(f"{name} must be {transform.shape}, got {shown}" + _here(name, theirs, transform, shape))
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
     number = sum(math.prod(shape) for shape in wanted.values())
     if number > MOST_NUMBERS:
         problems.append(f"{number} numbers are more than the {MOST_NUMBERS} that any such module has been seen to need")
@@ -395,8 +457,9 @@ def _config_of(arrays: Mapping[str, np.ndarray]) -> Config:
 def _functional(config: Config) -> dict[str, Any]:
     """The fields that say what a trained module computes: all but how it begins and is trained."""
     fields = dataclasses.asdict(config)
-    fields |= {name: x for name, x in fields.pop("ipa", {}).items() if name not in fields}
-    return {name: x for name, x in fields.items() if name not in ("point_weight_init", "zero_init", "dropout")}
+    for inner in ("block", "ipa"):
+        fields |= {name: x for name, x in fields.pop(inner, {}).items() if name not in fields}
+    return {name: x for name, x in fields.items() if name not in NOT_FUNCTIONAL}
 
 
 def _from_torch_layout(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -449,11 +512,12 @@ def _check(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> None:
 
 
 def _is_float(x: np.ndarray) -> bool:
-    return x.dtype.kind == "f" or x.dtype.name == "bfloat16"
+    return x.dtype.name in ("float16", "bfloat16", "float32", "float64")
 
 
 def _frozen_copy(x: ArrayLike) -> np.ndarray:
     copy = np.array(x, order="C")
+    copy = copy.astype(copy.dtype.newbyteorder("="), copy=False)
     copy.flags.writeable = False
     return copy
 
@@ -463,8 +527,17 @@ def _config_from_metadata(metadata: Mapping[str, str], path: str | os.PathLike[s
         return None
     try:
         fields = json.loads(metadata[_CONFIG_KEY])
+        for name in ("num_layer", "num_layer_in_transition", "num_residual_block"):
+            for level in (fields, fields.get("block", {})):
+                if isinstance(level.get(name), int) and level[name] > MOST_LAYERS:
+                    raise ValueError(f"{name} is {level[name]}, and {MOST_LAYERS} is the most that is believed")
+        if "block" in fields:
+            block = {**fields["block"], "ipa": IPAConfig(**fields["block"]["ipa"])}
+            return IPATransformerConfig(**{**fields, "block": IPABlockConfig(**block)})
+        if "post_norm" in fields:
+            return IPABlockConfig(**{**fields, "ipa": IPAConfig(**fields["ipa"])})
         if "ipa" in fields:
             return StructureModuleConfig(**{**fields, "ipa": IPAConfig(**fields["ipa"])})
         return PredictedLDDTConfig(**fields) if "num_bin" in fields else IPAConfig(**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: its {_CONFIG_KEY} metadata is no config ({error}): pass config=") from error

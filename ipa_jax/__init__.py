@@ -45,12 +45,16 @@ from ipa_jax.side_chains import (
     torsion_angles_to_frames,
 )
 from ipa_jax.structure_module import FoldIteration, StructureModule, StructureModuleOutput, transform_structure_module
+from ipa_jax.transformer import IPABlock, IPATransformer, IPATransformerOutput, transform_ipa_transformer
 
 __all__ = [
     "BondViolations",
     "ClashViolations",
     "FoldIteration",
     "GroupFrames",
+    "IPABlock",
+    "IPATransformer",
+    "IPATransformerOutput",
     "InvariantPointAttention",
     "LayerNorm",
     "Linear",
@@ -91,6 +95,7 @@ __all__ = [
     "supervised_chi_loss",
     "torsion_angles_to_frames",
     "transform_ipa",
+    "transform_ipa_transformer",
     "transform_predicted_lddt",
     "transform_structure_module",
     "violation_metrics",

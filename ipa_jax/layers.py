@@ -81,6 +81,14 @@ class LayerNorm(hk.Module):
         return (normal * scale.astype(dtype) + offset.astype(dtype)).astype(inputs.dtype)
 
 
+def dropout(key: Array | None, rate: float, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Zeroes a share of the entries and scales the others up; the input as it is without a key."""
+    if key is None:
+        return x
+    kept = 1 - rate
+    return jnp.where(jax.random.bernoulli(key, kept, x.shape), x / kept, jnp.zeros_like(x))
+
+
 def weight_initializer(initializer: Initializer, num_input: int) -> hk.initializers.Initializer:
     """Truncated normal with variance 1/num_input ("linear") or 2/num_input ("relu"), or zeros."""
     if initializer == "zeros":

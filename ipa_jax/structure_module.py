@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from ipa_bridge.checks import check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
 from ipa_jax.invariant_point_attention import InvariantPointAttention
-from ipa_jax.layers import Initializer, LayerNorm, Linear, at_least_float32
+from ipa_jax.layers import Initializer, LayerNorm, Linear, at_least_float32, dropout
 from ipa_jax.rigid import Rigid
 from ipa_jax.side_chains import MultiRigidSidechain, frames_to_atom14, torsion_angles_to_frames
 
@@ -72,9 +72,9 @@ class FoldIteration(hk.Module):
         ipa = InvariantPointAttention(self.config.ipa, implementation=self.implementation)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         act = act + cast(Array, ipa(act, pair, rigids, mask))  # line 6
-        act = LayerNorm(name="attention_layer_norm")(self._dropout(keys[0], act))  # line 7
+        act = LayerNorm(name="attention_layer_norm")(dropout(keys[0], self.config.dropout, act))  # line 7
         act = act + self._transition(act)  # lines 8–9
-        act = LayerNorm(name="transition_layer_norm")(self._dropout(keys[1], act))
+        act = LayerNorm(name="transition_layer_norm")(dropout(keys[1], self.config.dropout, act))
         rigids = rigids.compose(self._backbone_update(act, update_mask))  # line 10
         angles, unnormalized_angles = MultiRigidSidechain(self.config)(act, initial_act)
         return act, rigids, angles, unnormalized_angles
@@ -99,12 +99,6 @@ class FoldIteration(hk.Module):
             update = update * update_mask.astype(update.dtype)[..., None]
         quaternion = jnp.concatenate([jnp.ones_like(update[..., :1]), update[..., :3]], -1)
         return Rigid.from_quaternion(quaternion, update[..., 3:])
-
-    def _dropout(self, key: Array | None, act: Float[Array, "*B N c_s"]) -> Float[Array, "*B N c_s"]:
-        if key is None:
-            return act
-        kept = 1 - self.config.dropout
-        return jnp.where(jax.random.bernoulli(key, kept, act.shape), act / kept, jnp.zeros_like(act))
 
 
 class QuatRigid(hk.Module):

@@ -45,12 +45,16 @@ from ipa_torch.side_chains import (
     torsion_angles_to_frames,
 )
 from ipa_torch.structure_module import FoldIteration, StructureModule, StructureModuleOutput
+from ipa_torch.transformer import IPABlock, IPATransformer, IPATransformerOutput
 
 __all__ = [
     "BondViolations",
     "ClashViolations",
     "FoldIteration",
     "GroupFrames",
+    "IPABlock",
+    "IPATransformer",
+    "IPATransformerOutput",
     "InvariantPointAttention",
     "LayerNorm",
     "Linear",

@@ -15,8 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipa_bridge import semantics
-from ipa_bridge.config import IPAConfig, PredictedLDDTConfig, StructureModuleConfig
-from ipa_bridge.conversion import LOSSES, attention_of, express, in_layout
+from ipa_bridge.config import (
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+    attention_of,
+    replace_attention,
+)
+from ipa_bridge.conversion import LOSSES, express, in_layout
 from ipa_bridge.dialects import DIALECTS, Transform, find_module, named
 from ipa_bridge.dialects.spec import Order
 from ipa_bridge.weights import Weights, _read, in_dialect
@@ -43,6 +51,13 @@ NATIVE = {
     ),
     "lucidrains": ("lucidrains", ODD_NO_BIAS),
     "lucidrains without pair": ("lucidrains", replace(ODD_NO_BIAS, pair_channel=None)),
+    "lucidrains block": ("lucidrains", IPABlockConfig.lucidrains(6, heads=2, ff_mult=2)),
+    "lucidrains transformer": (
+        "lucidrains",
+        IPATransformerConfig.lucidrains(
+            6, depth=12, num_tokens=5, predict_points=True, original_composition_order=True, heads=2
+        ),
+    ),
     "alphafold structure module": ("alphafold", SMALL_MODULE),
     "openfold structure module": ("openfold", SMALL_MODULE),
     "openfold_v1 structure module": ("openfold_v1", SMALL_MODULE),
@@ -234,6 +249,8 @@ EXPECTED = {
     "framediff": {"framediff"},
     "lucidrains": {"lucidrains", "alphafold"},
     "lucidrains without pair": {"lucidrains"},
+    "lucidrains block": {"lucidrains"},
+    "lucidrains transformer": {"lucidrains"},
     "alphafold structure module": EVERYONE,
     "openfold structure module": EVERYONE,
     "openfold_v1 structure module": EVERYONE,
@@ -332,7 +349,7 @@ def test_names_and_shapes_tell_the_dialect(name, root):
     if dialect == "esmfold" and root:
         root = f"{root.replace('model.structure_module', 'trunk.structure_module')}"
     state = {f"{root}.{x}".removeprefix("."): y.shape for x, y in state_of(Weights.random(config), dialect).items()}
-    alike = dialect in ("openfold_v1", "esmfold") and "structure_module" not in root
+    alike = dialect in ("openfold_v1", "esmfold") and "trunk" not in root
     if alike:
         with pytest.raises(ValueError, match=r"several dialects.*dialect='openfold_v1' .* or 'esmfold'"):
             find_module(state)
@@ -351,6 +368,8 @@ def replace_untold(config):
         return replace(config, ipa=replace_untold(config.ipa), position_scale=1.0)
     if isinstance(config, IPAConfig):
         return replace(config, zero_init=True, point_weight_init=0.0)
+    if isinstance(config, IPABlockConfig | IPATransformerConfig):
+        return replace_attention(config, replace_untold(config.ipa))
     return config
 
 
@@ -443,7 +462,7 @@ def test_what_a_system_cannot_say_is_refused(config, target, message):
 def test_losses_have_names_and_are_allowed_by_them(config, target, losses, apart):
     weights = Weights.random(config)
     if losses:
-        with pytest.raises(ValueError, match=rf"cannot say all of this.*--allow-lossy {' '.join(losses)}"):
+        with pytest.raises(ValueError, match=rf"cannot say all of this.*--allow-lossy {','.join(losses)}"):
             express(weights, named(target))
         with pytest.raises(ValueError, match=f"--allow-lossy {losses[-1]} "):
             express(weights, named(target), allow_lossy=losses[:-1])
@@ -455,8 +474,20 @@ def test_losses_have_names_and_are_allowed_by_them(config, target, losses, apart
         semantics.probe(target, state_of(result, target), result.config),
     ]
     assert semantics.distance(*probes) < apart
-    with pytest.raises(ValueError, match="allow_lossy must name scalar_bias, "):
+    with pytest.raises(ValueError, match="allow_lossy must name norm, "):
         express(weights, named(target), allow_lossy=["everything"])
+
+
+def test_of_two_layouts_the_less_grave_loss_is_taken():
+    """A guard of a length at 1e-8 rather than biases."""
+    config = replace(ONE_WIDTH, layout="multimer", scalar_bias=True, norm_form="clamp")
+    weights = Weights.random(config)
+    for allowed in (["norm"], ["norm", "scalar_bias"]):
+        expressed = express(weights, named("openfold"), allow_lossy=allowed)
+        assert [loss.name for loss in expressed.losses] == ["norm"]
+        assert expressed.weights.config.layout == "monomer"
+    expressed = express(weights, named("openfold"), allow_lossy=["scalar_bias"])
+    assert [loss.name for loss in expressed.losses] == ["scalar_bias"]
 
 
 def test_what_a_file_cannot_say_is_told(tmp_path):

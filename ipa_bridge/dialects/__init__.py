@@ -77,7 +77,7 @@ def modules(keys: Mapping[str, object], dialect: str | None = None, *, haiku: bo
                 prefix = root + each.separator if root else ""
                 there = all(prefix + name in keys for name in others)
                 foreign = any(prefix + name in keys for name in each.absent)
-                if there and not foreign and each.at(root, kind):
+                if there and not foreign and (dialect is not None or each.at(root, kind)):
                     found.append(Found(each, kind, root))
     return found
 

@@ -34,7 +34,10 @@ class TorchDialect(Dialect):
     def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
         """Every parameter under its name by the rule."""
         return {
-            name: (torch_name(name), Transform(shape, turned=name.endswith("/weights")))
+            name: (
+                torch_name(name),
+                Transform(shape, turned=name.endswith("/weights"), flat=not name.endswith("/embeddings")),
+            )
             for name, shape in parameter_shapes(config).items()
         }
 
@@ -47,33 +50,38 @@ class TorchDialect(Dialect):
         return canonical
 
 
-_KINDS = (StructureModuleConfig, IPAConfig, PredictedLDDTConfig)
+_FOLD_ITERATIONS_OWN = "rigid_sidechain/unnormalized_angles/weights"
+"""What a structure module's layer has and an IPA block has not."""
+
+_ALPHAFOLDS = (StructureModuleConfig, IPAConfig, PredictedLDDTConfig)
 
 ALPHAFOLD = HaikuDialect(
     name="alphafold",
     title="AlphaFold",
-    rows={kind: {} for kind in _KINDS},
+    rows={kind: {} for kind in _ALPHAFOLDS},
     forms={
         "monomer": Form(scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=1e-8, epsilon_is_fixed=True),
         "multimer": Form(
             scalar_bias=False, point_bias=True, norm_form="clamp", norm_epsilon=1e-8, epsilon_is_fixed=True
         ),
     },
-    landmarks={kind: (LANDMARKS[kind],) for kind in _KINDS},
+    landmarks={kind: (LANDMARKS[kind],) for kind in _ALPHAFOLDS},
 )
 
 IPA_JAX = HaikuDialect(
     name="ipa_jax",
     title="IPA Twins in Haiku",
-    rows={kind: {} for kind in _KINDS},
+    rows={kind: {} for kind in LANDMARKS},
     forms={},
-    landmarks=ALPHAFOLD.landmarks,
+    landmarks={kind: (landmark,) for kind, landmark in LANDMARKS.items()},
+    absent=(_FOLD_ITERATIONS_OWN,),
 )
 
 IPA_TORCH = TorchDialect(
     name="ipa_torch",
     title="IPA Twins in PyTorch",
-    rows={kind: {} for kind in _KINDS},
+    rows={kind: {} for kind in LANDMARKS},
     forms={},
-    landmarks={kind: (torch_name(LANDMARKS[kind]),) for kind in _KINDS},
+    landmarks={kind: (torch_name(landmark),) for kind, landmark in LANDMARKS.items()},
+    absent=(torch_name(_FOLD_ITERATIONS_OWN),),
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import cast
 
 from ipa_bridge.config import Config, IPAConfig, StructureModuleConfig
-from ipa_bridge.dialects.openfold import OPENFOLD_V1, lies_in_esmfold
+from ipa_bridge.dialects.openfold import OPENFOLD_V1
 from ipa_bridge.dialects.spec import Dialect, Form
 
 
@@ -26,7 +25,6 @@ ESMFOLD = Dialect(
     forms={"monomer": Form(scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=1e-12, one_width=True)},
     landmarks={kind: OPENFOLD_V1.landmarks[kind] for kind in (StructureModuleConfig, IPAConfig)},
     absent=OPENFOLD_V1.absent,
-    at=lambda root, kind: lies_in_esmfold(root) or not re.search(r"(^|\.)structure_module(\.|$)", root),
     finish=_finish,
     epsilon_argument="epsilon",
     transitions=3,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ipa_bridge.config import IPAConfig
-from ipa_bridge.dialects.spec import Dialect, Form, Order, Row
+from dataclasses import replace
+
+from ipa_bridge.config import Config, IPABlockConfig, IPAConfig, IPATransformerConfig
+from ipa_bridge.dialects.spec import Dialect, Form, Order, Row, within
 
 POINTS = {
     "q": Order(ours="h c q", theirs="h q c"),
@@ -13,27 +15,49 @@ POINTS = {
 FEATURES = Order(ours="h s|c h p|h p|h z", theirs="h s|h p c|h p|h z")
 """What the output projection reads: scalars, points, their lengths, the pair."""
 
+ATTENTION = (
+    Row("trainable_point_weights", "point_weights"),
+    *(Row(f"{x}_scalar_projection", f"to_scalar_{x}") for x in "qkv"),
+    *(Row(f"{x}_point_projection/point_projection", f"to_point_{x}", outputs=order) for x, order in POINTS.items()),
+    Row("attention_2d", "to_pairwise_attn_bias.0"),
+    Row("output_projection", "to_out", inputs=FEATURES),
+)
+BLOCK = (
+    *within("invariant_point_attention/", "attn.", ATTENTION),
+    Row("attention_layer_norm", "attn_norm"),
+    Row("transition{}", "ff.{2}"),
+    Row("transition_layer_norm", "ff_norm"),
+)
+TRANSFORMER = (
+    *within("ipa_block{}/", "layers.{0}.0.", BLOCK),
+    Row("affine_update{}", "layers.{0}.1"),
+    Row("token_embedding", "token_emb"),
+    Row("predicted_points", "to_points"),
+)
+
+
+def _finish(config: Config) -> Config:
+    """What it computes and names and shapes do not tell."""
+    return replace(config, original_composition_order=True) if isinstance(config, IPATransformerConfig) else config
+
+
 LUCIDRAINS = Dialect(
     name="lucidrains",
     title="invariant-point-attention",
     rows={
-        IPAConfig: {
-            "multimer": (
-                Row("trainable_point_weights", "point_weights"),
-                *(Row(f"{x}_scalar_projection", f"to_scalar_{x}") for x in "qkv"),
-                *(
-                    Row(f"{x}_point_projection/point_projection", f"to_point_{x}", outputs=order)
-                    for x, order in POINTS.items()
-                ),
-                Row("attention_2d", "to_pairwise_attn_bias.0"),
-                Row("output_projection", "to_out", inputs=FEATURES),
-            )
-        }
+        IPAConfig: {"multimer": ATTENTION},
+        IPABlockConfig: {"multimer": BLOCK},
+        IPATransformerConfig: {"multimer": TRANSFORMER},
     },
     forms={
         "multimer": Form(scalar_bias=False, point_bias=False, norm_form="add", norm_epsilon=1e-8, pair_required=False),
     },
-    landmarks={IPAConfig: ("point_weights", "to_scalar_q.weight", "to_out.weight")},
+    landmarks={
+        IPATransformerConfig: ("layers.0.0.attn.point_weights", "layers.0.1.weight"),
+        IPABlockConfig: ("attn.point_weights", "attn_norm.weight", "ff.0.weight"),
+        IPAConfig: ("point_weights", "to_scalar_q.weight", "to_out.weight"),
+    },
+    finish=_finish,
     frames=(
         "invariant-point-attention takes row-vector frames: its `rotations` are the transpose of ours; rows of masked "
         "residues attend to all alike"

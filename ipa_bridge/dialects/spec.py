@@ -12,11 +12,20 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from ipa_bridge.config import Config, IPAConfig, Layout, PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.config import (
+    Config,
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    Layout,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+    attention_of,
+)
 from ipa_bridge.parameters import Shapes, canonical_leaf, infer_config, parameter_shapes, torch_name
 
 
@@ -57,7 +66,8 @@ def sizes(config: IPAConfig) -> dict[str, int]:
 class Row(NamedTuple):
     """One module, or one parameter that stands on no module of its own, here and there.
 
-    `{}` in ours is haiku's number of a module ("", "_1", …), `{0}` or `{1}` in theirs the same counted from there.
+    `{}` in ours is haiku's number of a module ("", "_1", …), `{0}` or `{1}` in theirs the same counted from there,
+    `{2}` twice the number.
     """
 
     ours: str
@@ -144,7 +154,7 @@ class Dialect:
         forms: what its attention computes, by layout.
         landmarks: by what they belong to, names by which a module is known; all of them are there.
         absent: names that are never there.
-        at: whether a module of that kind may lie at a path.
+        at: whether a module of that kind may lie at a path, where nobody says whose it is.
         finish: what names and shapes cannot tell.
         frames: what a caller of their attention must know of its frames and mask; "" where they are like ours.
         epsilon_argument: how their constructor calls ε.
@@ -175,7 +185,8 @@ class Dialect:
         try:
             return self.rows[type(config)][layout]
         except KeyError:
-            raise ValueError(f"{self.title} has no {KINDS[type(config)]} in the {layout} layout") from None
+            where = f" in the {layout} layout" if type(config) in self.rows else ""
+            raise ValueError(f"{self.title} has no {KINDS[type(config)]}{where}") from None
 
     def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
         """Canonical name to theirs and the transform between them.
@@ -184,22 +195,22 @@ class Dialect:
             ValueError: it has no such module, or no place for some of its parameters.
         """
         patterns = [(_pattern(row.ours), row) for row in self.rows_of(config)]
-        ipa = cast(IPAConfig, config.ipa if isinstance(config, StructureModuleConfig) else config)
         found: dict[str, tuple[str, Transform]] = {}
         homeless = []
         for name, shape in parameter_shapes(config).items():
             module, _, leaf = name.rpartition("/")
-            alone, number = _match(patterns, name)
-            row, number = (alone, number) if alone else _match(patterns, module)
+            alone, numbers = _match(patterns, name)
+            row, numbers = (alone, numbers) if alone else _match(patterns, module)
             if row is None:
                 homeless.append(name)
                 continue
-            theirs = row.theirs.format(number, number + 1)
+            theirs = _fill(row.theirs, numbers)
             weight = leaf == "weights"
             outputs, inputs = (
-                None if order is None else order.indices(ipa) for order in (row.outputs, row.inputs if weight else None)
+                None if order is None else order.indices(attention_of(config))
+                for order in (row.outputs, row.inputs if weight else None)
             )
-            transform = Transform(shape, turned=weight, outputs=outputs, inputs=inputs)
+            transform = Transform(shape, turned=weight, outputs=outputs, inputs=inputs, flat=leaf != "embeddings")
             found[name] = theirs if alone else f"{theirs}.{torch_name(leaf)}", transform
         if homeless:
             raise ValueError(f"{self.title} has no place for {', '.join(homeless)}")
@@ -212,11 +223,11 @@ class Dialect:
             known: dict[str, str] = {}
             for key in keys:
                 module, _, leaf = key.rpartition(".")
-                alone, number = _match(rows, key)
-                row, number = (alone, number) if alone else _match(rows, module)
+                alone, numbers = _match(rows, key)
+                row, numbers = (alone, numbers) if alone else _match(rows, module)
                 if row is None:
                     continue
-                ours = row.ours.replace("{}", f"_{number}" if number else "")
+                ours = _fill(row.ours, numbers)
                 known[key] = ours if alone else f"{ours}/{canonical_leaf(ours, leaf)}"
             best = max(best, known, key=len)
         return best
@@ -235,7 +246,7 @@ class Dialect:
         )
 
     @cached_property
-    def _reading(self) -> dict[type, dict[Layout, list[tuple[re.Pattern, Row]]]]:
+    def _reading(self) -> dict[type, dict[Layout, Patterns]]:
         return {
             kind: {layout: [(_pattern(row.theirs), row) for row in rows] for layout, rows in layouts.items()}
             for kind, layouts in self.rows.items()
@@ -244,6 +255,8 @@ class Dialect:
 
 KINDS: dict[type, str] = {
     IPAConfig: "invariant point attention",
+    IPABlockConfig: "IPA block",
+    IPATransformerConfig: "IPA transformer",
     StructureModuleConfig: "structure module",
     PredictedLDDTConfig: "confidence head",
 }
@@ -257,29 +270,41 @@ def within(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
 
 def layout_of(config: Config) -> Layout:
     """That of the attention; the confidence head is the same in both."""
-    ipa = config.ipa if isinstance(config, StructureModuleConfig) else config
-    return ipa.layout if isinstance(ipa, IPAConfig) else "monomer"
+    return "monomer" if isinstance(config, PredictedLDDTConfig) else attention_of(config).layout
 
 
-_NUMBERS = {
-    "{}": r"(?:_(?P<haiku>[1-9]\d{0,3}))?",
-    "{0}": r"(?P<from0>0|[1-9]\d{0,3})",
-    "{1}": r"(?P<from1>[1-9]\d{0,3})",
+_HOLES: dict[str, tuple[str, Callable[[int], str], Callable[[str | None], int]]] = {
+    "{}": (r"(_[1-9]\d{0,3})?", lambda n: f"_{n}" if n else "", lambda text: int(text[1:]) if text else 0),
+    "{0}": (r"(0|[1-9]\d{0,3})", str, lambda text: int(text or 0)),
+    "{1}": (r"([1-9]\d{0,3})", lambda n: str(n + 1), lambda text: int(text or 1) - 1),
+    "{2}": (r"(0|[1-9]?\d{0,2}[02468])", lambda n: str(2 * n), lambda text: int(text or 0) // 2),
 }
+"""What stands for a module's number, counted from 0: how to match it, to write it and to read it."""
+
+_HOLE = re.compile(r"\{[012]?\}")
 
 
-def _pattern(template: str) -> re.Pattern:
-    """Matches the names of a template; its group is the number."""
-    pattern = re.escape(template)
-    for hole, number in _NUMBERS.items():
-        pattern = pattern.replace(re.escape(hole), number)
-    return re.compile(pattern)
+def _pattern(template: str) -> tuple[re.Pattern, list[Callable[[str | None], int]]]:
+    """Matches the names of a template; and how to read each of its numbers."""
+    texts, holes = _HOLE.split(template), _HOLE.findall(template)
+    pattern = re.escape(texts[0])
+    for hole, text in zip(holes, texts[1:], strict=True):
+        pattern += _HOLES[hole][0] + re.escape(text)
+    return re.compile(pattern), [_HOLES[hole][2] for hole in holes]
 
 
-def _match(patterns: Iterable[tuple[re.Pattern, Row]], name: str) -> tuple[Row | None, int]:
-    """The row whose pattern is the name, and its number counted from 0."""
-    for pattern, row in patterns:
+def _fill(template: str, numbers: list[int]) -> str:
+    """The template's name of those numbers."""
+    remaining = iter(numbers)
+    return _HOLE.sub(lambda hole: _HOLES[hole[0]][1](next(remaining)), template)
+
+
+Patterns = Iterable[tuple[tuple[re.Pattern, list[Callable[[str | None], int]]], Row]]
+
+
+def _match(patterns: Patterns, name: str) -> tuple[Row | None, list[int]]:
+    """The row whose pattern is the name, and its numbers counted from 0."""
+    for (pattern, readers), row in patterns:
         if found := pattern.fullmatch(name):
-            numbers = {hole: int(x) for hole, x in found.groupdict().items() if x is not None}
-            return row, numbers.get("haiku", numbers.get("from0", numbers.get("from1", 1) - 1))
-    return None, 0
+            return row, [read(text) for read, text in zip(readers, found.groups(), strict=True)]
+    return None, []

@@ -1,0 +1,153 @@
+"""Blocks of attention and transition, and a transformer of them whose frames move from layer to layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from ipa_bridge.checks import check_tokens
+from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
+from ipa_bridge.parameters import numbered
+from ipa_torch.invariant_point_attention import InvariantPointAttention
+from ipa_torch.layers import Initializer, LayerNorm, Linear, at_least_float32
+from ipa_torch.rigid import Rigid
+
+
+class IPATransformerOutput(NamedTuple):
+    """What the last layer predicts.
+
+    Attributes:
+        act: the single representation.
+        rigids: the residues' frames, (*B, N), in the unit of those that came in.
+        points: a point per residue in the global frame; None where config.predict_points is False.
+    """
+
+    act: Float[Tensor, "*B N c_s"]
+    rigids: Rigid
+    points: Float[Tensor, "*B N 3"] | None
+
+
+class IPABlock(nn.Module):
+    """Attention and transition, each with a residual connection and a layer norm (Suppl. Alg. 20, lines 6–9).
+
+    With the parameters' names of AlphaFold's fold iteration. Invariant: moving all frames alike changes nothing.
+
+    Args:
+        config: the widths and forms; see `IPABlockConfig`.
+        implementation: of the attention, see `point_attention`.
+    """
+
+    def __init__(self, config: IPABlockConfig, *, implementation: str | None = None) -> None:
+        super().__init__()
+        self.config = c = config
+        width, layers = c.num_channel, c.num_layer_in_transition
+        final: Initializer = "zeros" if c.ipa.zero_init else "linear"
+        self.invariant_point_attention = InvariantPointAttention(c.ipa, implementation=implementation)
+        self.attention_layer_norm = LayerNorm(width)
+        for i in range(layers):
+            last = i == layers - 1
+            inputs, outputs = (width if end else c.transition_factor * width for end in (i == 0, last))
+            self.add_module(numbered("transition", i), Linear(inputs, outputs, initializer=final if last else "relu"))
+        self.transition_layer_norm = LayerNorm(width)
+
+    def forward(
+        self,
+        act: Float[Tensor, "*B N c_s"],
+        pair: Float[Tensor, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Tensor, "*B N"] | None = None,
+    ) -> Float[Tensor, "*B N c_s"]:
+        """The next activations, in their dtype.
+
+        Args:
+            act: single representation.
+            pair: pair representation; None where config.ipa.pair_channel is None.
+            rigids: frames of the residues, (*B, N); see `InvariantPointAttention`.
+            mask: 1 or True where a residue is valid.
+
+        Raises:
+            ValueError: shapes that do not fit the config or each other.
+        """
+        c = self.config
+        ipa = self.invariant_point_attention
+        attention_layer_norm = self.attention_layer_norm
+        transition_layer_norm = self.transition_layer_norm
+        update = ipa(act if c.post_norm else attention_layer_norm(act), pair, rigids, mask)
+        act = F.dropout(act + update, c.attention_dropout, self.training)
+        act = attention_layer_norm(act) if c.post_norm else act
+        act = act + self._transition(act if c.post_norm else transition_layer_norm(act))
+        act = F.dropout(act, c.transition_dropout, self.training)
+        return transition_layer_norm(act) if c.post_norm else act
+
+    def _transition(self, act: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N c_s"]:
+        hidden, last = act, self.config.num_layer_in_transition - 1
+        for i in range(last):
+            hidden = F.relu(getattr(self, numbered("transition", i))(hidden))
+        return getattr(self, numbered("transition", last))(hidden).to(act.dtype)
+
+
+class IPATransformer(nn.Module):
+    """Blocks with weights of their own, after each of which every residue's frame moves.
+
+    Equivariant: where the frames that come in are moved alike, those that come out move with them.
+
+    Args:
+        config: the widths and forms; see `IPATransformerConfig`.
+        implementation: of the attention, see `point_attention`.
+    """
+
+    def __init__(self, config: IPATransformerConfig, *, implementation: str | None = None) -> None:
+        super().__init__()
+        self.config = c = config
+        initializer: Initializer = "zeros" if c.ipa.zero_init else "linear"
+        if c.num_token is not None:
+            self.token_embedding = nn.Embedding(c.num_token, c.num_channel)
+        for i in range(c.num_layer):
+            self.add_module(numbered("ipa_block", i), IPABlock(c.block, implementation=implementation))
+            update = Linear(c.num_channel, 6, initializer=initializer, full_precision=True)
+            self.add_module(numbered("affine_update", i), update)
+        if c.predict_points:
+            self.predicted_points = Linear(c.num_channel, 3, full_precision=True)
+
+    def forward(
+        self,
+        single: Float[Tensor, "*B N c_s"] | Int[Tensor, "*B N"],
+        pair: Float[Tensor, "*B N N c_z"] | None = None,
+        rigids: Rigid | None = None,
+        mask: Shaped[Tensor, "*B N"] | None = None,
+    ) -> IPATransformerOutput:
+        """The last layer's activations, frames and, if the config says so, points.
+
+        Args:
+            single: single representation, or tokens where config.num_token is a number.
+            pair: pair representation; None where config.ipa.pair_channel is None.
+            rigids: frames to start from, (*B, N); None for the identity everywhere.
+            mask: 1 or True where a residue is valid; valid residues ignore all others in every layer.
+
+        Raises:
+            ValueError: shapes that do not fit the config or each other, or tokens that are no integers.
+        """
+        c = self.config
+        check_tokens(c, single)
+        act = single if c.num_token is None else self.token_embedding(single)
+        dtype = at_least_float32(*(x.dtype for x in (act, *(rigids or ()))))
+        if rigids is None:
+            rigids = Rigid.identity(act.shape[:-1], dtype=dtype, device=act.device)
+        rigids = rigids.astype(dtype)
+        for i in range(c.num_layer):
+            frozen = rigids.stop_rotation_gradient() if c.detach_rotations else rigids
+            act = getattr(self, numbered("ipa_block", i))(act, pair, frozen, mask)
+            rigids = self._moved(getattr(self, numbered("affine_update", i))(act), rigids, frozen)
+        points = rigids.apply(self.predicted_points(act)) if c.predict_points else None
+        return IPATransformerOutput(act, rigids, points)
+
+    def _moved(self, step: Float[Tensor, "*B N 6"], rigids: Rigid, frozen: Rigid) -> Rigid:
+        """Alg. 23 in each residue's own frame: the quaternion (1, b, c, d), normalised, and a translation."""
+        quaternion = torch.cat([torch.ones_like(step[..., :1]), step[..., :3]], -1)
+        turn = Rigid.from_quaternion(quaternion, torch.zeros_like(step[..., 3:]))
+        turned = turn.invert().compose(rigids) if self.config.original_composition_order else rigids.compose(turn)
+        return Rigid(turned.rotation, frozen.apply(step[..., 3:]))
