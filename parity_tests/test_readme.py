@@ -43,7 +43,7 @@ def test_representations_become_structure_files(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     gemmi = pytest.importorskip("gemmi")
     monkeypatch.chdir(tmp_path)
-    haiku, pytorch, training = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2:]
+    haiku, pytorch, training = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2:5]
     for block in (haiku, pytorch):
         lines = [line for line in block.strip().splitlines() if line and not line.startswith(("import", "from"))]
         assert len(lines) <= 10
@@ -78,6 +78,24 @@ def test_representations_become_structure_files(tmp_path, monkeypatch):
         structure = load_structure(name)
         np.testing.assert_array_equal(structure.aatype, np.asarray(block["aatype"]))
         np.testing.assert_array_equal(structure.atom37_mask, residues.ATOM37_MASK[structure.aatype])
+
+
+def test_the_transformers_are_one(tmp_path, monkeypatch):
+    """The PyTorch block goes on with the Haiku block's config and parameters."""
+    jax = pytest.importorskip("jax")
+    torch = pytest.importorskip("torch")
+    haiku, pytorch = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[5:]
+    shared: dict = {}
+    with jax.enable_x64(False):
+        exec(compile(haiku, "README.md: Haiku", "exec"), shared)
+    points = np.asarray(shared["points"])
+    sequence = torch_tensor(np.asarray(shared["sequence"]))
+    exec(compile(pytorch, "README.md: PyTorch", "exec"), shared)
+    with torch.no_grad():
+        twin = shared["transformer"](sequence).points.numpy()
+    names = {"case": "README", "stage": "points", "dtype": "float32", "subject": "torch", "reference": "jax"}
+    row = compare(twin, points, **names, conditioning=4)
+    assert row.passed, str(row)
 
 
 def test_the_attention_of_a_whole_models_file(tmp_path):
