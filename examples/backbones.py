@@ -1,0 +1,225 @@
+"""Backbones to denoise: idealised peptides or a folder of proteins, noise, what a model is told, scores and pictures.
+
+Numpy only; the examples of both frameworks see the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ipa_bridge import IPABlockConfig, IPAConfig, IPATransformerConfig, load_structure, save_structure
+from ipa_bridge.frames import HELIX, STRAND, TURN, build_backbone
+from ipa_bridge.residues import ATOM14_NAMES, ATOM14_POSITIONS, ATOM_TYPES, RESTYPES
+from ipa_bridge.structures import backbone_frames
+
+LENGTH = 40
+"""Residues of an example."""
+
+ROTATION_NOISE, TRANSLATION_NOISE = 0.4, 2.0
+"""Standard deviations: of each component of a rotation vector, radians, and of a translation, Å."""
+
+LEARNING_RATE = 1e-3
+"""Adam's."""
+
+CHANNELS, FARTHEST = 64, 16
+"""Width of the single representation; the largest offset along the chain that the pair representation tells."""
+
+
+@dataclass(frozen=True)
+class Backbones:
+    """Frames of several chains of one length, in Å."""
+
+    rotation: np.ndarray  # (chains, N, 3, 3)
+    translation: np.ndarray  # (chains, N, 3)
+    mask: np.ndarray  # (chains, N) bool
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def __getitem__(self, index: np.ndarray | slice | int) -> Backbones:
+        return Backbones(self.rotation[index], self.translation[index], self.mask[index])
+
+    def noised(self, rng: np.random.Generator) -> Backbones:
+        """Every frame moved a little on its own."""
+        vector = ROTATION_NOISE * rng.standard_normal(self.translation.shape)
+        angle = np.linalg.norm(vector, axis=-1, keepdims=True)[..., None]
+        x, y, z = np.moveaxis(vector, -1, 0)
+        zero = np.zeros_like(x)
+        cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*x.shape, 3, 3)
+        turn = np.eye(3) + np.sin(angle) / angle * cross + (1 - np.cos(angle)) / angle**2 * (cross @ cross)
+        shift = TRANSLATION_NOISE * rng.standard_normal(self.translation.shape)
+        return replace(self, rotation=self.rotation @ turn, translation=self.translation + shift)
+
+    def astype(self, dtype: type) -> Backbones:
+        """In another precision."""
+        return replace(self, rotation=self.rotation.astype(dtype), translation=self.translation.astype(dtype))
+
+
+def model_config() -> IPATransformerConfig:
+    """Three blocks, frames in Å, which the attention reads in nm."""
+    ipa = replace(
+        IPAConfig.alphafold2(),
+        num_channel=CHANNELS,
+        pair_channel=2 * FARTHEST + 1,
+        num_head=4,
+        position_scale=10.0,
+    )
+    return IPATransformerConfig(block=IPABlockConfig(ipa=ipa), num_layer=3)
+
+
+def features(chains: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a model is told of chains besides their frames, single and pair: where in it a residue lies."""
+    position = np.arange(length)
+    frequency = 10.0 ** np.linspace(0, -3, CHANNELS // 2)
+    single = np.concatenate([f(position[:, None] * frequency) for f in (np.sin, np.cos)], -1)
+    offset = np.clip(position[None] - position[:, None], -FARTHEST, FARTHEST) + FARTHEST
+    pair = np.eye(2 * FARTHEST + 1, dtype=np.float32)[offset]
+    return tuple(np.broadcast_to(x, (chains, *x.shape)) for x in (single.astype(np.float32), pair))
+
+
+def inputs(noised: Backbones, *, alone: bool = False) -> dict[str, np.ndarray]:
+    """All that a model reads, by name; `alone` makes every residue a chain of its own, which sees no other."""
+    single, pair = features(*noised.mask.shape)
+    arrays = {"single": single, "pair": pair, **vars(noised)}
+    if alone:
+        arrays["pair"] = np.moveaxis(np.diagonal(pair, axis1=1, axis2=2), -1, 1)[:, :, None]
+        arrays = {name: x.reshape(-1, 1, *x.shape[2:]) for name, x in arrays.items()}
+    return {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+
+
+def peptides(number: int, seed: int) -> Backbones:
+    """Chains of helices, strands and turns of random lengths, at ideal bonds and angles."""
+    rng = np.random.default_rng(seed)
+    chains = []
+    for _ in range(number):
+        dihedrals: list[tuple[float, float]] = []
+        while len(dihedrals) < LENGTH:
+            kind, length = rng.integers(2), int(rng.integers(6, 15))
+            dihedrals += [(HELIX, STRAND)[kind]] * length + list(TURN)
+        wobble = rng.normal(0, 5, (LENGTH, 2))
+        angles = [(phi + a, psi + b) for (phi, psi), (a, b) in zip(dihedrals[:LENGTH], wobble, strict=True)]
+        rotation, translation = backbone_frames(*build_backbone(angles))
+        chains.append((rotation, translation - translation.mean(0)))
+    rotations, translations = (np.stack(x) for x in zip(*chains, strict=True))
+    return Backbones(rotations, translations, np.ones(translations.shape[:2], bool)).astype(np.float32)
+
+
+def proteins(folder: Path) -> list[Backbones]:
+    """Windows of the chains in a folder's PDB and mmCIF files, by file; residues without a backbone are masked."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".pdb", ".cif"))
+    if len(files) < 2:
+        raise ValueError(
+            f"{folder}: two structures or more (.pdb, .cif) were expected, one to hold out; got {len(files)}"
+        )
+    found = []
+    for path in files:
+        structure = load_structure(path)
+        windows = []
+        for chain in dict.fromkeys(structure.chain_id):
+            (where,) = np.nonzero(structure.chain_id == chain)
+            for start in range(0, len(where) - LENGTH + 1, LENGTH // 2):
+                window = where[start : start + LENGTH]
+                centre = structure.translation[window][structure.mask[window]].mean(0)
+                translation = structure.translation[window] - centre
+                windows.append((structure.rotation[window], translation, structure.mask[window]))
+        if windows:
+            found.append(Backbones(*(np.stack(x) for x in zip(*windows, strict=True))).astype(np.float32))
+    return found
+
+
+def training_and_held_out(folder: Path | None) -> tuple[Backbones, Backbones]:
+    """Peptides, or a folder's structures with the last held out."""
+    if folder is None:
+        return peptides(128, seed=1), peptides(16, seed=2)
+    *known, unseen = proteins(folder)
+    if not known:
+        raise ValueError(f"{folder}: chains of {LENGTH} residues in two files or more were expected")
+    joined = (np.concatenate([getattr(x, field) for x in known]) for field in ("rotation", "translation", "mask"))
+    return Backbones(*joined), unseen
+
+
+def batches(clean: Backbones, steps: range, size: int = 8, seed: int = 0) -> Iterator[tuple[Backbones, Backbones]]:
+    """Noised and clean chains of these steps, the same ones for whoever asks with the same seed."""
+    for step in steps:
+        rng = np.random.default_rng((seed, step))
+        chosen = clean[rng.integers(0, len(clean), size)]
+        yield chosen.noised(rng).astype(np.float32), chosen
+
+
+@dataclass(frozen=True)
+class Score:
+    """How far frames are off, after superposition of each chain's Cα atoms."""
+
+    rmsd: float
+    """Å, of Cα."""
+    angle: float
+    """Degrees, mean over residues."""
+
+    def __str__(self) -> str:
+        return f"{self.rmsd:.2f} Å, {self.angle:.0f}°"
+
+
+def score(predicted: Backbones, truth: Backbones) -> Score:
+    """Over all valid residues."""
+    squares, angles = [], []
+    for rotation, ca, true_rotation, true_ca, mask in zip(
+        predicted.rotation, predicted.translation, truth.rotation, truth.translation, truth.mask, strict=True
+    ):
+        turn, placed = superpose(ca[mask].astype(np.float64), true_ca[mask].astype(np.float64))
+        squares.append(((placed - true_ca[mask]) ** 2).sum(-1))
+        cosine = (np.einsum("nxy,nxy->n", turn @ rotation[mask], true_rotation[mask]) - 1) / 2
+        angles.append(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+    return Score(float(np.sqrt(np.concatenate(squares).mean())), float(np.concatenate(angles).mean()))
+
+
+def superpose(points: np.ndarray, onto: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rotation and the points after it that lie closest to others (Kabsch, Acta Cryst. A32 (1976) 922)."""
+    centre, other = points.mean(0), onto.mean(0)
+    u, _, v = np.linalg.svd((points - centre).T @ (onto - other))
+    turn = (u @ np.diag([1, 1, np.sign(np.linalg.det(u @ v))]) @ v).T
+    return turn, (points - centre) @ turn.T + other
+
+
+def write_pdb(path: Path, chain: Backbones) -> None:
+    """One chain's N, Cα, C and Cβ as poly-alanine."""
+    alanine = RESTYPES.index("A")
+    number = len(chain.translation)
+    atom37, mask = np.zeros((number, 37, 3)), np.zeros((number, 37), bool)
+    for name, local in zip(ATOM14_NAMES[alanine], ATOM14_POSITIONS[alanine], strict=True):
+        if name in ("N", "CA", "C", "CB"):
+            atom37[:, ATOM_TYPES.index(name)] = chain.rotation @ local + chain.translation
+            mask[:, ATOM_TYPES.index(name)] = chain.mask
+    save_structure(path, atom37, np.full(number, alanine), atom37_mask=mask)
+
+
+def plot_losses(path: Path, curves: Mapping[str, Sequence[float]], title: str) -> None:
+    """Loss over steps, a line for each name, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for i, (name, losses) in enumerate(curves.items()):
+        axes.plot(losses, label=name, linewidth=1.5 if i == 0 else 1.0, linestyle=("-", "--", ":", "-.")[i % 4])
+    axes.set(xlabel="step", ylabel="FAPE, Å / 10", title=title)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(
+    out: Path, losses: Mapping[str, Sequence[float]], held_out: Mapping[str, Backbones], truth: Backbones
+) -> str:
+    """Writes the loss curve and the first held-out chain, before and after; tells scores of what is held out."""
+    out.mkdir(parents=True, exist_ok=True)
+    plot_losses(out / "loss.png", losses, "taking noise off backbones")
+    for name, chains in (("truth", truth), *held_out.items()):
+        write_pdb(out / f"{name.replace(' ', '_')}.pdb", chains[0])
+    lines = [f"held out, {len(truth)} chains of {truth.mask.shape[1]}: Cα RMSD and angle of the frames"]
+    lines += [f"  {name:20} {score(chains, truth)}" for name, chains in held_out.items()]
+    return "\n".join([*lines, f"loss curve and structures are in {out}"])

@@ -1,0 +1,73 @@
+"""Training changes framework midway: parameters and Adam's moments go from Haiku to PyTorch, and the loss goes on.
+
+    python examples/handoff.py [--steps 120] [--at 60] [--out FOLDER]
+
+Three runs from the same weights on the same batches: in Haiku, in PyTorch, and handed over midway. Their losses
+coincide to rounding, which training amplifies with time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+import ipa_torch
+from ipa_bridge import Weights
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import denoise_backbone as in_torch
+import denoise_backbone_jax as in_jax
+from backbones import Backbones, model_config, peptides, plot_losses
+
+
+def to_torch(params: Any, state: Any) -> tuple[ipa_torch.IPATransformer, torch.optim.Optimizer]:
+    """A module and its Adam where a Haiku run stands: moments have their parameters' names and shapes."""
+    config = model_config()
+    model = ipa_torch.IPATransformer(config)
+    model.load_state_dict(Weights.from_haiku(params, config=config).to_torch())
+    optimizer = in_torch.adam(model)
+    adam = state[0]
+    moments = [Weights.from_haiku(jax.tree.map(np.asarray, x), config=config).to_torch() for x in (adam.mu, adam.nu)]
+    for name, parameter in model.named_parameters():
+        first, second = (moment[name] for moment in moments)
+        step = torch.tensor(float(adam.count))
+        optimizer.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+    return model, optimizer
+
+
+def curves(clean: Backbones, steps: int, at: int, *, quiet: bool = False) -> dict[str, list[float]]:
+    """Losses of the run that stays in Haiku, of the one that stays in PyTorch, and of the one handed over."""
+    initial = in_jax.initial_params()
+    params, state, before = in_jax.train(initial, in_jax.ADAM.init(initial), clean, range(at), quiet=quiet)
+    model, optimizer = to_torch(params, state)
+    after = in_torch.train(model, optimizer, clean, range(at, steps), quiet=quiet)
+    _, _, rest = in_jax.train(params, state, clean, range(at, steps), quiet=quiet)
+    whole, fresh = to_torch(initial, in_jax.ADAM.init(initial))
+    stayed = in_torch.train(whole, fresh, clean, range(steps), quiet=quiet)
+    return {"Haiku": before + rest, "PyTorch": stayed, f"Haiku, from step {at} PyTorch": before + after}
+
+
+def main() -> None:
+    """Trains thrice, compares, draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--at", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path("handoff"))
+    args = parser.parse_args()
+    found = curves(peptides(128, seed=1), args.steps, args.at)
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot_losses(args.out / "handoff.png", found, f"handed over at step {args.at}")
+    haiku, _, handed = (np.array(x) for x in found.values())
+    apart = np.abs(handed - haiku) / haiku
+    print(f"step {args.at}: losses {apart[args.at]:.1e} apart, relative; last step: {apart[-1]:.1e}")
+    print(f"curves are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

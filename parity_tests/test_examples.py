@@ -1,0 +1,96 @@
+"""The examples learn, write what they say, and a run that changes framework midway goes on as if it had not."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ipa_bridge.structures import load_structure
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch):
+    """Importable, and in JAX's own defaults, in which a user runs them."""
+    for package in ("jax", "torch", "optax", "tqdm", "matplotlib", "gemmi"):
+        pytest.importorskip(package)
+    import jax
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def backbones(examples):
+    return importlib.import_module("backbones")
+
+
+@pytest.mark.parametrize("name", ["denoise_backbone", "denoise_backbone_jax"])
+def test_a_denoiser_learns_what_one_without_attention_cannot(name, backbones, tmp_path, monkeypatch, capsys):
+    """In few steps; the README shows what more come to."""
+    example = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, "--steps", "40", "--out", str(tmp_path / "out")])
+    example.main()
+    said = capsys.readouterr().out
+    scores = {
+        line.rsplit("  ", 1)[0].strip(): float(line.split()[-3]) for line in said.splitlines() if line.endswith("°")
+    }
+    assert scores["denoised"] < 0.97 * scores["noised"]
+    assert scores["each alone"] > 0.97 * scores["noised"]
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    truth, noised = (load_structure(tmp_path / "out" / f"{x}.pdb") for x in ("truth", "noised"))
+    assert len(truth) == backbones.LENGTH
+    off = np.sqrt(((truth.translation - noised.translation) ** 2).sum(-1).mean())
+    assert 2 < off < 5
+
+
+def test_a_run_handed_over_goes_on(backbones):
+    """Parameters and Adam's moments; without the moments it goes elsewhere."""
+    handoff = importlib.import_module("handoff")
+    clean = backbones.peptides(16, seed=1)
+    haiku, pytorch, handed = (np.array(x) for x in handoff.curves(clean, 16, 8, quiet=True).values())
+    np.testing.assert_allclose(pytorch, haiku, rtol=1e-4)
+    np.testing.assert_allclose(handed, haiku, rtol=1e-4)
+    assert handed[-1] < haiku[0]
+    in_jax, in_torch = handoff.in_jax, handoff.in_torch
+    params = in_jax.initial_params()
+    params, state, _ = in_jax.train(params, in_jax.ADAM.init(params), clean, range(8), quiet=True)
+    model, optimizer = handoff.to_torch(params, state)
+    assert all(x["step"] == 8 and x["exp_avg_sq"].min() >= 0 for x in optimizer.state.values())
+    forgetful = in_torch.train(model, in_torch.adam(model), clean, range(8, 16), quiet=True)
+    assert np.abs(np.array(forgetful) - haiku[8:]).max() > 1e-2
+
+
+def test_scores_do_not_mind_where_a_chain_lies(backbones):
+    chains = backbones.peptides(2, seed=3)
+    from ipa_bridge.frames import random_rotations
+
+    turn = random_rotations(np.random.default_rng(0))
+    moved = backbones.Backbones(turn @ chains.rotation, chains.translation @ turn.T + 5, chains.mask)
+    score = backbones.score(moved, chains)
+    assert score.rmsd < 1e-3
+    assert score.angle < 0.1
+    noised = backbones.score(chains.noised(np.random.default_rng(0)), chains)
+    assert 2.5 < noised.rmsd < 4
+    assert 20 < noised.angle < 50
+
+
+def test_a_folder_of_proteins(backbones, structures_dir, tmp_path):
+    for name in ("1gcn.pdb", "2rbg.pdb", "3u8v.cif"):
+        shutil.copy(structures_dir / name, tmp_path)
+    training, unseen = backbones.training_and_held_out(tmp_path)
+    assert len(training) > 2
+    assert len(unseen) > 2
+    assert not unseen.mask.all() or training.mask.any()
+    assert np.isfinite(unseen.translation).all()
+    (tmp_path / "1gcn.pdb").unlink()
+    (tmp_path / "2rbg.pdb").unlink()
+    with pytest.raises(ValueError, match="two structures or more"):
+        backbones.training_and_held_out(tmp_path)
