@@ -51,6 +51,22 @@ def test_a_published_implementation_agrees(peer, dtype, protein, request, compar
     assert row.passed, str(row)
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_packages_own_example(paired):
+    """Its README's: width 64, 8 heads, 256 residues whose frames are all the identity, with and without pairs."""
+    pytest.importorskip("invariant_point_attention")
+    options = {"heads": 8, "scalar_key_dim": 16, "scalar_value_dim": 16, "point_key_dim": 4, "point_value_dim": 4}
+    config = IPAConfig.lucidrains(64, require_pairwise_repr=paired, **options)
+    case = make_case("its README", config, (1, 256))
+    at_origin = {"rotation": np.broadcast_to(np.eye(3), (1, 256, 3, 3)), "translation": np.zeros((1, 256, 3))}
+    everyone = np.ones((1, 256), bool)
+    case = replace(case, mask=everyone, **at_origin).astype("float32")
+    theirs = peers.run_lucidrains(case)["out"]
+    for framework, run_ours in RUNNERS.items():
+        row = judge(case, "float32", "out", framework, theirs, run_ours(case, gradients=False)["out"])
+        assert row.passed, str(row)
+
+
 def structure_of(protein: str, request: pytest.FixtureRequest):
     if protein == "random frames":
         return None
