@@ -16,9 +16,10 @@ COMPARED = pytest.StashKey[list]()
 COMPARED_WITH_PEERS = pytest.StashKey[list]()
 COMPARED_WITH_STRUCTURE_MODULES = pytest.StashKey[list]()
 CONVERSIONS = pytest.StashKey[list]()
+MOTIONS = pytest.StashKey[list]()
 """What the run compared, for its closing tables."""
 
-TABLES = (COMPARED, COMPARED_WITH_PEERS, COMPARED_WITH_STRUCTURE_MODULES, CONVERSIONS)
+TABLES = (COMPARED, COMPARED_WITH_PEERS, COMPARED_WITH_STRUCTURE_MODULES, CONVERSIONS, MOTIONS)
 
 ROOT = Path(__file__).resolve().parent.parent
 STRUCTURES = Path(os.environ.get("IPA_STRUCTURES") or ROOT.parent / "shared" / "structures")
@@ -74,8 +75,8 @@ def structures_dir() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    compared, with_peers, of_layers, conversions = (config.stash.get(key, []) for key in TABLES)
-    if not compared + with_peers + of_layers + conversions:
+    compared, with_peers, of_layers, conversions, motions = (config.stash.get(key, []) for key in TABLES)
+    if not any(config.stash.get(key, []) for key in TABLES):
         return
     from ipa_parity.report import table, worst_by_case
 
@@ -92,6 +93,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("other systems' weights: their outputs against ours, in eps of float32")
         for row in sorted(conversions, key=lambda row: (row.case, row.stage, row.subject)):
             line = f"{row.case:40} {row.stage:5} {row.subject:6} {row.error:5.1f} of {row.bound:.0f}"
+            terminalreporter.write_line(line)
+    if motions:
+        terminalreporter.section("residues moved, reordered, padded: worst differences, in eps")
+        for row in sorted(motions, key=lambda row: (row.case, row.subject, row.dtype, row.reference)):
+            line = f"{row.case:17} {row.subject:6} {row.dtype:8} {row.reference:12} {row.error:6.1f}  {row.stage}"
             terminalreporter.write_line(line)
 
 
@@ -135,3 +141,9 @@ def compared_with_structure_modules(request: pytest.FixtureRequest) -> list:
 def conversions(request: pytest.FixtureRequest) -> list:
     """Collects what other systems' modules and ours compute with the same weights, for a table of their own."""
     return request.config.stash.setdefault(CONVERSIONS, [])
+
+
+@pytest.fixture(scope="session")
+def motions(request: pytest.FixtureRequest) -> list:
+    """Collects what motions, reordering and padding change, for a table of their own."""
+    return request.config.stash.setdefault(MOTIONS, [])
