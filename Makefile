@@ -9,7 +9,7 @@ parity: .venv/.runtime
 	$(BIN)/ipa-parity
 
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --require=jax,torch,alphafold,transformers,invariant_point_attention
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --require=jax,torch,alphafold,transformers,invariant_point_attention,gemmi,optax,matplotlib,tqdm
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from ipa_bridge import semantics
-from ipa_bridge.config import Config, PredictedLDDTConfig, attention_of, replace_attention
+from ipa_bridge.config import PredictedLDDTConfig, attention_of, replace_attention
 from ipa_bridge.conversion import LOSSES, express, in_layout
 from ipa_bridge.dialects import DIALECTS, KINDS, Dialect, Found, modules, named
 from ipa_bridge.files import SUFFIXES, ArrayFile, check_destination, open_arrays
 from ipa_bridge.parameters import parameter_shapes
-from ipa_bridge.weights import Weights, in_dialect, read_module, slashed
+from ipa_bridge.weights import Weights, functional, in_dialect, read_module, slashed
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -333,10 +333,11 @@ def _contents(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _config_lines(config: dict[str, Any]) -> list[str]:
-    flat = {**{f"ipa.{name}": x for name, x in config.get("ipa", {}).items()}, **config}
-    flat.pop("ipa", None)
-    return [f"{name} = {x}" for name, x in flat.items()]
+def _config_lines(config: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for name, x in config.items():
+        lines += _config_lines(x, f"{prefix}{name}.") if isinstance(x, dict) else [f"{prefix}{name} = {x}"]
+    return lines
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -353,7 +354,7 @@ def _compare(args: argparse.Namespace) -> int:
             f"in one of them with --root-a or --root-b"
         )
     one, other = (_common(weights) for weights in (a, b))
-    configs = [_function(weights.config) for weights in (one, other)]
+    configs = [functional(weights.config) for weights in (one, other)]
     differing = {
         name: [config.get(name) for config in configs]
         for name in dict.fromkeys(name for config in configs for name in config)
@@ -403,17 +404,6 @@ def _common(weights: Weights) -> Weights:
         for name, shape in parameter_shapes(config).items()
     }
     return Weights(arrays, config)
-
-
-def _function(config: Config) -> dict[str, Any]:
-    """What of a config says which function it is."""
-    fields = dataclasses.asdict(config)
-    fields = {**{f"ipa.{name}": x for name, x in fields.pop("ipa", {}).items()}, **fields}
-    return {
-        name: x
-        for name, x in fields.items()
-        if name.removeprefix("ipa.") not in ("point_weight_init", "zero_init", "dropout")
-    }
 
 
 def _comparison(report: dict[str, Any], *found: Found) -> str:

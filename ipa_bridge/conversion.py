@@ -38,9 +38,6 @@ LOSSES = {
 }
 """By the names that allow them, the gravest last."""
 
-ATTENTION = "fold_iteration/invariant_point_attention/"
-"""Where it lies in a structure module of tied layers."""
-
 
 class Loss(NamedTuple):
     """What a conversion gives up."""
@@ -138,7 +135,7 @@ def _like(weights: Weights, arrays: Mapping[str, np.ndarray], config: Config) ->
 
 
 def _attentions(names: Collection[str]) -> list[str]:
-    """Prefixes of the attentions in a structure module."""
+    """Prefixes of the attentions in what holds several."""
     end = "trainable_point_weights"
     return [name.removesuffix(end) for name in names if name.endswith(end)]
 

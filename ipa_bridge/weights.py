@@ -24,7 +24,6 @@ from ipa_bridge.config import (
 )
 from ipa_bridge.conversion import express
 from ipa_bridge.dialects import DIALECTS, Dialect, Found, Transform, find_module, named
-from ipa_bridge.dialects.alphafold import IPA_TORCH
 from ipa_bridge.files import ArrayFile, open_arrays, write_arrays
 from ipa_bridge.parameters import Shapes, infer_config, parameter_shapes, torch_name
 from ipa_bridge.tensors import numpy_array, numpy_dtype, torch_tensor
@@ -43,7 +42,7 @@ ROOTS: dict[type, str] = {
 """The haiku module path of each on its own, as `ipa_jax.transform_ipa` and its like make it."""
 
 MOST_NUMBERS = 1 << 26
-"""Of one module read from outside, thirty times AlphaFold's: a small file may claim to hold any number."""
+"""Of one module in a file smaller than that, thirty times AlphaFold's."""
 
 MOST_PROBLEMS = 40
 """Named in one error."""
@@ -59,7 +58,7 @@ _CONFIG_KEY, _DIALECT_KEY = "ipa_config", "ipa_dialect"
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The parameters of one invariant point attention, structure module or confidence head.
+    """The parameters of one attention, IPA block or transformer, structure module or confidence head.
 
     Attributes:
         arrays: canonical name (AlphaFold's haiku name below the module) to array in haiku's shape; read-only
@@ -106,9 +105,9 @@ class Weights:
     def from_haiku(cls, params: Mapping[str, Any], *, root: str | None = None, config: Config | None = None) -> Weights:
         """Takes one module out of haiku parameters, {module: {leaf: array}} or AlphaFold's {'module//leaf': array}.
 
-        The structure module, or where there is none the attention, or else the confidence head, is found by a parameter
-        of its own; all that lies outside its path belongs to other parts of the model. Its path is kept: `to_haiku()`
-        gives back the same tree.
+        The largest module that we know (a structure module, a transformer, a block, an attention, a confidence head, in
+        this order) is found by parameters of its own; all that lies outside its path belongs to other parts of the
+        model. Its path is kept: `to_haiku()` gives back the same tree.
 
         Args:
             params: arrays of numpy or JAX.
@@ -179,10 +178,9 @@ class Weights:
     ) -> Weights:
         """Reads one module from .npz, .safetensors or .pt, in AlphaFold's `module//leaf` names or any torch dialect's.
 
-        That is the structure module, or where there is none the attention, or else the confidence head. Only its own
-        arrays are read, be the file a whole model's. Where it lay in the file is the file's affair: `to_haiku()`
-        gives what `ipa_jax.transform_structure_module(config).apply`, `transform_ipa`'s or `transform_predicted_lddt`'s
-        takes.
+        It is found as `from_haiku` finds it; .pth, .ckpt and .bin are read as .pt. Only its own arrays are read, be the
+        file a whole model's. Where it lay in the file is the file's affair: `to_haiku()` gives what
+        `ipa_jax.transform_structure_module(config).apply`, `transform_ipa`'s and their like take.
 
         Args:
             path: the file.
@@ -285,9 +283,7 @@ class Weights:
 
     def _alone(self, whole: Config) -> Weights:
         """The same under its own name, with what its names and shapes do not tell from the config of the whole."""
-        if isinstance(self.config, IPABlockConfig) and isinstance(whole, IPATransformerConfig):
-            return Weights(self.arrays, whole.block)
-        return Weights(self.arrays, attention_of(whole) if isinstance(self.config, IPAConfig) else self.config)
+        return Weights(self.arrays, _part(whole, type(self.config)) or self.config)
 
     def forgotten(self, path: str | os.PathLike[str]) -> list[str]:
         """What a file of that name cannot say, and `load` would take for granted, each as the end of a sentence.
@@ -296,7 +292,7 @@ class Weights:
         """
         if os.fspath(path).endswith(".safetensors"):
             return []
-        inferred, told = (_functional(config) for config in (_config_of(self.arrays), self.config))
+        inferred, told = (functional(config) for config in (_config_of(self.arrays), self.config))
         untold = [f"{name} is {x!r}, not {inferred[name]!r}" for name, x in told.items() if x != inferred[name]]
         if not untold:
             return []
@@ -337,15 +333,14 @@ def read_module(
             shapes, dialect=dialect, root=root, config=config, haiku=haiku, source=os.fspath(file.path)
         )
     except ValueError as error:
-        raise next(iter(unreadable.values()), error) from error
-    for name in found.names(unreadable):
-        raise unreadable[found.names(unreadable)[name]]
-    if told is not None and isinstance(told, found.kind):
-        settled = told
-    elif isinstance(told, IPATransformerConfig) and found.kind is IPABlockConfig:
-        settled = told.block
-    elif told is not None and found.kind is IPAConfig:
-        settled = attention_of(told)
+        if not unreadable:
+            raise
+        others = "\n  ".join(map(str, unreadable.values()))
+        raise ValueError(f"{error}\nwhat could not be read:\n  {others}") from error
+    for key in found.names(unreadable).values():
+        raise unreadable[key]
+    settled = _part(told, found.kind) or settled
+    _check_size(settled, file)
     number, done = len(found.names(keys)), 0
 
     def read(name: str) -> np.ndarray:
@@ -355,6 +350,25 @@ def read_module(
         return file[keys[name]]
 
     return Weights(_read(found, settled, shapes, read), settled), found
+
+
+def _part(whole: Config | None, kind: type) -> Config | None:
+    """Of a whole's config what a module of that kind within it has; None where nothing is told."""
+    if isinstance(whole, kind):
+        return whole
+    if kind is IPABlockConfig and isinstance(whole, IPATransformerConfig):
+        return whole.block
+    return attention_of(whole) if kind is IPAConfig and whole is not None else None
+
+
+def _check_size(config: Config, file: ArrayFile) -> None:
+    """A small file may claim to hold any number: trained ones hardly compress, so a large module is in a large file."""
+    number = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    if number > max(MOST_NUMBERS, file.path.stat().st_size):
+        raise ValueError(
+            f"{file.path}: {number} numbers are more than the {MOST_NUMBERS} that a file of its size is believed to "
+            f"hold"
+        )
 
 
 def _shapes(file: ArrayFile, keys: Mapping[str, str]) -> tuple[Shapes, dict[str, ValueError]]:
@@ -389,9 +403,6 @@ def _read(found: Found, config: Config, shapes: Shapes, read: Callable[[str], np
         problems.append(f"{name} must be {transform.shape}, got {shown}" + _here(name, theirs, transform, shape))
     if len(problems) > MOST_PROBLEMS:
         problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
-    number = sum(math.prod(shape) for shape in wanted.values())
-    if number > MOST_NUMBERS:
-        problems.append(f"{number} numbers are more than the {MOST_NUMBERS} that any such module has been seen to need")
     if problems:
         raise ValueError("these parameters do not fit the config:\n  " + "\n  ".join(problems))
     for name, (theirs, transform) in names.items():
@@ -445,39 +456,25 @@ def canonical_from_haiku(params: Mapping[str, Mapping[str, Any]], root: str) -> 
     return {name: flat[key] for name, key in _below(flat, root, "/").items()}
 
 
-def canonical_from_torch(arrays: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-    """Arrays under torch names and in torch's layout, under canonical names and in haiku's."""
-    return _unflatten_outputs(_from_torch_layout(arrays), parameter_shapes(config))
+def canonical_from_torch(
+    arrays: Mapping[str, np.ndarray], config: Config, dialect: str = "ipa_torch"
+) -> dict[str, np.ndarray]:
+    """Arrays under a torch dialect's names and in its layout, such as gradients, under canonical names and in ours."""
+    return {
+        ours: transform.invert(arrays[theirs]) for ours, (theirs, transform) in named(dialect).names(config).items()
+    }
 
 
 def _config_of(arrays: Mapping[str, np.ndarray]) -> Config:
     return infer_config({name: x.shape for name, x in arrays.items()})
 
 
-def _functional(config: Config) -> dict[str, Any]:
+def functional(config: Config) -> dict[str, Any]:
     """The fields that say what a trained module computes: all but how it begins and is trained."""
     fields = dataclasses.asdict(config)
     for inner in ("block", "ipa"):
         fields |= {name: x for name, x in fields.pop(inner, {}).items() if name not in fields}
     return {name: x for name, x in fields.items() if name not in NOT_FUNCTIONAL}
-
-
-def _from_torch_layout(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Canonical names and inputs-first weights of arrays under torch names; output axes stay flat."""
-    names = IPA_TORCH.canonical_names(arrays, IPAConfig)
-    return {names[key]: x.T if names[key].endswith("/weights") and x.ndim == 2 else x for key, x in arrays.items()}
-
-
-def _unflatten_outputs(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> dict[str, np.ndarray]:
-    """Arrays with their output axes as the manifest has them, where the sizes allow it; others as they are."""
-
-    def unflatten(name: str, x: np.ndarray) -> np.ndarray:
-        shape = shapes[name]
-        inputs = 1 if name.endswith("/weights") else 0
-        flat = (*shape[:inputs], math.prod(shape[inputs:]))
-        return x.reshape(shape) if x.shape == flat else x
-
-    return {name: unflatten(name, x) if name in shapes else x for name, x in arrays.items()}
 
 
 def _below(keys: Iterable[str], root: str, separator: str) -> dict[str, str]:

@@ -13,10 +13,9 @@ from typing import Any, cast
 import numpy as np
 
 from ipa_bridge import residues
-from ipa_bridge.config import Config, IPAConfig, StructureModuleConfig
-from ipa_bridge.dialects import named
+from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.tensors import torch_tensor
-from ipa_bridge.weights import Weights, canonical_from_haiku
+from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case
 from ipa_parity.stages import Arrays
 from ipa_parity.structure_module import COTANGENT_SCALES, StructureModuleCase
@@ -109,7 +108,7 @@ def run_esmfold(case: Case) -> Arrays:
         return module(single, pair, frames, torch_tensor(case.mask).to(single.dtype))
 
     out, by_input, by_parameter = _torch_gradients(case, module, call)
-    return _named(out, by_input, _canonical("esmfold", case.config, by_parameter))
+    return _named(out, by_input, canonical_from_torch(by_parameter, case.config, "esmfold"))
 
 
 def lucidrains_module(config: IPAConfig) -> Any:
@@ -152,13 +151,7 @@ def run_lucidrains(case: Case) -> Arrays:
         return out if batched else out[0]
 
     out, by_input, by_parameter = _torch_gradients(case, module, call)
-    return _named(out, by_input, _canonical("lucidrains", case.config, by_parameter))
-
-
-def _canonical(dialect: str, config: Config, theirs: Arrays) -> Arrays:
-    """Arrays under another system's names, as gradients to its parameters are, under ours and in our order."""
-    names = named(dialect).names(config)
-    return {ours: transform.invert(theirs[name]) for ours, (name, transform) in names.items()}
+    return _named(out, by_input, canonical_from_torch(by_parameter, case.config, "lucidrains"))
 
 
 def _torch_gradients(case: Case, module: Any, call: Callable) -> tuple[np.ndarray, Arrays, Arrays]:
@@ -297,7 +290,7 @@ def run_esmfold_structure_module(case: StructureModuleCase, *, gradients: bool =
         grads = torch.autograd.grad(sum(terms), [*inputs.values(), *parameters.values()])
         arrays = {f"gradient/{name}": x[0].numpy() for name, x in zip(inputs, grads, strict=False)}
         by_name = {name: x.numpy() for name, x in zip(parameters, grads[len(inputs) :], strict=True)}
-        arrays |= {f"gradient/{name}": x for name, x in _canonical("esmfold", config, by_name).items()}
+        arrays |= {f"gradient/{name}": x for name, x in canonical_from_torch(by_name, config, "esmfold").items()}
     detached = {field: x.detach().numpy() for field, x in output.items()}
     return _named_structure_module(detached, config.num_layer) | arrays
 

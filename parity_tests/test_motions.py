@@ -32,9 +32,6 @@ MODULES = {
 CHANGES = ("rotation", "translation", "permutation", "padding")
 RESIDUES, PADDED = 20, 27
 MOVED = ("rotation", "translation", "points", "atom14")
-DEEP = 8
-"""How much more the outputs of several layers may err than one attention's: frames that rounding has turned turn what
-hangs on them."""
 
 
 @cache
@@ -68,7 +65,12 @@ def model(name: str, framework: str, dtype: str) -> Callable[[dict], dict[str, n
         moved = {"rotation": rigids.rotation, "translation": rigids.translation}
         if isinstance(config, IPATransformerConfig):
             return {"act": found.act, **moved, "points": found.points}
-        return {"act": found.act[-1], **moved, "angles": found.angles[-1], "atom14": found.atom14[-1]}
+        return {
+            "act": found.act[-1],
+            **moved,
+            "unnormalized_angles": found.unnormalized_angles[-1],
+            "atom14": found.atom14[-1],
+        }
 
     def last(found):
         if isinstance(config, IPATransformerConfig):
@@ -180,7 +182,6 @@ def test_it_moves_with_its_residues(change, name, framework, dtype, motions):
                 subject=framework,
                 reference=change,
                 meaningful=np.broadcast_to(valid, expected.shape),
-                conditioning=1 if name == "attention" else DEEP,
             )
         )
     failures = [str(row) for row in rows if not row.passed]

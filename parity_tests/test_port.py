@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ipa_bridge import cli, files
+from ipa_bridge import weights as weights_module
 from ipa_bridge.cli import main
 from ipa_bridge.config import PredictedLDDTConfig, StructureModuleConfig
 from ipa_bridge.parameters import parameter_shapes
@@ -415,6 +416,28 @@ def test_a_small_file_that_claims_a_large_module(tmp_path, capsys):
     code, out, err = run(capsys, "inspect", path)
     assert code == 2
     assert "numbers are more than the" in out + err
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+def test_a_large_module_in_a_large_file_is_no_bomb(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(weights_module, "MOST_NUMBERS", 10)
+    weights = Weights.random(ODD)
+    weights.save(tmp_path / f"a{suffix}")
+    assert Weights.load(tmp_path / f"a{suffix}").config == ODD
+    assert Weights.from_torch(weights.to_torch()).config == ODD
+
+
+def test_what_cannot_be_read_does_not_hide_what_is_wrong(tmp_path, capsys):
+    for seed, root in enumerate(("one", "two")):
+        Weights.random(ODD, seed=seed).save(tmp_path / f"{root}.npz", root=root)
+    with zipfile.ZipFile(tmp_path / "one.npz", "a") as archive, zipfile.ZipFile(tmp_path / "two.npz") as other:
+        for name in other.namelist():
+            archive.writestr(name, other.read(name))
+        archive.writestr("README.txt", "hello")
+    code, _, err = run(capsys, "convert", tmp_path / "one.npz", tmp_path / "x.pt")
+    assert code == 2
+    assert "2 invariant point attentions" in err
+    assert "'README.txt'" in err
 
 
 def test_what_is_not_finite_or_no_number_is_named(tmp_path, capsys):

@@ -94,7 +94,7 @@ def test_the_transformers_are_one(tmp_path, monkeypatch):
     with torch.no_grad():
         twin = shared["transformer"](sequence).points.numpy()
     names = {"case": "README", "stage": "points", "dtype": "float32", "subject": "torch", "reference": "jax"}
-    row = compare(twin, points, **names, conditioning=4)
+    row = compare(twin, points, **names)
     assert row.passed, str(row)
 
 

@@ -135,7 +135,7 @@ def run_torch(config, weights, arrays, gradients):
     return arrays
 
 
-def assert_close(actual, expected, mask, dtype, *, factor=1.0):
+def assert_close(actual, expected, mask, dtype):
     """Every stage within the tolerance table, in valid residues."""
     assert actual.keys() == expected.keys()
     for stage, x in expected.items():
@@ -152,7 +152,6 @@ def assert_close(actual, expected, mask, dtype, *, factor=1.0):
             subject="one",
             reference="other",
             meaningful=meaningful,
-            conditioning=factor,
         )
         zero = gradient and not np.abs(x).max() > 1e-12
         assert zero or row.passed, str(row)
@@ -163,13 +162,13 @@ def assert_close(actual, expected, mask, dtype, *, factor=1.0):
     [*((name, (RESIDUES,)) for name in [*BLOCKS, *TRANSFORMERS]), ("post-norm", (2, 7)), ("plain", (2, 7))],
 )
 def test_the_twins_agree_outputs_and_gradients(name, shape):
-    """In float64, where no ReLU flips; several layers deep errors add up."""
+    """In float64, where no ReLU flips."""
     if len(installed_frameworks()) < 2:
         pytest.skip("one of the frameworks is not installed")
     config = (BLOCKS | TRANSFORMERS)[name]
     inputs = draw(config, shape)
     jax, torch = (run(each, config, inputs, gradients=True) for each in FRAMEWORKS)
-    assert_close(jax, torch, inputs["mask"], "float64", factor=16)
+    assert_close(jax, torch, inputs["mask"], "float64")
 
 
 @pytest.mark.parametrize("each", FRAMEWORKS)
@@ -181,7 +180,7 @@ def test_float32_is_float64_rounded(name, each):
     wide["weights"] = inputs["weights"].astype(np.float64)
     actual, expected = (run(framework(each), config, x) for x in (inputs, wide))
     assert {x.dtype for x in actual.values()} == {np.dtype(np.float32)}
-    assert_close(actual, expected, inputs["mask"], "float32", factor=4)
+    assert_close(actual, expected, inputs["mask"], "float32")
 
 
 @pytest.mark.parametrize("each", FRAMEWORKS)
@@ -198,7 +197,7 @@ def test_they_are_what_numpy_makes_of_the_same_parameters(name, each):
         expected |= {} if points is None else {"points": points}
     else:
         expected = {"act": semantics.block("ipa_jax", p, config, *arrays)}
-    assert_close(run(framework(each), config, inputs), expected, inputs["mask"], "float64", factor=4)
+    assert_close(run(framework(each), config, inputs), expected, inputs["mask"], "float64")
 
 
 # --- The published ones
@@ -255,7 +254,7 @@ def test_their_block_is_ours(package, each, post_norm, paired):
         warnings.simplefilter("ignore")
         out = theirs(single, pairwise_repr=pair, rotations=rotation.mT, translations=translation, mask=mask)
     expected = {"act": out.detach().numpy()}
-    assert_close(run(framework(each), config, inputs), expected, inputs["mask"], "float64", factor=4)
+    assert_close(run(framework(each), config, inputs), expected, inputs["mask"], "float64")
 
 
 @pytest.mark.parametrize("each", FRAMEWORKS)
@@ -294,7 +293,7 @@ def test_their_transformer_is_ours_in_its_own_order(package, each, predict_point
         rotation = ipa_torch.Rigid.from_quaternion(turned, translation).rotation.mT
         expected = {"act": act, "rotation": rotation, "translation": translation}
         expected = {name: x.detach().numpy() for name, x in expected.items()}
-    assert_close({name: ours[name] for name in expected}, expected, inputs["mask"], "float64", factor=4)
+    assert_close({name: ours[name] for name in expected}, expected, inputs["mask"], "float64")
     if each == "torch" and predict_points:
         (out**2).sum().backward()
         grads = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in theirs.named_parameters()}
@@ -350,7 +349,7 @@ def test_a_common_motion_moves_the_frames_and_nothing_else(name, each, seed):
     if "rotation" in before:
         expected["rotation"] = turn @ before["rotation"]
         expected |= {x: before[x] @ turn.T + shift for x in ("translation", "points") if x in before}
-    assert_close(after, expected, inputs["mask"], "float64", factor=64)
+    assert_close(after, expected, inputs["mask"], "float64")
 
 
 @pytest.mark.parametrize("each", FRAMEWORKS)
@@ -362,19 +361,6 @@ def test_the_original_order_is_not_equivariant(each):
     before, after = (run(framework(each), config, x) for x in (inputs, motion))
     off = np.abs(after["rotation"] - turn @ before["rotation"]).max()
     assert off > 1e3 * bound("rotation", "float64") * epsilon("float64")
-
-
-@pytest.mark.parametrize("each", FRAMEWORKS)
-@pytest.mark.parametrize("name", [*BLOCKS, *TRANSFORMERS])
-def test_permuted_residues_give_permuted_outputs(name, each):
-    config = (BLOCKS | TRANSFORMERS)[name]
-    inputs = draw(config)
-    order = np.random.default_rng(2).permutation(RESIDUES)
-    shuffled = {x: y[order] if isinstance(y, np.ndarray) else y for x, y in inputs.items()}
-    if inputs["pair"] is not None:
-        shuffled["pair"] = inputs["pair"][order][:, order]
-    before, after = (run(framework(each), config, x) for x in (inputs, shuffled))
-    assert_close(after, {x: y[order] for x, y in before.items()}, inputs["mask"][order], "float64", factor=16)
 
 
 @pytest.mark.parametrize("each", FRAMEWORKS)
@@ -392,12 +378,12 @@ def test_valid_residues_ignore_the_masked_in_every_layer(name, each):
         both = (mask[:, None] & mask[None])[..., None]
         mixed["pair"] = np.where(both, inputs["pair"], other["pair"])
     before, after = (run(framework(each), config, x) for x in (inputs, mixed))
-    assert_close(after, before, mask, "float64", factor=16)
+    assert_close(after, before, mask, "float64")
     short = {x: y[mask] if isinstance(y, np.ndarray) else y for x, y in inputs.items()}
     if inputs["pair"] is not None:
         short["pair"] = inputs["pair"][mask][:, mask]
     alone = run(framework(each), config, short)
-    assert_close({x: y[mask] for x, y in before.items()}, alone, mask[mask], "float64", factor=16)
+    assert_close({x: y[mask] for x, y in before.items()}, alone, mask[mask], "float64")
 
 
 # --- Uses
@@ -445,7 +431,7 @@ def test_dropout_is_for_training_only():
     )
     inputs = draw(config)
     calm = run(framework("torch"), config, inputs)
-    assert_close(calm, run(framework("jax"), config, inputs), inputs["mask"], "float64", factor=16)
+    assert_close(calm, run(framework("jax"), config, inputs), inputs["mask"], "float64")
     import jax
     import torch
 
