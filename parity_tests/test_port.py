@@ -291,13 +291,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, capsys, monkeypatch, suffix):
 def test_what_comes_to_be_meanwhile_is_left_alone(tmp_path, capsys, monkeypatch):
     source, destination = tmp_path / "a.npz", tmp_path / "b.pt"
     Weights.random(ODD).save(source)
-    real = cli.read_module
+    real = files.os.fsync
 
-    def slow(*arguments, **options):
+    def slow(descriptor):
         destination.write_text("precious")
-        return real(*arguments, **options)
+        return real(descriptor)
 
-    monkeypatch.setattr(cli, "read_module", slow)
+    monkeypatch.setattr(files.os, "fsync", slow)  # the last moment before the file takes its place
     code, _, err = run(capsys, "convert", source, destination)
     assert (code, destination.read_text()) == (2, "precious")
     assert "is not to be replaced" in err
