@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup parity test lint bench clean
+.PHONY: setup parity test lint bench docs clean
 
 parity: .venv/.runtime
 	$(BIN)/ipa-parity
 
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --require=jax,torch,alphafold,transformers,invariant_point_attention,gemmi,optax,matplotlib,tqdm
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --require=jax,torch,alphafold,transformers,invariant_point_attention,gemmi,optax,matplotlib,tqdm,jupytext,nbclient,ipykernel
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -19,6 +19,9 @@ lint: .venv/.dev
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks --residues 64 128 256 512 1024
 	$(BIN)/python -m benchmarks --module structure-module --residues 512
+
+docs: .venv/.dev
+	$(BIN)/python docs/build_tutorial.py
 
 setup: .venv/.dev
 

@@ -95,8 +95,8 @@ def attend(
     logits = logits - 1e5 * (mask[..., :, None] * (1 - mask[..., None, :]))[..., None, :, :]
     attention = _softmax(logits)  # line 7
 
-    o = einsum("...hij,...jhc->...ihc", attention, v)  # line 8
-    o_pair = None if pair is None else einsum("...hij,...ijc->...ihc", attention, pair)  # line 9
+    o = einsum("...hij,...jhc->...ihc", attention, v)  # line 9
+    o_pair = None if pair is None else einsum("...hij,...ijc->...ihc", attention, pair)  # line 8
     o_points = einsum("...hij,...jhpx->...ihpx", attention, v_points)  # line 10
     o_points = einsum("...nyx,...nhpy->...nhpx", rotation, o_points - translation[..., None, None, :])
     length2 = einsum("...x,...x->...", o_points, o_points)

@@ -34,11 +34,11 @@ def point_attention(
         q, k, q_points, k_points, pair, pair_bias_weight=pair_bias_weight, point_weights=point_weights, mask=mask
     )
     attention = jax.nn.softmax(logits, axis=-1)
-    o = jnp.einsum("...hij,...jhc->...ihc", attention, v, precision=Precision.HIGHEST)  # line 8
+    o = jnp.einsum("...hij,...jhc->...ihc", attention, v, precision=Precision.HIGHEST)  # line 9
     o_points = jnp.einsum("...hij,...jhpx->...ihpx", attention, v_points, precision=Precision.HIGHEST)  # line 10
     o_pair = None
     if pair is not None:
-        o_pair = jnp.einsum("...hij,...ijc->...ihc", attention, pair, precision=Precision.HIGHEST)  # line 9
+        o_pair = jnp.einsum("...hij,...ijc->...ihc", attention, pair, precision=Precision.HIGHEST)  # line 8
     return o, o_points, o_pair, attention
 
 

@@ -33,11 +33,11 @@ def point_attention(
         q, k, q_points, k_points, pair, pair_bias_weight=pair_bias_weight, point_weights=point_weights, mask=mask
     )
     attention = torch.softmax(logits, dim=-1)
-    o = torch.einsum("...hij,...jhc->...ihc", attention, v)  # line 8
+    o = torch.einsum("...hij,...jhc->...ihc", attention, v)  # line 9
     o_points = torch.einsum("...hij,...jhpx->...ihpx", attention, v_points)  # line 10
     o_pair = None
     if pair is not None:
-        o_pair = torch.einsum("...hij,...ijc->...ihc", attention, pair)  # line 9
+        o_pair = torch.einsum("...hij,...ijc->...ihc", attention, pair)  # line 8
     return o, o_points, o_pair, attention
 
 
