@@ -88,6 +88,26 @@ def test_compiles_in_one_graph(name, backend, compiler):
         judge(actual, expected, "gradient")
 
 
+@pytest.mark.parametrize("name", ["monomer", "no-pair"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_compiles_for_inference(context, name):
+    """Where nothing wants a gradient, with which Dynamo has no place for an autograd function."""
+    case = CATALOGUE[name]()
+    module, inputs = model(case).requires_grad_(False), arguments(case)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with context():
+        judge(compiled(*inputs), module(*inputs))
+    torch.compiler.reset()
+
+
+def test_compiles_a_functions_gradient():
+    case = CATALOGUE["monomer"]()
+    module, (single, *others) = model(case).requires_grad_(False), arguments(case)
+    gradient = torch.func.grad(lambda x: module(x, *others).square().sum())
+    judge(torch.compile(gradient, backend="aot_eager")(single), gradient(single), "gradient")
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def compiler():
     """Skips a test of inductor where there is no C++ compiler."""

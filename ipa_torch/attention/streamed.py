@@ -68,8 +68,7 @@ def point_attention(
         )
     )
     rows = queries.shape[0]
-    attend = _Attend if torch.compiler.is_compiling() else _EagerAttend
-    o, o_pair, attention = attend.apply(
+    inputs = (
         queries,
         keys,
         values,
@@ -82,6 +81,12 @@ def point_attention(
         block_size or 0,
         return_attention,
     )
+    if not torch.compiler.is_compiling():
+        o, o_pair, attention = _EagerAttend.apply(*inputs)
+    elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        o, o_pair, attention = _Attend.apply(*inputs)
+    else:  # Dynamo has no place for an autograd function without gradients.
+        o, o_pair, attention = _attend(*inputs)
     o = o.transpose(1, 2).reshape(*batch, number, heads, values.shape[-1])
     return (
         o[..., :num_v],
