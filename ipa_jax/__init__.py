@@ -32,6 +32,7 @@ from ipa_jax.losses import (
     violation_metrics,
     within_residue_violations,
 )
+from ipa_jax.replace import replace_alphafold_ipa
 from ipa_jax.rigid import Rigid
 from ipa_jax.side_chains import (
     GroupFrames,
@@ -88,6 +89,7 @@ __all__ = [
     "predicted_lddt",
     "rename_ambiguous_atoms",
     "rename_ambiguous_frames",
+    "replace_alphafold_ipa",
     "sidechain_loss",
     "structural_violation_loss",
     "structure_module_loss",

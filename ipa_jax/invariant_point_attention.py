@@ -63,7 +63,7 @@ class InvariantPointAttention(hk.Module):
         """
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
         rigids = rigids.astype(at_least_float32(*(x.dtype for x in (single, pair, *rigids) if x is not None)))
-        rigids = _centre(rigids, mask)
+        rigids = centre(rigids, mask)
         if self.config.position_scale != 1:
             rigids = rigids.scale_translation(1 / self.config.position_scale)
         pair_bias_weight, point_weights = self.logit_weights(single.dtype)
@@ -78,10 +78,10 @@ class InvariantPointAttention(hk.Module):
         )
         if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum as before
             o_pair = Linear(self.config.pair_value_channel, name="down_z")(o_pair)
-        features = self._features(o, rigids.apply_inverse(o_points), o_pair)
+        read = features(self.config, o, rigids.apply_inverse(o_points), o_pair)
         initializer: Initializer = "zeros" if self.config.zero_init else "linear"
         output_projection = Linear(self.config.num_channel, initializer=initializer, name="output_projection")
-        output = output_projection(features).astype(single.dtype)  # line 11
+        output = output_projection(read).astype(single.dtype)  # line 11
         return (output, *attention) if return_attention else output
 
     @hk.name_like("__call__")
@@ -117,19 +117,14 @@ class InvariantPointAttention(hk.Module):
         c = self.config
 
         def scalars(name: str, width: int) -> Array:
-            output = Linear(c.num_head * width, use_bias=c.scalar_bias, name=name)(single)
-            return output.reshape(*single.shape[:-1], c.num_head, width)
+            return Linear(c.num_head * width, use_bias=c.scalar_bias, name=name)(single)
 
         def points(name: str, number: int) -> Array:
-            output = Linear(3 * c.num_head * number, use_bias=c.point_bias, full_precision=True, name=name)(single)
-            return jnp.moveaxis(output.reshape(*single.shape[:-1], 3, c.num_head, number), -3, -1)
+            return Linear(3 * c.num_head * number, use_bias=c.point_bias, full_precision=True, name=name)(single)
 
         q, kv = scalars("q_scalar", c.num_scalar_qk), scalars("kv_scalar", c.num_scalar_qk + c.num_scalar_v)
         q_points = points("q_point_local", c.num_point_qk)
-        kv_points = points("kv_point_local", c.num_point_qk + c.num_point_v)
-        k, v = jnp.split(kv, [c.num_scalar_qk], -1)
-        k_points, v_points = jnp.split(kv_points, [c.num_point_qk], -2)
-        return q, k, v, q_points, k_points, v_points
+        return unpack_monomer(c, q, kv, q_points, points("kv_point_local", c.num_point_qk + c.num_point_v))
 
     @hk.name_like("__call__")
     def _project_multimer(self, single: Float[Array, "*B N c_s"]) -> Projections:
@@ -151,22 +146,6 @@ class InvariantPointAttention(hk.Module):
             points("k", c.num_point_qk),
             points("v", c.num_point_v),
         )
-
-    def _features(
-        self,
-        o: Float[Array, "*B N H Cv"],
-        o_points: Float[Array, "*B N H Pv 3"],
-        o_pair: Float[Array, "*B N H c_z"] | None,
-    ) -> Float[Array, "*B N features"]:
-        """What line 11 projects: o, local points by coordinate, their lengths, o_pair, each with heads outermost."""
-        length2 = jnp.sum(o_points * o_points, -1)
-        if self.config.norm_form == "add":
-            lengths = jnp.sqrt(length2 + self.config.norm_epsilon)
-        else:
-            lengths = jnp.sqrt(jnp.maximum(length2, self.config.norm_epsilon**2))
-        x, y, z = jnp.moveaxis(o_points, -1, 0)
-        features = (o, x, y, z, lengths) if o_pair is None else (o, x, y, z, lengths, o_pair)
-        return jnp.concatenate([jax.lax.collapse(f, f.ndim - 2) for f in features], -1)
 
 
 class PointProjection(hk.Module):
@@ -205,7 +184,39 @@ def transform_ipa(config: IPAConfig, *, implementation: str | None = None) -> hk
     return hk.without_apply_rng(hk.transform(forward))
 
 
-def _centre(rigids: Rigid, mask: Shaped[Array, "*B N"] | None) -> Rigid:
+def unpack_monomer(config: IPAConfig, q: Array, kv: Array, q_points: Array, kv_points: Array) -> Projections:
+    """The monomer's four projections (*B, N, channels) as six, heads apart and points' coordinates last."""
+    batch, h = q.shape[:-1], config.num_head
+    q, kv = (x.reshape(*batch, h, x.shape[-1] // h) for x in (q, kv))
+    q_points, kv_points = (
+        jnp.moveaxis(x.reshape(*batch, 3, h, x.shape[-1] // (3 * h)), -3, -1) for x in (q_points, kv_points)
+    )
+    k, v = jnp.split(kv, [config.num_scalar_qk], -1)
+    k_points, v_points = jnp.split(kv_points, [config.num_point_qk], -2)
+    return q, k, v, q_points, k_points, v_points
+
+
+def features(
+    config: IPAConfig,
+    o: Float[Array, "*B N H Cv"],
+    o_points: Float[Array, "*B N H Pv 3"],
+    o_pair: Float[Array, "*B N H c_z"] | None,
+) -> Float[Array, "*B N features"]:
+    """What line 11 projects: o, local points by coordinate, their lengths, o_pair, each with heads outermost."""
+    x, y, z = jnp.moveaxis(o_points, -1, 0)
+    parts = (o, x, y, z, lengths(config, o_points), *(() if o_pair is None else (o_pair,)))
+    return jnp.concatenate([jax.lax.collapse(part, part.ndim - 2) for part in parts], -1)
+
+
+def lengths(config: IPAConfig, points: Float[Array, "*B 3"]) -> Float[Array, "*B"]:
+    """Of points, never zero, in the config's norm."""
+    length2 = jnp.sum(points * points, -1)
+    if config.norm_form == "add":
+        return jnp.sqrt(length2 + config.norm_epsilon)
+    return jnp.sqrt(jnp.maximum(length2, config.norm_epsilon**2))
+
+
+def centre(rigids: Rigid, mask: Shaped[Array, "*B N"] | None) -> Rigid:
     """Frames moved so that their masked mean is the origin, which costs nothing and spares far coordinates' bits.
 
     The attention does not change when all frames move alike, so no gradient need pass through the mean.

@@ -32,6 +32,7 @@ from ipa_torch.losses import (
     violation_metrics,
     within_residue_violations,
 )
+from ipa_torch.replace import replace_ipa, restore_ipa
 from ipa_torch.rigid import Rigid
 from ipa_torch.side_chains import (
     GroupFrames,
@@ -88,6 +89,8 @@ __all__ = [
     "predicted_lddt",
     "rename_ambiguous_atoms",
     "rename_ambiguous_frames",
+    "replace_ipa",
+    "restore_ipa",
     "sidechain_loss",
     "structural_violation_loss",
     "structure_module_loss",

@@ -80,7 +80,7 @@ class InvariantPointAttention(nn.Module):
         """
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
         rigids = rigids.astype(at_least_float32(*(x.dtype for x in (single, pair, *rigids) if x is not None)))
-        rigids = _centre(rigids, mask)
+        rigids = centre(rigids, mask)
         if self.config.position_scale != 1:
             rigids = rigids.scale_translation(1 / self.config.position_scale)
         pair_bias_weight, point_weights = self.logit_weights()
@@ -95,8 +95,8 @@ class InvariantPointAttention(nn.Module):
         )
         if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum as before
             o_pair = self.down_z(o_pair)
-        features = self._features(o, rigids.apply_inverse(o_points), o_pair)
-        output = self.output_projection(features).to(single.dtype)  # line 11
+        read = features(self.config, o, rigids.apply_inverse(o_points), o_pair)
+        output = self.output_projection(read).to(single.dtype)  # line 11
         return (output, *attention) if return_attention else output
 
     def project(self, single: Float[Tensor, "*B N c_s"], rigids: Rigid) -> Projections:
@@ -121,15 +121,13 @@ class InvariantPointAttention(nn.Module):
         return pair_bias_weight, F.softplus(gamma.to(at_least_float32(gamma.dtype)))
 
     def _project_monomer(self, single: Float[Tensor, "*B N c_s"]) -> Projections:
-        c = self.config
-        q, kv = (x.unflatten(-1, (c.num_head, -1)) for x in (self.q_scalar(single), self.kv_scalar(single)))
-        q_points, kv_points = (
-            torch.movedim(x.unflatten(-1, (3, c.num_head, -1)), -3, -1)
-            for x in (self.q_point_local(single), self.kv_point_local(single))
+        packed = (
+            self.q_scalar(single),
+            self.kv_scalar(single),
+            self.q_point_local(single),
+            self.kv_point_local(single),
         )
-        k, v = kv.split([c.num_scalar_qk, c.num_scalar_v], -1)
-        k_points, v_points = kv_points.split([c.num_point_qk, c.num_point_v], -2)
-        return q, k, v, q_points, k_points, v_points
+        return unpack_monomer(self.config, *packed)
 
     def _project_multimer(self, single: Float[Tensor, "*B N c_s"]) -> Projections:
         return (
@@ -140,22 +138,6 @@ class InvariantPointAttention(nn.Module):
             self.k_point_projection(single),
             self.v_point_projection(single),
         )
-
-    def _features(
-        self,
-        o: Float[Tensor, "*B N H Cv"],
-        o_points: Float[Tensor, "*B N H Pv 3"],
-        o_pair: Float[Tensor, "*B N H c_z"] | None,
-    ) -> Float[Tensor, "*B N features"]:
-        """What line 11 projects: o, local points by coordinate, their lengths, o_pair, each with heads outermost."""
-        length2 = torch.sum(o_points * o_points, -1)
-        if self.config.norm_form == "add":
-            lengths = torch.sqrt(length2 + self.config.norm_epsilon)
-        else:
-            lengths = torch.sqrt(torch.clamp(length2, min=self.config.norm_epsilon**2))
-        x, y, z = o_points.unbind(-1)
-        features = (o, x, y, z, lengths) if o_pair is None else (o, x, y, z, lengths, o_pair)
-        return torch.cat([f.flatten(-2) for f in features], -1)
 
 
 class PointProjection(nn.Module):
@@ -171,7 +153,38 @@ class PointProjection(nn.Module):
         return self.point_projection(single).unflatten(-1, (3, -1)).transpose(-1, -2)
 
 
-def _centre(rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
+def unpack_monomer(config: IPAConfig, q: Tensor, kv: Tensor, q_points: Tensor, kv_points: Tensor) -> Projections:
+    """The monomer's four projections (*B, N, channels) as six, heads apart and points' coordinates last."""
+    q, kv = (x.unflatten(-1, (config.num_head, -1)) for x in (q, kv))
+    q_points, kv_points = (
+        torch.movedim(x.unflatten(-1, (3, config.num_head, -1)), -3, -1) for x in (q_points, kv_points)
+    )
+    k, v = kv.split([config.num_scalar_qk, config.num_scalar_v], -1)
+    k_points, v_points = kv_points.split([config.num_point_qk, config.num_point_v], -2)
+    return q, k, v, q_points, k_points, v_points
+
+
+def features(
+    config: IPAConfig,
+    o: Float[Tensor, "*B N H Cv"],
+    o_points: Float[Tensor, "*B N H Pv 3"],
+    o_pair: Float[Tensor, "*B N H c_z"] | None,
+) -> Float[Tensor, "*B N features"]:
+    """What line 11 projects: o, local points by coordinate, their lengths, o_pair, each with heads outermost."""
+    x, y, z = o_points.unbind(-1)
+    parts = (o, x, y, z, lengths(config, o_points), *(() if o_pair is None else (o_pair,)))
+    return torch.cat([part.flatten(-2) for part in parts], -1)
+
+
+def lengths(config: IPAConfig, points: Float[Tensor, "*B 3"]) -> Float[Tensor, "*B"]:
+    """Of points, never zero, in the config's norm."""
+    length2 = torch.sum(points * points, -1)
+    if config.norm_form == "add":
+        return torch.sqrt(length2 + config.norm_epsilon)
+    return torch.sqrt(torch.clamp(length2, min=config.norm_epsilon**2))
+
+
+def centre(rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
     """Frames moved so that their masked mean is the origin, which costs nothing and spares far coordinates' bits.
 
     The attention does not change when all frames move alike, so no gradient need pass through the mean.

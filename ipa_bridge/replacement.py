@@ -1,0 +1,49 @@
+"""What was replaced in somebody's model: one row a layer, a table for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ReplacedLayer:
+    """One layer that computes as ours does now."""
+
+    path: str
+    """Where it lies in the model; "" for the model itself."""
+    system: str
+    """Whose it is."""
+    layer: str
+    """What it is, its class for instance."""
+    dtype: str
+    """Of its parameters."""
+    error: float | None
+    """How far it is from the layer before on random input, in epsilons of the dtype; None where nobody looked."""
+
+
+@dataclass(frozen=True)
+class ReplacementReport:
+    """Every layer that was replaced, and what looked like one and was left alone."""
+
+    replaced: tuple[ReplacedLayer, ...]
+    left_alone: dict[str, str] = field(default_factory=dict)
+    """Path to the reason."""
+
+    def __str__(self) -> str:
+        rows = [("layer", "whose", "class", "dtype", "before and after")]
+        rows += [
+            (
+                x.path or "the model itself",
+                x.system,
+                x.layer,
+                x.dtype,
+                "not compared" if x.error is None else f"{x.error:.1f} eps apart",
+            )
+            for x in self.replaced
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"left alone: {path or 'the model itself'}: {reason}" for path, reason in self.left_alone.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__

@@ -1,0 +1,599 @@
+"""Other people's layers computing as ours: the same function, the same parameters, and back again."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ipa_bridge import semantics
+from ipa_bridge.config import IPABlockConfig, IPAConfig, StructureModuleConfig
+from ipa_bridge.dialects import named
+from ipa_bridge.weights import Weights
+from ipa_parity import peers
+from ipa_parity.cases import ODD, ODD_NO_BIAS, make_case
+from ipa_parity.report import compare
+
+torch = pytest.importorskip("torch")
+from torch import nn
+
+import ipa_torch
+from ipa_torch.replace import VERIFIED_WITHIN
+
+ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+class Rotation:
+    """As OpenFold's, float32 whatever it is given."""
+
+    def __init__(self, rot_mats, quats=None):
+        assert quats is None
+        self.rot_mats = rot_mats.float()
+
+    def get_rot_mats(self):
+        return self.rot_mats
+
+
+class Rigid:
+    """As OpenFold's."""
+
+    def __init__(self, rots, trans):
+        self.rots, self.trans = rots, trans.float()
+
+    def get_rots(self):
+        return self.rots
+
+    def get_trans(self):
+        return self.trans
+
+
+class Array:
+    def __init__(self, x):
+        self.x = x
+
+    def to_tensor(self):
+        return self.x
+
+
+class Rigid3Array:
+    """As OpenFold's in its multimer models."""
+
+    def __init__(self, rotation, translation):
+        self.rotation, self.translation = Array(rotation), Array(translation)
+
+    @classmethod
+    def from_tensor_4x4(cls, x):
+        return cls(x[..., :3, :3], x[..., :3, 3])
+
+
+class Projection(nn.Module):
+    """OpenFold 2's point projection, whose linear layer lies within."""
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.linear = nn.Linear(*widths)
+
+
+class OpenFold(nn.Module):
+    """OpenFold's signature and parameters' names; the maths is float64 numpy's, written from its conventions."""
+
+    dialect = "openfold"
+
+    def __init__(self, config: IPAConfig, *, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.function, self.eps, self.inf = replace(config, norm_epsilon=eps), eps, 1e5
+        for name, (theirs, transform) in named(self.dialect).names(config).items():
+            if theirs.endswith(".weight"):
+                *inner, layer, _ = theirs.split(".")
+                bias = name.replace("/weights", "/bias") in named(self.dialect).names(config)
+                linear = nn.Linear(*transform.their_shape[::-1], bias=bias)
+                parent = self
+                for step in inner:
+                    parent = parent._modules.setdefault(step, nn.Module())
+                parent.add_module(layer, linear)
+        self.head_weights = nn.Parameter(torch.zeros(config.num_head))
+
+    def forward(
+        self, s, z, r, mask, inplace_safe=False, _offload_inference=False, _z_reference_list=None
+    ) -> torch.Tensor:
+        if isinstance(r, Rigid3Array):
+            rotation, translation = r.rotation.to_tensor(), r.translation.to_tensor()
+        else:
+            rotation, translation = r.get_rots().get_rot_mats(), r.get_trans()
+        p = {name: x.detach().double().numpy() for name, x in self.named_parameters()}
+        arrays = (x.detach().double().numpy()[0] for x in (s, z, rotation, translation, mask))
+        out = semantics.attention(self.dialect, p, self.function, *arrays)
+        return torch.from_numpy(out)[None].to(s.dtype)
+
+
+class OpenFold1(OpenFold):
+    dialect = "openfold_v1"
+
+
+class FrameDiff(OpenFold):
+    dialect = "framediff"
+
+    def forward(self, s, z, r, mask, _offload_inference=False, _z_reference_list=None) -> torch.Tensor:
+        return super().forward(s, z, r, mask)
+
+
+DOWN_Z = replace(ONE_WIDTH, pair_channel=8, pair_value_channel=2)
+MULTIMER = replace(ONE_WIDTH, layout="multimer", scalar_bias=False, norm_form="clamp")
+STAND_INS = {
+    "OpenFold 2": (OpenFold, ONE_WIDTH),
+    "OpenFold 2 multimer": (OpenFold, MULTIMER),
+    "OpenFold 1": (OpenFold1, ONE_WIDTH),
+    "FrameDiff": (FrameDiff, DOWN_Z),
+}
+
+
+def rigids(case):
+    tensors = [torch.from_numpy(x) for x in (case.rotation, case.translation)]
+    return Rigid3Array(*tensors) if case.config.layout == "multimer" else Rigid(Rotation(tensors[0]), tensors[1])
+
+
+def stand_in(which: str, dtype=np.float32):
+    """A layer with weights, its inputs, and our own module with the same."""
+    kind, config = STAND_INS[which]
+    case = make_case(which, config, (1, 7)).astype(np.dtype(dtype).name)
+    layer = kind(config).to(torch.from_numpy(case.single).dtype)
+    layer.load_state_dict(case.weights.to_torch(dialect=kind.dialect))
+    ours = ipa_torch.InvariantPointAttention(config).to(layer.head_weights.dtype)
+    ours.load_state_dict(case.weights.to_torch())
+    return layer, ours, case
+
+
+@pytest.mark.parametrize("implementation", [None, "streamed", "reference"])
+@pytest.mark.parametrize("which", STAND_INS)
+def test_layers_of_openfold_and_framediff(which, implementation):
+    """Against the oracle by their own forward, and with gradients against our module."""
+    layer, ours, case = stand_in(which, np.float64)
+    before = copy.deepcopy(layer)
+    report = ipa_torch.replace_ipa(layer, implementation=implementation)
+    assert [(x.path, x.system) for x in report.replaced] == [("", which.removesuffix(" multimer"))]
+    assert report.replaced[0].error <= VERIFIED_WITHIN[torch.float64]
+    assert not report.left_alone
+    single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
+    arguments = (single, pair, rigids(case), mask.double())
+    judge(layer(*arguments), before(*arguments), case.mask)
+
+    inputs = [single.requires_grad_(), pair.requires_grad_()]
+    frames = ipa_torch.Rigid(*(torch.from_numpy(x) for x in (case.rotation, case.translation)))
+    if case.config.layout == "monomer":  # as theirs
+        frames = frames.astype(torch.float32)
+    cotangent = torch.from_numpy(case.cotangent)
+    # Our own module centres frames in their dtype, the layer those that its inputs have made float64.
+    expected = torch.autograd.grad(
+        (ours(*inputs, frames.astype(torch.float64), mask) * cotangent).sum(), [*inputs, *ours.parameters()]
+    )
+    actual = torch.autograd.grad(
+        (layer(single, pair, *arguments[2:]) * cotangent).sum(), [*inputs, *layer.parameters()]
+    )
+    canonical = {name: x.numpy() for (name, _), x in zip(ours.named_parameters(), expected[2:], strict=True)}
+    theirs = {name: x.numpy() for (name, _), x in zip(layer.named_parameters(), actual[2:], strict=True)}
+    ported = Weights.from_torch(
+        {name: torch.from_numpy(x) for name, x in canonical.items()}, dialect="ipa_torch", config=case.config
+    ).to_torch(dialect=layer.dialect)
+    for x, y in zip(actual[:2], expected[:2], strict=True):
+        judge(x, y, None, "gradient/input")
+    assert set(ported) == set(theirs)
+    for name, x in theirs.items():
+        if name == "linear_b.bias":
+            assert not x.any()
+        else:
+            judge(x, ported[name], None, f"gradient/{name}")
+
+
+def judge(actual, expected, mask, stage="out", dtype="float64", **options):
+    actual, expected = (x.detach().numpy() if isinstance(x, torch.Tensor) else x for x in (actual, expected))
+    meaningful = None if mask is None else np.broadcast_to(mask[..., None], actual.shape)
+    names = {"case": "replaced", "stage": stage, "dtype": dtype, "subject": "after", "reference": "before"}
+    row = compare(actual, expected, **names, meaningful=meaningful, **options)
+    assert row.passed, str(row)
+
+
+def test_their_flags_are_taken():
+    """In their order and by name; the pair in a list, from which nobody else holds it."""
+    layer, _, case = stand_in("OpenFold 2")
+    ipa_torch.replace_ipa(layer)
+    single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
+    plain = layer(single, pair, rigids(case), mask)
+    for flags, options in (
+        ((True,), {}),
+        ((), {"inplace_safe": True}),
+        ((), {"_offload_inference": True, "_z_reference_list": None}),
+    ):
+        assert torch.equal(layer(single, pair, rigids(case), mask, *flags, **options), plain)
+    assert torch.equal(layer(single, None, rigids(case), mask, True, True, [pair]), plain)
+    assert torch.equal(layer(s=single, z=None, r=rigids(case), mask=mask, _z_reference_list=[pair]), plain)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("pair", [True, False])
+def test_lucidrains_attention(pair, dtype, monkeypatch):
+    """Its own call, masked rows and gradients included."""
+    pytest.importorskip("invariant_point_attention")
+    config = ODD_NO_BIAS if pair else replace(ODD_NO_BIAS, pair_channel=None)
+    case = make_case("lucidrains", config, (2, 7)).astype(dtype)
+    assert not case.mask.all()
+    everywhere = replace(case, cotangent=np.random.default_rng(1).standard_normal(case.single.shape).astype(dtype))
+    before = peers.run_lucidrains(everywhere)
+    after = with_swapped(monkeypatch, "lucidrains_module", peers.run_lucidrains, everywhere)
+    assert_same(before, after, dtype)
+
+
+@pytest.mark.parametrize("implementation", ["streamed", "reference"])
+def test_esmfolds_attention(implementation, monkeypatch):
+    pytest.importorskip("transformers")
+    case = make_case("ESMFold", ONE_WIDTH, (2, 7)).astype("float32")
+    case = replace(case, cotangent=case.cotangent * case.mask[..., None])
+    before = peers.run_esmfold(case)
+    after = with_swapped(monkeypatch, "esmfold_module", peers.run_esmfold, case, implementation=implementation)
+    after["out"] = np.where(case.mask[..., None], after["out"], before["out"])  # there they differ by rounding of 1e5
+    assert_same(before, after, "float32")
+
+
+def with_swapped(monkeypatch, maker: str, run, case, **options):
+    make = getattr(peers, maker)
+
+    def swapped(*arguments):
+        module = make(*arguments)
+        ipa_torch.replace_ipa(module, **options)
+        return module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peers, maker, swapped)
+        return run(case)
+
+
+def assert_same(before, after, dtype):
+    assert set(before) == set(after)
+    for stage, x in before.items():
+        if stage == "gradient/attention_2d/bias":  # zero, or a sum that cancels to rounding
+            assert not after[stage].any()
+        else:
+            judge(after[stage], x, None, stage, dtype)
+
+
+def test_a_block_keeps_its_call():
+    """The attention inside another system's block, found by its path, at a length that streams."""
+    pytest.importorskip("invariant_point_attention")
+    from invariant_point_attention import IPABlock
+
+    torch.manual_seed(0)
+    block = IPABlock(dim=16, heads=2, require_pairwise_repr=False)
+    arguments = {"rotations": torch.eye(3).expand(1, 130, 3, 3), "translations": torch.randn(1, 130, 3)}
+    x, mask = torch.randn(1, 130, 16), torch.arange(130)[None] < 120
+    with pytest.warns(FutureWarning):
+        before = block(x, **arguments, mask=mask)
+    report = ipa_torch.replace_ipa(block)
+    assert [x.path for x in report.replaced] == ["attn"]
+    judge(block(x, **arguments, mask=mask), before, None, "act", "float32")
+    assert Weights.from_torch(block.state_dict()).config == IPABlockConfig.lucidrains(
+        16, heads=2, require_pairwise_repr=False
+    )
+
+
+@pytest.fixture(scope="module")
+def esmfold():
+    """Hugging Face's model, a small trunk around a whole structure module with weights of the size of trained ones."""
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        model = importlib.import_module("swap_esmfold").small_esmfold()
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    weights = Weights.random(StructureModuleConfig.alphafold2())
+    model.trunk.structure_module.load_state_dict(weights.to_torch(dialect="esmfold"))
+    return model
+
+
+@pytest.fixture
+def swapped(esmfold):
+    model = copy.deepcopy(esmfold)
+    report = ipa_torch.replace_ipa(model)
+    assert [(x.path, x.system) for x in report.replaced] == [("trunk.structure_module.ipa", "ESMFold")]
+    return model
+
+
+SEQUENCE = torch.arange(110)[None] * 7 % 20
+STAGES = {
+    "positions": "atom14",
+    "sidechain_frames": "atom14",
+    "angles": "angles",
+    "unnormalized_angles": "unnormalized_angles",
+    "states": "act",
+    "lddt_head": "act",
+    "plddt": "act",
+    "frames": "rotation",
+}
+
+
+def test_esmfold_predicts_the_same(esmfold, swapped):
+    attention_mask = (torch.arange(110)[None] < 100).long()
+    with torch.no_grad():
+        before, after = (model(SEQUENCE, attention_mask=attention_mask) for model in (esmfold, swapped))
+    assert set(before) == set(after)
+    for name in before:
+        assert before[name].shape == after[name].shape
+        if name in STAGES:
+            valid = attention_mask[0].bool().numpy()
+            axis = before[name].shape.index(110)
+            x, y = (np.moveaxis(z[name].numpy(), axis, 0)[valid] for z in (after, before))
+            judge(x, y, None, STAGES[name], "float32")
+        else:
+            torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-4)
+
+
+def test_esmfold_learns_the_same(esmfold, swapped):
+    """Gradients of a loss on its atoms, to every parameter that has one; in float32 through its ReLUs."""
+    from ipa_parity.tolerance import KINKED
+
+    gradients = []
+    for model in (esmfold, swapped):
+        model = copy.deepcopy(model)
+        positions = model(SEQUENCE).positions
+        loss = (positions[-1] ** 2).mean() + positions.abs().mean()
+        loss.backward()
+        gradients.append({name: x.grad for name, x in model.named_parameters() if x.grad is not None})
+    before, after = gradients
+    assert set(before) == set(after)
+    assert sum("structure_module.ipa" in name for name in before) == 13
+    largest = max(x.norm() for x in before.values())
+    for name, x in before.items():
+        if name.endswith("ipa.linear_b.bias"):
+            assert not after[name].any()
+        elif x.norm() < 1e-6 * largest:  # as that of a bias that a softmax removes: rounding
+            assert after[name].norm() < 1e-6 * largest
+        else:
+            judge(after[name], x, None, f"gradient/{name}", "float32", norm="euclidean", conditioning=KINKED)
+
+
+def test_a_checkpoint_is_the_same(esmfold, swapped, tmp_path):
+    """Saved after the swap, loaded into the class as it is."""
+    swapped.save_pretrained(tmp_path)
+    loaded = type(esmfold).from_pretrained(tmp_path)
+    expected = esmfold.state_dict()
+    assert list(loaded.state_dict()) == list(expected) == list(swapped.state_dict())
+    assert all(torch.equal(x, expected[name]) for name, x in loaded.state_dict().items())
+    assert type(loaded.trunk.structure_module.ipa) is type(esmfold.trunk.structure_module.ipa)
+    swapped.load_state_dict(expected, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(esmfold, dtype):
+    """Ours is nearer to float32 than the bound of half precision, with half weights and under autocast."""
+    layer = copy.deepcopy(esmfold.trunk.structure_module.ipa)
+    (row,) = ipa_torch.replace_ipa(copy.deepcopy(layer).to(dtype)).replaced
+    assert row.dtype == str(dtype).removeprefix("torch.")
+    assert row.error <= 1
+    swapped = copy.deepcopy(layer)
+    ipa_torch.replace_ipa(swapped)
+    from transformers.models.esm.openfold_utils import Rigid, Rotation
+
+    case = make_case("half", IPAConfig.alphafold2(), (1, 110)).astype("float32")
+    single, pair, rotation, translation, mask = (
+        torch.from_numpy(x) for x in (case.single, case.pair, case.rotation, case.translation, case.mask)
+    )
+    frames = Rigid(Rotation(rot_mats=rotation), translation)
+    with torch.no_grad():
+        expected = layer(single, pair, frames, mask.float())
+        with torch.autocast("cpu", dtype):
+            actual = swapped(single.to(dtype), pair.to(dtype), frames, mask.float())
+    assert actual.dtype == dtype
+    name = str(dtype).removeprefix("torch.")
+    judge(actual.float(), expected, case.mask, "out", name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of what ESMFold's own rigids do
+def test_it_compiles(esmfold, swapped):
+    """The layer as one graph, and the structure module around it, which is not one."""
+    from transformers.models.esm.openfold_utils import Rigid, Rotation
+
+    layer = swapped.trunk.structure_module.ipa
+    case = make_case("compiled", IPAConfig.alphafold2(), (1, 110)).astype("float32")
+    single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
+    frames = Rigid(Rotation(rot_mats=torch.from_numpy(case.rotation)), torch.from_numpy(case.translation))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        judge(
+            compiled(single, pair, frames, mask.float()),
+            layer(single, pair, frames, mask.float()),
+            None,
+            "out",
+            "float32",
+        )
+        whole = torch.compile(swapped.trunk.structure_module, backend="aot_eager")
+        inputs = {"single": single, "pair": pair}
+        after = whole(inputs, SEQUENCE)["positions"]
+        before = esmfold.trunk.structure_module(inputs, SEQUENCE)["positions"]
+    judge(after, before, None, "atom14", "float32")
+    torch._dynamo.reset()
+
+
+def test_everything_of_a_layer_stays(esmfold):
+    """The object, its tensors, hooks, an optimiser's state; copies and pickles; and the way back."""
+    model = copy.deepcopy(esmfold)
+    layer = model.trunk.structure_module.ipa
+    kind, tensors, keys = type(layer), dict(layer.named_parameters()), list(model.state_dict())
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append("layer"))
+    layer.linear_q.register_forward_hook(lambda *_: seen.append("linear_q"))
+    optimizer = torch.optim.Adam(model.parameters())
+    random_state = torch.random.get_rng_state()
+    ipa_torch.replace_ipa(model)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert not seen, "comparing must not call hooks"
+    assert model.trunk.structure_module.ipa is layer
+    assert isinstance(layer, kind)
+    assert all(x is tensors[name] for name, x in layer.named_parameters())
+    assert list(model.state_dict()) == keys
+    model(SEQUENCE).positions.square().mean().backward()
+    assert seen == ["linear_q", "layer"] * 8
+    before = layer.linear_kv.weight.clone()
+    optimizer.step()
+    assert not torch.equal(layer.linear_kv.weight, before)
+    del layer._forward_hooks, layer.linear_q._forward_hooks
+    layer._forward_hooks, layer.linear_q._forward_hooks = {}, {}
+    for copied in (copy.deepcopy(model).trunk.structure_module.ipa, pickle.loads(pickle.dumps(layer))):
+        assert type(copied) is type(layer)
+        assert copied.linear_q.weight is not layer.linear_q.weight
+        assert all(torch.equal(x, tensors[name]) for name, x in copied.named_parameters())
+        assert copied._ipa_twins == layer._ipa_twins
+        assert ipa_torch.restore_ipa(copied) == [""]
+        assert type(copied) is kind
+    assert ipa_torch.restore_ipa(model) == ["trunk.structure_module.ipa"]
+    assert type(layer) is kind
+    assert "_ipa_twins" not in vars(layer)
+    assert ipa_torch.restore_ipa(model) == []
+
+
+def test_again_changes_the_implementation():
+    layer, _, _ = stand_in("OpenFold 2")
+    kind = type(layer)
+    for implementation in ("reference", "streamed", None):
+        ipa_torch.replace_ipa(layer, implementation=implementation)
+        assert layer._ipa_twins.implementation == implementation
+        assert type(layer).__bases__[1] is kind
+    ipa_torch.restore_ipa(layer)
+    assert type(layer) is kind
+    with pytest.raises(ValueError, match="implementation"):
+        ipa_torch.replace_ipa(layer, implementation="fastest")
+
+
+class WithoutPair(OpenFold):
+    """OpenFold's parameters, but its bias is dropped."""
+
+    def forward(self, s, z, r, mask) -> torch.Tensor:
+        return super().forward(s, 0 * z, r, mask)
+
+
+class OtherEpsilon(OpenFold):
+    """Says one, computes another."""
+
+    def __init__(self, config):
+        super().__init__(config, eps=1.0)
+        self.eps = 1e-8
+
+
+@pytest.mark.parametrize("kind", [WithoutPair, OtherEpsilon])
+def test_another_function_is_seen_and_nothing_replaced(kind):
+    """Also while the output layer is zero, as it starts, where all outputs are equal."""
+    torch.manual_seed(0)
+    for start in (nn.init.zeros_, None):
+        model = nn.ModuleDict({"right": OpenFold(ONE_WIDTH), "wrong": kind(ONE_WIDTH)})
+        for layer in model.values():
+            if start is not None:
+                start(layer.linear_out.weight)
+        with pytest.raises(ValueError, match=rf"wrong: this {kind.__name__} .* another function.*nothing was replaced"):
+            ipa_torch.replace_ipa(model)
+        assert [type(x) for x in model.values()] == [OpenFold, kind]
+        assert len(ipa_torch.replace_ipa(model, verify=False).replaced) == 2
+        assert all(x.error is None for x in ipa_torch.replace_ipa(model, verify=False).replaced)
+
+
+class OtherCall(OpenFold):
+    def forward(self, s, pair, r, mask) -> torch.Tensor:
+        return super().forward(s, pair, r, mask)
+
+
+class SomePointAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(2, 2)
+
+
+def hooked(layer):
+    layer.forward = lambda *arguments: None
+    return layer
+
+
+def with_adapters(layer):
+    layer.linear_q.lora_A = nn.Linear(2, 2)
+    return layer
+
+
+def without_epsilon(layer):
+    del layer.eps
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: OtherCall(ONE_WIDTH), "its forward takes s, pair, r, mask, and not s, z, r, mask first"),
+        (lambda: hooked(OpenFold(ONE_WIDTH)), "its forward was replaced on this very object"),
+        (lambda: with_adapters(OpenFold(ONE_WIDTH)), r"missing, misshapen or of another are linear_q\.lora_A"),
+        (lambda: without_epsilon(OpenFold(ONE_WIDTH)), "it does not tell its epsilon"),
+        (SomePointAttention, "its parameters have the names of no system that is known here"),
+        (lambda: ipa_torch.InvariantPointAttention(ODD), "it is this project's own"),
+    ],
+)
+def test_what_is_left_alone_and_why(make, reason):
+    model = nn.ModuleDict({"known": OpenFold(ONE_WIDTH), "other": make()})
+    report = ipa_torch.replace_ipa(model, verify=False)
+    assert [x.path for x in report.replaced] == ["known"]
+    assert list(report.left_alone) == ["other"]
+    assert re.search(reason, report.left_alone["other"])
+    assert report.left_alone["other"] in str(report)
+    with pytest.raises(ValueError, match=rf"was expected somewhere.*(?s:.)*other: .*{reason}"):
+        ipa_torch.replace_ipa(nn.ModuleDict({"other": make()}))
+
+
+def test_a_model_without_one():
+    with pytest.raises(ValueError, match=r"was expected somewhere in this Linear; there is none$"):
+        ipa_torch.replace_ipa(nn.Linear(2, 2))
+
+
+def test_a_layer_without_numbers_cannot_be_compared():
+    layer = OpenFold(ONE_WIDTH).to("meta")
+    with pytest.raises(ValueError, match=r"float32 on meta: pass verify=False"):
+        ipa_torch.replace_ipa(layer)
+    assert type(layer) is OpenFold
+    ipa_torch.replace_ipa(layer, verify=False)
+
+
+class Unrunnable(OpenFold):
+    def forward(self, s, z, r, mask) -> torch.Tensor:
+        raise RuntimeError("not today")
+
+
+def test_a_layer_that_does_not_run_cannot_be_compared():
+    with pytest.raises(ValueError, match=r"RuntimeError: not today; pass verify=False"):
+        ipa_torch.replace_ipa(Unrunnable(ONE_WIDTH))
+
+
+def test_the_pairs_bias_must_stay_a_linear_layer():
+    """Of a wrapper put around it later only the inner weight would be read."""
+    layer, _, case = stand_in("OpenFold 2")
+    ipa_torch.replace_ipa(layer)
+
+    class Wrapper(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+    layer.linear_b = Wrapper(layer.linear_b)
+    with pytest.raises(NotImplementedError, match="Wrapper"):
+        layer(*(torch.from_numpy(x) for x in (case.single, case.pair)), rigids(case), torch.from_numpy(case.mask))
+
+
+def test_no_other_package_is_imported():
+    code = """
+import sys, torch, ipa_torch, ipa_bridge
+from ipa_bridge import IPAConfig
+try: ipa_torch.replace_ipa(torch.nn.Linear(1, 1))
+except ValueError: pass
+foreign = {"transformers", "alphafold", "openfold", "invariant_point_attention", "jax", "haiku"} & set(sys.modules)
+assert not foreign, foreign
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
