@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,6 +207,19 @@ def alphafold_structure_module(inputs: Inputs) -> Calls:
     return jax_calls(forward, weights.to_haiku(), inputs.single, inputs.pair)
 
 
+def swapped_alphafold_structure_module(inputs: Inputs) -> Calls:
+    """The same, compiled while it builds our attention."""
+    import ipa_jax
+
+    calls = alphafold_structure_module(inputs)
+
+    def ready(direction: str) -> Timed:
+        with ipa_jax.replace_alphafold_ipa(verify=False):
+            return calls[direction]()
+
+    return {direction: partial(ready, direction) for direction in calls}
+
+
 def our_torch_structure_module(inputs: Inputs) -> Calls:
     """`ipa_torch`'s structure module."""
     import ipa_torch
@@ -217,9 +231,13 @@ def our_torch_structure_module(inputs: Inputs) -> Calls:
     return torch_calls(module, lambda single, pair: module(single, pair, aatype, mask).atom14[-1], inputs)
 
 
-def esmfold_structure_module(inputs: Inputs) -> Calls:
-    """`transformers`' EsmFold structure module."""
+def esmfold_structure_module(inputs: Inputs, *, swapped: bool = False) -> Calls:
+    """`transformers`' EsmFold structure module, as it is or with our attention."""
     module = peers.esmfold_structure_module(Weights.random(StructureModuleConfig.alphafold2()))
+    if swapped:
+        import ipa_torch
+
+        ipa_torch.replace_ipa(module)
     aatype, mask = torch_tensor(inputs.aatype)[None], torch_tensor(inputs.mask)[None].float()
 
     def forward(single: Any, pair: Any) -> Any:
@@ -244,8 +262,10 @@ MODULES: dict[str, tuple[System, ...]] = {
     "structure-module": (
         System("ipa_jax", "jax", AF, our_haiku_structure_module),
         System(AF, "jax", AF, alphafold_structure_module),
+        System("AlphaFold, swapped (jit)", "jax", AF, swapped_alphafold_structure_module),
         System("ipa_torch", "torch", ESM, our_torch_structure_module),
         System(ESM, "torch", ESM, esmfold_structure_module),
+        System("ESMFold, swapped", "torch", ESM, partial(esmfold_structure_module, swapped=True)),
     ),
 }
 """By module; names are unique within one."""

@@ -131,6 +131,8 @@ def main() -> None:
         print(report)
         after = predict(params, key, batch)["structure_module"]["final_atom_positions"]
     furthest = np.abs(after - before).max()
+    if not furthest <= 1e-4 * np.abs(before).max():
+        raise SystemExit(f"before and after are {furthest} apart: there is no speed to speak of")
     print(f"no atom of 64 residues moves by more than {furthest:.0e} Å in {np.abs(before).max():.0f}")
     print(table(prepare, args.residues, args.repeats, backward=args.backward))
 

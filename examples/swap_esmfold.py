@@ -84,6 +84,8 @@ def main() -> None:
         print(ipa_torch.replace_ipa(model))
         after = model(sequence)
     furthest = (after.positions - before.positions).abs().max()
+    if not furthest <= 1e-4 * before.positions.abs().max():
+        raise SystemExit(f"before and after are {furthest} apart: there is no speed to speak of")
     print(f"no atom of 128 residues moves by more than {furthest:.0e} Å in {before.positions.abs().max():.0f}")
     print(table(prepare, args.residues, args.repeats, backward=args.backward))
 

@@ -39,11 +39,17 @@ class AlphaFoldReplacement:
         report: what was replaced, and how far before and after are apart.
     """
 
-    def __init__(self, report: ReplacementReport, before: dict[ModuleType, Any]) -> None:
+    def __init__(
+        self, report: ReplacementReport, before: dict[ModuleType, Any], installed: dict[ModuleType, Any]
+    ) -> None:
         self.report = report
-        self._before = before
+        self._before, self._installed = before, installed
 
     def __enter__(self) -> ReplacementReport:
+        if not self._before:
+            raise ValueError(
+                "a replacement that holds was expected; this one is undone: call replace_alphafold_ipa again"
+            )
         return self.report
 
     def __exit__(
@@ -55,7 +61,17 @@ class AlphaFoldReplacement:
         return str(self.report)
 
     def restore(self) -> None:
-        """Gives AlphaFold back the attentions that it had before; the second time it does nothing."""
+        """Gives AlphaFold back the attentions that it had before; the second time it does nothing.
+
+        Raises:
+            ValueError: somebody has put another attention there since; nothing is changed then.
+        """
+        for module in self._before:
+            if module.InvariantPointAttention is not self._installed[module]:
+                raise ValueError(
+                    f"{module.__name__}: the attention that was put there was expected; there is another one since "
+                    f"({module.InvariantPointAttention!r}): undo that first"
+                )
         for module, attention in self._before.items():
             module.InvariantPointAttention = attention  # type: ignore[attr-defined]
         if self._before:
@@ -71,7 +87,8 @@ def replace_alphafold_ipa(*, implementation: str | None = None, verify: bool = T
         with ipa_jax.replace_alphafold_ipa():
             result = model_runner.predict(features, random_seed=0)
 
-    Parameters keep their names and shapes, so that published ones go on loading. What was traced before is another
+    Parameters keep their names and shapes, so that published ones go on loading; a fresh `init` draws other numbers of
+    the same distribution. What was traced before is another
     program: JAX's caches are cleared, here and when it is undone, so that jitted functions are traced again when they
     are called next. Executables that were compiled ahead of time stay what they are.
 
@@ -84,7 +101,10 @@ def replace_alphafold_ipa(*, implementation: str | None = None, verify: bool = T
             is replaced then.
     """
     choose_implementation(implementation, VERIFIED_ON)
-    modules = {name: importlib.import_module(name) for name in MODULES if _exists(name)}
+    try:
+        modules = {name: importlib.import_module(name) for name in MODULES if _exists(name)}
+    except ImportError as broken:
+        raise ValueError(f"AlphaFold's package could not be imported as it is installed: {broken}") from broken
     if not modules:
         raise ValueError(
             f"DeepMind's or ColabFold's package alphafold was expected, with {' or '.join(MODULES)}; neither can be "
@@ -100,7 +120,7 @@ def replace_alphafold_ipa(*, implementation: str | None = None, verify: bool = T
     for module, attention in ours.items():
         module.InvariantPointAttention = attention  # type: ignore[attr-defined]
     jax.clear_caches()
-    return AlphaFoldReplacement(ReplacementReport(tuple(rows)), before)
+    return AlphaFoldReplacement(ReplacementReport(tuple(rows)), before, ours)
 
 
 def _exists(name: str) -> bool:
@@ -138,6 +158,7 @@ def _adapted(original: Any, layout: Layout, implementation: str | None) -> Any:
 
     def attend(self: Any, single: Array, pair: Array, mask: Array, rigids: Rigid) -> Any:
         self.config = replace(self.config, pair_channel=pair.shape[-1])
+        single = single.astype(jnp.promote_types(single.dtype, rigids.translation.dtype))  # in which theirs returns
         return InvariantPointAttention.__call__(self, single, pair, rigids, mask[..., 0])
 
     class Monomer(Adapted):
@@ -172,7 +193,7 @@ def _verify(where: str, original: Any, adapted: Any, layout: Layout) -> float:
     drawn = [rng.standard_normal((VERIFIED_ON, config.num_channel))]
     drawn += [rng.standard_normal((VERIFIED_ON, VERIFIED_ON, config.pair_channel or 0))]
     arrays = [x.astype(np.float32) for x in (*drawn, valid[:, None], *frames)]
-    widths = SimpleNamespace(**_widths(config))
+    widths, params = SimpleNamespace(**_widths(config)), Weights.random(config).to_haiku()
 
     def run(attention: Any) -> np.ndarray:
         def forward(single: Array, pair: Array, mask: Array, rotation: Array, translation: Array) -> Array:
@@ -181,9 +202,7 @@ def _verify(where: str, original: Any, adapted: Any, layout: Layout) -> float:
             )
 
         transformed: Any = hk.without_apply_rng(hk.transform(forward))
-        return np.asarray(transformed.apply(Weights.random(config).to_haiku(), *map(jnp.asarray, arrays)), np.float64)[
-            valid
-        ]
+        return np.asarray(jax.jit(transformed.apply)(params, *arrays), np.float64)[valid]
 
     # Multimer's geometry asserts float32, which its own float64 constants break where x64 is on.
     try:

@@ -7,8 +7,9 @@ parameters.
 
 from __future__ import annotations
 
-import copy
 import inspect
+import math
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,7 +32,13 @@ from ipa_torch.layers import at_least_float32, without_autocast
 from ipa_torch.rigid import Rigid
 
 VERIFIED_WITHIN = {torch.float64: 32.0, torch.float32: 32.0, torch.bfloat16: 2.0, torch.float16: 2.0}
-"""Epsilons of its dtype that a layer's outputs before and after may be apart; in half, before is run in float32."""
+"""Epsilons of its dtype that a layer may be from what it was in wider arithmetic, or twice what it was off itself."""
+
+ALIKE = 1 / 16
+"""Of the largest number: how far apart gradients may be, and rows of masked residues whose logits 1e5 has rounded."""
+
+LEAST_INFINITY = 1e4
+"""What a layer that hides masked keys by subtracting a number must subtract at least: ours hides them altogether."""
 
 VERIFIED_ON = 101
 """Residues of the random input: enough for the streamed attention, and no multiple of a block."""
@@ -45,10 +52,14 @@ def replace_ipa(model: nn.Module, *, implementation: str | None = None, verify: 
     parameters, the same tensors: optimisers, hooks, `state_dict()`, device and dtype are as before, and a checkpoint
     saved after is one saved before. `restore_ipa` undoes it. Replacing again changes the implementation.
 
+    Of the pair's bias only the weight is read: hooks on it, or another layer in its place, make the call raise. Epsilon
+    is what it is at the swap. Second derivatives and forward mode want `implementation="reference"`.
+
     Args:
         model: any module, an attention itself too.
         implementation: of the attention, see `point_attention`.
-        verify: compare each layer with what it was, on random input, in its dtype and on its device.
+        verify: compare each layer with what it was, outputs and gradients, on random input, in its dtype and on its
+            device. Its output projection is another one there, so that neither a zero nor a large bias hides anything.
 
     Returns:
         What was replaced and how far before and after are apart, and what looked like an attention and was left alone.
@@ -71,9 +82,10 @@ def replace_ipa(model: nn.Module, *, implementation: str | None = None, verify: 
             f"an invariant point attention of OpenFold, ESMFold, FrameDiff or invariant-point-attention was expected "
             f"somewhere in this {type(model).__name__}; there is none" + (f" but these:{reasons}" if reasons else "")
         )
+    classes = [layer.adapted for layer in layers]
     errors = [_verify(layer) if verify else None for layer in layers]
-    for layer in layers:
-        layer.module.__class__ = layer.adapted
+    for layer, adapted in zip(layers, classes, strict=True):
+        layer.module.__class__ = adapted
         layer.module._ipa_twins = layer.settings
     return ReplacementReport(
         tuple(
@@ -85,14 +97,23 @@ def replace_ipa(model: nn.Module, *, implementation: str | None = None, verify: 
 
 
 def restore_ipa(model: nn.Module) -> list[str]:
-    """Undoes `replace_ipa`; the paths of the layers that are their own again."""
-    restored = []
-    for path, module in model.named_modules():
-        if isinstance(module, _Adapter):
-            module.__class__ = _original(module)
-            del module._ipa_twins
-            restored.append(path)
-    return restored
+    """Undoes `replace_ipa`; the paths of the layers that are their own again.
+
+    Raises:
+        ValueError: a layer was changed further since (a class or a forward on top, as sharding, parametrisation and
+            hooks that move it put there), which has to be undone first; nothing is restored then.
+    """
+    replaced = {path: module for path, module in model.named_modules() if isinstance(module, _Adapter)}
+    for path, module in replaced.items():
+        if type(module) is not _adapted(_adapter(module), _original(module)) or "forward" in vars(module):
+            raise ValueError(
+                f"{path or 'the model itself'}: a layer as replace_ipa left it was expected; it is a "
+                f"{type(module).__name__} with a class or a forward on top: undo that first"
+            )
+    for module in replaced.values():
+        module.__class__ = _original(module)
+        del module._ipa_twins
+    return list(replaced)
 
 
 @dataclass(frozen=True)
@@ -101,6 +122,10 @@ class _Settings:
 
     config: IPAConfig
     implementation: str | None = None
+    read: tuple[tuple[str, type], ...] = ()
+    """Submodules of which parts are read and not called, and the classes that they had."""
+    points: str = ""
+    """Where in a point projection its linear layer lies."""
 
 
 class _Adapter(nn.Module):
@@ -110,27 +135,67 @@ class _Adapter(nn.Module):
     """
 
     _ipa_twins: _Settings
+    _ipa_twins_classes: tuple[Any, Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles know the two classes, for nobody can import the one made of them."""
-        _, _, *state = cast(tuple, super().__reduce_ex__(protocol))
-        return _new, (_adapter(self), _original(self)), *state
+        reduced = cast(tuple, super().__reduce_ex__(protocol))
+        if type(self) is not _adapted(_adapter(self), _original(self)):  # of whoever made a class of it
+            return reduced
+        return _new, (_adapter(self), _original(self)), *reduced[2:]
 
 
 class _OpenFold(_Adapter):
-    """Layers of OpenFold, ESMFold and FrameDiff, called with their rigids, and with flags that are of no use here."""
+    """A layer of OpenFold, called with its rigids, and with flags that are of no use here."""
 
-    def forward(self, s: Tensor, z: Tensor | None, r: Any, mask: Tensor, *flags: Any, **options: Any) -> Tensor:
-        """The update of the single representation. `z` may come as the only entry of a list, as theirs does."""
-        if z is None:
-            (z,) = options.get("_z_reference_list") or flags[-1]
-        layer, settings = cast(Any, self), self._ipa_twins
-        projections, rigids = _in_frames(_openfold_projections(layer, settings.config, s), z, Rigid(*_frames(r)), mask)
-        o, o_points, o_pair = _attend(settings, projections, z, mask, layer.linear_b, layer.head_weights)
-        if settings.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum
-            o_pair = layer.down_z(o_pair.to(z.dtype)).to(o_pair.dtype)
-        read = features(settings.config, o, rigids.apply_inverse(o_points), o_pair)
-        return layer.linear_out(read.to(z.dtype))
+    def forward(
+        self,
+        s: Tensor,
+        z: Tensor | None,
+        r: Any,
+        mask: Tensor,
+        inplace_safe: bool = False,
+        _offload_inference: bool = False,
+        _z_reference_list: Any = None,
+    ) -> Tensor:
+        """The update of the single representation. `z` may come as the only entry of the list, as theirs does."""
+        return _update(self, s, z, r, mask, _z_reference_list)
+
+
+class _ESMFold(_Adapter):
+    """A layer of ESMFold or FrameDiff, which have no `inplace_safe`."""
+
+    def forward(
+        self,
+        s: Tensor,
+        z: Tensor | None,
+        r: Any,
+        mask: Tensor,
+        _offload_inference: bool = False,
+        _z_reference_list: Any = None,
+    ) -> Tensor:
+        """The update of the single representation. `z` may come as the only entry of the list, as theirs does."""
+        return _update(self, s, z, r, mask, _z_reference_list)
+
+
+def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor, z_reference_list: Any) -> Tensor:
+    """The forward of OpenFold's kin; frames, mask and pair may have fewer batch axes than the single representation."""
+    settings: _Settings = layer._ipa_twins
+    _check_read(layer)
+    if z is None and z_reference_list:
+        (z,) = z_reference_list
+    if z is None:
+        raise ValueError("a pair representation was expected, as z or as the entry of _z_reference_list; got None")
+    rotation, translation = _frames(r)
+    batch = s.shape[:-1]
+    rigids = Rigid(rotation.expand(*batch, 3, 3), translation.expand(*batch, 3))
+    z, mask = z.expand(*batch, *z.shape[-2:]), mask.expand(batch)
+    projections, rigids = _in_frames(_openfold_projections(layer, settings, s), z, rigids, mask)
+    o, o_points, o_pair = _attend(settings, projections, z, mask, layer.linear_b, layer.head_weights)
+    if settings.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum
+        o_pair = layer.down_z(o_pair.to(z.dtype)).to(o_pair.dtype)
+    read = features(settings.config, o, rigids.apply_inverse(o_points), o_pair)
+    return layer.linear_out(read.to(z.dtype))
 
 
 class _Lucidrains(_Adapter):
@@ -147,12 +212,13 @@ class _Lucidrains(_Adapter):
     ) -> Tensor:
         """The update of the single representation."""
         layer, settings, x = cast(Any, self), self._ipa_twins, single_repr
+        _check_read(layer)
         pair = None if settings.config.pair_channel is None else pairwise_repr
         if settings.config.pair_channel is not None and pair is None:
             raise ValueError("a pair representation was expected as the second argument; got None")
         h = settings.config.num_head
         scalars = (to(x).unflatten(-1, (h, -1)) for to in (layer.to_scalar_q, layer.to_scalar_k, layer.to_scalar_v))
-        points = (_points(to, x) for to in (layer.to_point_q, layer.to_point_k, layer.to_point_v))
+        points = (_points(to, settings, x) for to in (layer.to_point_q, layer.to_point_k, layer.to_point_v))
         local = (*scalars, *(y.unflatten(-1, (h, -1, 3)) for y in points))
         frames = Rigid(rotations.transpose(-1, -2), translations)
         projections, rigids = _in_frames(cast(Projections, local), pair, frames, mask)
@@ -170,14 +236,15 @@ class _Lucidrains(_Adapter):
         return layer.to_out(torch.cat([part.flatten(-2) for part in parts], -1).to(x.dtype))
 
 
-def _openfold_projections(layer: Any, config: IPAConfig, s: Tensor) -> Projections:
+def _openfold_projections(layer: Any, settings: _Settings, s: Tensor) -> Projections:
+    config = settings.config
     if config.layout == "monomer":
-        points = [_points(x, s) for x in (layer.linear_q_points, layer.linear_kv_points)]
+        points = [_points(x, settings, s) for x in (layer.linear_q_points, layer.linear_kv_points)]
         return unpack_monomer(config, layer.linear_q(s), layer.linear_kv(s), *points)
     h = config.num_head
     q, k, v = (x(s).unflatten(-1, (h, -1)) for x in (layer.linear_q, layer.linear_k, layer.linear_v))
     q_points, k_points, v_points = (
-        _points(x, s).unflatten(-1, (h, 3, -1)).transpose(-1, -2)
+        _points(x, settings, s).unflatten(-1, (h, 3, -1)).transpose(-1, -2)
         for x in (layer.linear_q_points, layer.linear_k_points, layer.linear_v_points)
     )
     return q, k, v, q_points, k_points, v_points
@@ -186,39 +253,44 @@ def _openfold_projections(layer: Any, config: IPAConfig, s: Tensor) -> Projectio
 class _System(NamedTuple):
     """What is to be known of a system's layers."""
 
-    adapter: type[_Adapter]
-    signature: tuple[str, ...]
-    """The arguments that its forward begins with."""
-    bias: Callable[[Any], Any]
-    """What projects the pair to one number a head."""
-    output: Callable[[Any], nn.Linear]
-    """What reads the features."""
+    adapters: dict[tuple[str, ...], type[_Adapter]]
+    """By the arguments that its forward takes."""
+    bias: str
+    """The submodule that projects the pair to one number a head."""
+    output: str
+    """That which reads the features."""
     epsilon: Callable[[Any], Any]
     """That of lengths."""
     call: Callable[..., Tensor]
     """Its forward on single, pair, rotation, translation, mask and what makes its rigids of two of these."""
+    masked_rows_agree: bool
+    """Rows of masked residues are as exact as others."""
+    points: str = ""
+    """Where in a point projection its linear layer lies."""
 
 
-def _openfold(epsilon: Callable[[Any], Any]) -> _System:
+def _openfold(epsilon: Callable[[Any], Any], points: str = "") -> _System:
+    plain = ("s", "z", "r", "mask")
+    offloads = ("_offload_inference", "_z_reference_list")
     return _System(
-        _OpenFold,
-        signature=("s", "z", "r", "mask"),
-        bias=lambda layer: layer.linear_b,
-        output=lambda layer: layer.linear_out,
+        {plain: _ESMFold, (*plain, *offloads): _ESMFold, (*plain, "inplace_safe", *offloads): _OpenFold},
+        bias="linear_b",
+        output="linear_out",
         epsilon=epsilon,
         call=lambda layer, s, z, rotation, translation, mask, rigids: type(layer).forward(
             layer, s, z, rigids(rotation, translation), mask
         ),
+        masked_rows_agree=False,
+        points=points,
     )
 
 
 def _lucidrains() -> _System:
     return _System(
-        _Lucidrains,
-        signature=("single_repr", "pairwise_repr", "rotations", "translations", "mask"),
-        bias=lambda layer: layer.to_pairwise_attn_bias[0] if hasattr(layer, "to_pairwise_attn_bias") else None,
-        output=lambda layer: layer.to_out,
-        epsilon=lambda layer: getattr(layer, "eps", None),
+        {("single_repr", "pairwise_repr", "rotations", "translations", "mask"): _Lucidrains},
+        bias="to_pairwise_attn_bias.0",
+        output="to_out",
+        epsilon=_own_epsilon,
         call=lambda layer, s, z, rotation, translation, mask, _: type(layer).forward(
             layer,
             s,
@@ -227,22 +299,52 @@ def _lucidrains() -> _System:
             translations=translation.to(s.dtype),
             mask=mask.bool(),
         ),
+        masked_rows_agree=True,
     )
 
 
+def _own_epsilon(layer: Any) -> Any:
+    return getattr(layer, "eps", None)
+
+
+def _epsilon_of_its_config(layer: Any) -> Any:
+    return getattr(getattr(layer, "config", None), "epsilon", None)
+
+
 SYSTEMS = {
-    **dict.fromkeys(("openfold", "openfold_v1", "framediff"), _openfold(lambda layer: getattr(layer, "eps", None))),
-    "esmfold": _openfold(lambda layer: getattr(getattr(layer, "config", None), "epsilon", None)),
+    "openfold": _openfold(_own_epsilon, points="linear"),
+    "openfold_v1": _openfold(_own_epsilon),
+    "esmfold": _openfold(_epsilon_of_its_config),
+    "framediff": _openfold(_own_epsilon),
     "lucidrains": _lucidrains(),
 }
 """By dialect, whose layers can be replaced."""
 
 
-def _points(projection: nn.Module, s: Tensor) -> Tensor:
+def _check_read(layer: Any) -> None:
+    """Modules that are read and not called must be what they were, with nothing on them that a call would do."""
+    for path, kind in layer._ipa_twins.read:
+        if problem := _altered(layer.get_submodule(path), kind):
+            raise NotImplementedError(
+                f"{path} {problem}, which would not be seen: of it our attention reads the weight and calls nothing; "
+                "call restore_ipa before it is changed"
+            )
+
+
+def _altered(module: Any, kind: type[Any]) -> str:
+    """What stands between a module and what its class does with its weight."""
+    if module.__class__ is not kind:
+        return f"is a {type(module).__name__} where a {kind.__name__} was"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has hooks"
+    return "has a forward of its own" if "forward" in vars(module) else ""
+
+
+def _points(projection: Any, settings: _Settings, s: Tensor) -> Tensor:
     """A projection to local points, outside of autocast; in OpenFold 2 in a module that would place them too."""
-    linear: Any = getattr(projection, "linear", projection)
+    linear = getattr(projection, settings.points) if settings.points else projection
     with without_autocast(s.device.type):
-        return linear(s.to(linear.weight.dtype))
+        return linear(s.to(linear.weight.dtype) if hasattr(linear, "weight") else s)
 
 
 def _frames(r: Any) -> tuple[Tensor, Tensor]:
@@ -268,17 +370,12 @@ def _attend(
     projections: Projections,
     pair: Tensor | None,
     mask: Tensor | None,
-    linear: nn.Module | None,
+    linear: nn.Linear | None,
     gamma: Tensor,
 ) -> tuple[Any, ...]:
     """Lines 4 and 7–10."""
     weight = None
     if linear is not None:
-        if not isinstance(linear, nn.Linear):
-            raise NotImplementedError(
-                f"the pair's bias is projected by a {type(linear).__name__}, of which only the weight would be read: "
-                "it must be a torch.nn.Linear; call restore_ipa before it is changed"
-            )
         weight = linear.weight.T if linear.bias is None else linear.weight.T + 0 * linear.bias
     point_weights = F.softplus(gamma.to(at_least_float32(gamma.dtype)))
     return point_attention(
@@ -299,6 +396,7 @@ class _Layer:
     title: str
     module: Any
     system: _System
+    adapter: type[_Adapter]
     settings: _Settings
 
     @property
@@ -307,11 +405,11 @@ class _Layer:
 
     @property
     def adapted(self) -> Any:
-        return _adapted(cast(Any, self.system.adapter), self.original)
+        return _adapted(cast(Any, self.adapter), self.original)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.system.output(self.module).weight.dtype
+        return self.module.get_submodule(self.system.output).weight.dtype
 
     @property
     def where(self) -> str:
@@ -321,36 +419,50 @@ class _Layer:
 @cache
 def _adapted(adapter: Any, original: Any) -> Any:
     """The class of a replaced layer."""
-    return type(f"IPATwins{original.__name__}", (adapter, original), {"__doc__": adapter.__doc__})
+    namespace = {"__doc__": adapter.__doc__, "_ipa_twins_classes": (adapter, original)}
+    return type(f"IPATwins{original.__name__}", (adapter, original), namespace)
 
 
 def _new(adapter: Any, original: Any) -> Any:
     """An empty layer of that class, for a copy."""
-    cls = _adapted(adapter, original)
-    return cls.__new__(cls)
+    return object.__new__(_adapted(adapter, original))
 
 
-def _adapter(module: nn.Module) -> Any:
-    return type(module).__bases__[0]
+def _adapter(module: Any) -> Any:
+    return module._ipa_twins_classes[0]
 
 
-def _original(module: nn.Module) -> Any:
+def _original(module: Any) -> Any:
     """What a layer was made as."""
-    return type(module).__bases__[1] if isinstance(module, _Adapter) else type(module)
+    return module._ipa_twins_classes[1] if isinstance(module, _Adapter) else type(module)
 
 
 def _find(model: nn.Module) -> dict[str, _Layer | str]:
     """By path, every attention that can be replaced, and for what looks like one the reason why it cannot."""
     shapes = {name: tuple(x.shape) for name, x in model.named_parameters(remove_duplicate=False)}
     found: dict[str, _Layer | str] = {}
+    seen: set[int] = set()
     for candidate in modules(shapes, haiku=False):
-        if candidate.kind is IPAConfig and not isinstance(found.get(candidate.root), _Layer):
-            found[candidate.root] = _recognise(candidate, model.get_submodule(candidate.root), shapes)
-    for path, module in model.named_modules():
-        inside_or_around = any(f"{x}.".startswith(f"{path}.") or f"{path}.".startswith(f"{x}.") for x in found)
-        if "pointattention" in type(module).__name__.lower().replace("_", "") and not inside_or_around:
+        if candidate.kind is not IPAConfig or isinstance(found.get(candidate.root), _Layer):
+            continue
+        module = model.get_submodule(candidate.root)
+        if id(module) not in seen:
+            found[candidate.root] = layer = _recognise(candidate, module, shapes)
+            seen |= {id(module)} if isinstance(layer, _Layer) else set()
+    likely = {path for path, module in model.named_modules() if "pointattention" in type(module).__name__.lower()}
+    likely |= {name.removesuffix(end[0]).removesuffix(".") for name in shapes if (end := _LIKELY.search(name))}
+    for path in sorted(likely):
+        if not any(_within(path, other) or _within(other, path) for other in found):
             found[path] = "its parameters have the names of no system that is known here"
     return found
+
+
+_LIKELY = re.compile(r"(?<![^.])(head_weights|point_weights|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$")
+"""Ends of names that only such an attention has."""
+
+
+def _within(inner: str, outer: str) -> bool:
+    return not outer or f"{inner}.".startswith(f"{outer}.")
 
 
 def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) -> _Layer | str:
@@ -368,80 +480,151 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
     strange |= set(expected) ^ set(names)
     if strange:
         return f"its parameters are not {title}'s: missing, misshapen or of another are {', '.join(sorted(strange))}"
-    if "forward" in vars(module):
-        return "its forward was replaced on this very object, as hooks that move a layer between devices do"
+    replaced = [path for path, x in module.named_modules() if "forward" in vars(x)]
+    if replaced:
+        where = replaced[0] or "itself"
+        return f"the forward of {where} was replaced on that very object, as hooks that move layers between devices do"
     takes = tuple(inspect.signature(_original(module).forward).parameters)[1:]
-    if takes[: len(system.signature)] != system.signature:
-        return f"its forward takes {', '.join(takes)}, and not {', '.join(system.signature)} first"
-    bias, epsilon = system.bias(module), system.epsilon(module)
-    if not isinstance(bias, nn.Linear | None):
-        return f"its pair's bias is projected by a {type(bias).__name__}, not by a torch.nn.Linear"
+    if takes not in system.adapters:
+        known = "; or ".join(", ".join(x) for x in system.adapters)
+        return f"its forward takes {', '.join(takes)}, and not {known}"
+    read: list[tuple[str, type]] = []
+    if config.pair_channel is not None:
+        linear = module.get_submodule(system.bias)
+        read += [(system.bias, type(linear) if isinstance(linear, nn.Linear) else nn.Linear)]
+    if system.points:
+        read += [(path, type(x)) for path, x in module.named_children() if hasattr(x, system.points)]
+    for path, kind in read:
+        if problem := _altered(module.get_submodule(path), kind):
+            return f"its {path} {problem}, and only the weight of it would be read"
+    infinity = getattr(module, "inf", getattr(getattr(module, "config", None), "inf", None))
+    if isinstance(infinity, float | int) and infinity < LEAST_INFINITY:
+        return f"it hides masked keys by {infinity} only; ours hides them altogether"
+    epsilon = system.epsilon(module)
     if not isinstance(epsilon, float | int):
         return "it does not tell its epsilon, as .eps or .config.epsilon"
     try:
-        return _Layer(found.root, title, module, system, _Settings(replace(config, norm_epsilon=float(epsilon))))
+        settings = _Settings(replace(config, norm_epsilon=float(epsilon)), read=tuple(read), points=system.points)
     except ValueError as error:
         return str(error)
+    return _Layer(found.root, title, module, system, system.adapters[takes], settings)
 
 
 def _verify(layer: _Layer) -> float:
-    """How far a layer is from what it was, in epsilons.
+    """How far a layer is from what it was, run in wider arithmetic, in epsilons of its dtype.
 
     Raises:
         ValueError: further than rounding explains, or it cannot be told.
     """
-    output, dtype = layer.system.output(layer.module), layer.dtype
-    if dtype not in VERIFIED_WITHIN or output.weight.device.type == "meta":
+    device, dtype = layer.module.get_submodule(layer.system.output).weight.device, layer.dtype
+    if dtype not in VERIFIED_WITHIN or device.type == "meta":
         raise ValueError(
             f"{layer.where}: floating-point parameters on a device were expected, to compare before and after; they "
-            f"are {dtype} on {output.weight.device}: pass verify=False to replace it unseen"
+            f"are {dtype} on {device}: pass verify=False to replace it unseen"
         )
-    drawn = None
-    if not output.weight.any():  # as it starts: all outputs would be equal
-        drawn = torch.randn(output.weight.shape, generator=torch.Generator().manual_seed(0)) / output.in_features**0.5
-    before = _bare_copy(layer.module, at_least_float32(dtype))
-    after = _bare_copy(layer.module, dtype)
-    before.__class__, after.__class__ = layer.original, layer.adapted
-    after._ipa_twins = layer.settings
+    half = dtype in (torch.bfloat16, torch.float16)
+    wide = torch.float32 if half or device.type == "mps" else torch.float64
+    precision = torch.get_float32_matmul_precision()
     try:
-        expected, actual = (_run(layer, copied, drawn) for copied in (before, after))
+        torch.set_float32_matmul_precision("highest")
+        truth = _run(layer, layer.original, wide)
+        training = _run(layer, layer.original, wide, training=True)
+        before = _run(layer, layer.original, dtype)
+        after = _run(layer, layer.adapted, dtype)
     except Exception as error:
         raise ValueError(
             f"{layer.where}: it was run on random input, to compare before and after, and said {type(error).__name__}: "
             f"{error}; pass verify=False to replace it unseen"
         ) from error
-    apart = float(np.abs(actual - expected).max() / np.abs(expected).max() / torch.finfo(dtype).eps)
-    if not apart <= VERIFIED_WITHIN[dtype]:
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    eps, valid = torch.finfo(dtype).eps, truth.valid
+    off, off_before = (_apart(x.out[valid], truth.out[valid]) / eps for x in (after, before))
+    bound = max(VERIFIED_WITHIN[dtype], 2 * off_before)
+    masked, masked_before = (_apart(x.out[~valid], truth.out[~valid]) for x in (after, before))
+    gradients = [
+        _apart(x, z) <= max(ALIKE, 2 * _apart(y, z))
+        for x, y, z in zip(after.gradients, before.gradients, truth.gradients, strict=True)
+    ]
+    problems = {
+        f"on random input {off:.3g} eps of {dtype} apart, where rounding explains {bound:.3g}": off > bound,
+        "masked residues get other outputs": masked
+        > max(VERIFIED_WITHIN[dtype] * eps if layer.system.masked_rows_agree else ALIKE, 2 * masked_before),
+        "it computes something else in training": _apart(training.out, truth.out) > 0,
+        "its gradients are others": not all(gradients),
+    }
+    wrong = [problem for problem, there in problems.items() if there or math.isnan(off)]
+    if wrong:
         raise ValueError(
             f"{layer.where}: this {layer.original.__name__} has the parameters of {layer.title}'s attention but "
-            f"computes another function: {apart:.3g} eps of {dtype} apart on random input, where rounding explains "
-            f"{VERIFIED_WITHIN[dtype]:.0f}; nothing was replaced"
+            f"computes another function: {wrong[0]}; nothing was replaced"
         )
-    return apart
+    return off
 
 
-def _run(layer: _Layer, copied: Any, drawn: Tensor | None) -> np.ndarray:
-    """The valid rows of a copy's output on random input, in float64."""
-    config, output = layer.settings.config, layer.system.output(copied)
-    dtype, device = output.weight.dtype, output.weight.device
-    if drawn is not None:
-        output.weight = nn.Parameter(drawn.to(device, layer.dtype).to(dtype), requires_grad=False)
+class _Run(NamedTuple):
+    """In float64."""
+
+    out: np.ndarray
+    valid: np.ndarray
+    gradients: list[np.ndarray]
+
+
+def _run(layer: _Layer, kind: Any, dtype: torch.dtype, *, training: bool = False) -> _Run:
+    """A copy of a layer as a class, on random input that its own dtype can hold, in a dtype."""
+    config, system = layer.settings.config, layer.system
+    copied = _bare_copy(layer.module, dtype).train(training)
+    copied.__class__ = kind
+    copied._ipa_twins = layer.settings
     rng, number = np.random.default_rng(0), VERIFIED_ON
-    frames = random_frames(rng, (1, number), spread=1.5)
+    device = copied.get_submodule(system.output).weight.device
+
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(device, layer.dtype).to(dtype)
+
+    def draw(path: str) -> None:
+        linear = cast(Any, copied.get_submodule(path))
+        drawn = rng.standard_normal(tuple(linear.weight.shape)) / math.sqrt(linear.weight.shape[1])
+        linear.weight = nn.Parameter(tensor(drawn), requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
+
+    draw(system.output)
+    if config.pair_channel is not None and not cast(Any, copied.get_submodule(system.bias)).weight.any():
+        draw(system.bias)
+    placed = (
+        torch.from_numpy(x).to(device, at_least_float32(dtype)) for x in random_frames(rng, (1, number), spread=1.5)
+    )
     valid = rng.random((1, number)) > 0.1
-    arrays = [rng.standard_normal((1, number, config.num_channel)), valid]
-    arrays += [] if config.pair_channel is None else [rng.standard_normal((1, number, number, config.pair_channel))]
-    single, mask, *pair = (torch.from_numpy(x).to(device, layer.dtype).to(dtype) for x in arrays)
-    placed = (torch.from_numpy(x).to(device, at_least_float32(dtype)) for x in frames)
-    with torch.no_grad(), without_autocast(device.type), warnings.catch_warnings():
+    inputs = [tensor(rng.standard_normal((1, number, config.num_channel)))]
+    if config.pair_channel is not None:
+        inputs += [tensor(rng.standard_normal((1, number, number, config.pair_channel)))]
+    single, *pair = (x.requires_grad_() for x in inputs)
+    cotangent = tensor(rng.standard_normal(single.shape) * valid[..., None])
+    with torch.enable_grad(), without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = layer.system.call(copied, single, pair[0] if pair else None, *placed, mask, _rigids_of(layer))
-    return out.double().cpu().numpy()[valid]
+        arguments = (single, pair[0] if pair else None, *placed, tensor(valid), _rigids_of(layer))
+        out = system.call(copied, *arguments)
+        gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
+    filled = (torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True))
+    return _Run(_numpy(out), valid, [_numpy(x) for x in filled])
 
 
-def _bare_copy(module: nn.Module, dtype: torch.dtype) -> Any:
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
+
+
+def _apart(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference over the largest number."""
+    largest = np.abs(expected).max(initial=0)
+    difference = np.abs(actual - expected).max(initial=0)
+    return float(difference / largest) if largest else float(difference)
+
+
+def _bare_copy(module: Any, dtype: torch.dtype) -> Any:
     """The same modules without hooks, on the same numbers in that dtype, which are shared where it is theirs."""
-    copied = copy.copy(module)
+    copied = object.__new__(_original(module))
+    vars(copied).update(vars(module))
     for name, value in vars(module).items():
         if "hooks" in name and isinstance(value, dict):
             vars(copied)[name] = type(value)()
@@ -456,7 +639,7 @@ def _bare_copy(module: nn.Module, dtype: torch.dtype) -> Any:
 
 def _rigids_of(layer: _Layer) -> Callable[[Tensor, Tensor], Any]:
     """What makes the rigids that a layer is called with, by the classes that its package has."""
-    if layer.system.adapter is _Lucidrains:
+    if layer.adapter is _Lucidrains:
         return Rigid
     classes = ("Rigid", "Rotation", "Rigid3Array")
     namespaces = [vars(sys.modules[x.__module__]) for x in layer.original.__mro__ if x.__module__ in sys.modules]

@@ -29,7 +29,9 @@ import ipa_torch
 from ipa_torch.replace import VERIFIED_WITHIN
 
 ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+README = (ROOT / "README.md").read_text()
 
 
 class Rotation:
@@ -84,7 +86,10 @@ class Projection(nn.Module):
 
 
 class OpenFold(nn.Module):
-    """OpenFold's signature and parameters' names; the maths is float64 numpy's, written from its conventions."""
+    """OpenFold's signature and parameters' names; numbers are float64 numpy's, written from its conventions.
+
+    Gradients are our module's, which the rest of the suite holds against numpy's complex steps.
+    """
 
     dialect = "openfold"
 
@@ -111,8 +116,13 @@ class OpenFold(nn.Module):
             rotation, translation = r.get_rots().get_rot_mats(), r.get_trans()
         p = {name: x.detach().double().numpy() for name, x in self.named_parameters()}
         arrays = (x.detach().double().numpy()[0] for x in (s, z, rotation, translation, mask))
-        out = semantics.attention(self.dialect, p, self.function, *arrays)
-        return torch.from_numpy(out)[None].to(s.dtype)
+        out = torch.from_numpy(semantics.attention(self.dialect, p, self.function, *arrays))[None].to(s.dtype)
+        ours = ipa_torch.InvariantPointAttention(self.function).to(s.dtype)
+        ours.load_state_dict(
+            Weights.from_torch(self.state_dict(), dialect=self.dialect, config=self.function).to_torch()
+        )
+        linked = ours(s, z, ipa_torch.Rigid(rotation, translation), mask)
+        return out + (linked - linked.detach())
 
 
 class OpenFold1(OpenFold):
@@ -265,22 +275,26 @@ def assert_same(before, after, dtype):
 
 
 def test_a_block_keeps_its_call():
-    """The attention inside another system's block, found by its path, at a length that streams."""
+    """The attention inside another system's block, by the README's lines, at a length that streams."""
     pytest.importorskip("invariant_point_attention")
     from invariant_point_attention import IPABlock
 
     torch.manual_seed(0)
-    block = IPABlock(dim=16, heads=2, require_pairwise_repr=False)
+    code = readme("IPABlock(dim=64, heads=8)")
+    namespace: dict = {}
+    exec(code, namespace)
+    block = namespace["block"]
+    assert [type(x).__name__ for x in block.modules() if "Attention" in type(x).__name__] == [
+        "IPATwinsInvariantPointAttention"
+    ]
+    other = IPABlock(dim=64, heads=8)
+    other.load_state_dict(block.state_dict(), strict=True)
     arguments = {"rotations": torch.eye(3).expand(1, 130, 3, 3), "translations": torch.randn(1, 130, 3)}
-    x, mask = torch.randn(1, 130, 16), torch.arange(130)[None] < 120
+    x, pair, mask = torch.randn(1, 130, 64), torch.randn(1, 130, 130, 64), torch.arange(130)[None] < 120
     with pytest.warns(FutureWarning):
-        before = block(x, **arguments, mask=mask)
-    report = ipa_torch.replace_ipa(block)
-    assert [x.path for x in report.replaced] == ["attn"]
-    judge(block(x, **arguments, mask=mask), before, None, "act", "float32")
-    assert Weights.from_torch(block.state_dict()).config == IPABlockConfig.lucidrains(
-        16, heads=2, require_pairwise_repr=False
-    )
+        before = other(x, pairwise_repr=pair, **arguments, mask=mask)
+    judge(block(x, pairwise_repr=pair, **arguments, mask=mask), before, None, "act", "float32")
+    assert Weights.from_torch(block.state_dict()).config == IPABlockConfig.lucidrains(64, heads=8)
 
 
 @pytest.fixture(scope="module")
@@ -298,11 +312,23 @@ def esmfold():
 
 
 @pytest.fixture
-def swapped(esmfold):
-    model = copy.deepcopy(esmfold)
-    report = ipa_torch.replace_ipa(model)
-    assert [(x.path, x.system) for x in report.replaced] == [("trunk.structure_module.ipa", "ESMFold")]
-    return model
+def swapped(esmfold, monkeypatch, capsys):
+    """By the README's lines, which load a published one; and they print what the README shows."""
+    ours = copy.deepcopy(esmfold)
+    monkeypatch.setattr(type(esmfold), "from_pretrained", lambda name: ours)
+    code, shown = readme("facebook/esmfold_v1", r"```python\n([^`]*)```\n\n```console\n([^`]*)```")
+    namespace: dict = {}
+    exec(code, namespace)
+    monkeypatch.undo()
+    distance = r"[\d.]+ eps apart"
+    assert re.sub(distance, "", capsys.readouterr().out) == re.sub(distance, "", shown)
+    return namespace["model"]
+
+
+def readme(of: str, pattern: str = r"```python\n([^`]*)```") -> tuple[str, ...] | str:
+    """The one block of code in the README that says this."""
+    (found,) = (x for x in re.findall(pattern, README) if of in str(x))
+    return found
 
 
 SEQUENCE = torch.arange(110)[None] * 7 % 20
@@ -485,15 +511,29 @@ class OtherEpsilon(OpenFold):
         self.eps = 1e-8
 
 
-@pytest.mark.parametrize("kind", [WithoutPair, OtherEpsilon])
+class MaskedToZero(OpenFold):
+    def forward(self, s, z, r, mask) -> torch.Tensor:
+        return super().forward(s, z, r, mask) * mask[..., None]
+
+
+class DropsInTraining(OpenFold):
+    def forward(self, s, z, r, mask) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(s, z, r, mask), 0.5, self.training)
+
+
+class DetachesThePair(OpenFold):
+    def forward(self, s, z, r, mask) -> torch.Tensor:
+        return super().forward(s, z.detach(), r, mask)
+
+
+@pytest.mark.parametrize("kind", [WithoutPair, OtherEpsilon, MaskedToZero, DropsInTraining, DetachesThePair])
 def test_another_function_is_seen_and_nothing_replaced(kind):
-    """Also while the output layer is zero, as it starts, where all outputs are equal."""
+    """Also while the output layer is zero, as it starts, or next to it beside a large bias: outputs are equal then."""
     torch.manual_seed(0)
-    for start in (nn.init.zeros_, None):
+    for factor in (0, 1e-7, 1):
         model = nn.ModuleDict({"right": OpenFold(ONE_WIDTH), "wrong": kind(ONE_WIDTH)})
         for layer in model.values():
-            if start is not None:
-                start(layer.linear_out.weight)
+            layer.linear_out.weight.data *= factor
         with pytest.raises(ValueError, match=rf"wrong: this {kind.__name__} .* another function.*nothing was replaced"):
             ipa_torch.replace_ipa(model)
         assert [type(x) for x in model.values()] == [OpenFold, kind]
@@ -512,8 +552,31 @@ class SomePointAttention(nn.Module):
         self.query = nn.Linear(2, 2)
 
 
-def hooked(layer):
-    layer.forward = lambda *arguments: None
+class Unnamed(nn.Module):
+    """Some of OpenFold's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear_kv_points = nn.Linear(2, 2)
+
+
+class OneMoreArgument(OpenFold):
+    def forward(self, s, z, r, mask, edge_bias=None) -> torch.Tensor:
+        return super().forward(s, z, r, mask)
+
+
+def with_forward(layer, of=""):
+    layer.get_submodule(of).forward = lambda *arguments: None
+    return layer
+
+
+def with_hook(layer):
+    layer.linear_b.register_forward_hook(lambda *_: None)
+    return layer
+
+
+def with_infinity(layer):
+    layer.inf = 9
     return layer
 
 
@@ -530,8 +593,16 @@ def without_epsilon(layer):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: OtherCall(ONE_WIDTH), "its forward takes s, pair, r, mask, and not s, z, r, mask first"),
-        (lambda: hooked(OpenFold(ONE_WIDTH)), "its forward was replaced on this very object"),
+        (
+            lambda: OtherCall(ONE_WIDTH),
+            "its forward takes s, pair, r, mask, and not s, z, r, mask; or s, z, r, mask, _off",
+        ),
+        (lambda: OneMoreArgument(ONE_WIDTH), "its forward takes s, z, r, mask, edge_bias, and not"),
+        (lambda: with_forward(OpenFold(ONE_WIDTH)), "the forward of itself was replaced on that very object"),
+        (lambda: with_forward(OpenFold(ONE_WIDTH), "linear_q"), "the forward of linear_q was replaced on that very"),
+        (lambda: with_hook(OpenFold(ONE_WIDTH)), "its linear_b has hooks, and only the weight of it would be read"),
+        (lambda: with_infinity(OpenFold(ONE_WIDTH)), "it hides masked keys by 9 only"),
+        (Unnamed, "its parameters have the names of no system that is known here"),
         (lambda: with_adapters(OpenFold(ONE_WIDTH)), r"missing, misshapen or of another are linear_q\.lora_A"),
         (lambda: without_epsilon(OpenFold(ONE_WIDTH)), "it does not tell its epsilon"),
         (SomePointAttention, "its parameters have the names of no system that is known here"),
@@ -572,19 +643,100 @@ def test_a_layer_that_does_not_run_cannot_be_compared():
         ipa_torch.replace_ipa(Unrunnable(ONE_WIDTH))
 
 
-def test_the_pairs_bias_must_stay_a_linear_layer():
-    """Of a wrapper put around it later only the inner weight would be read."""
-    layer, _, case = stand_in("OpenFold 2")
+class Wrapper(nn.Module):
+    """As adapters are put around a layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.linear, self.weight = base, getattr(base, "weight", None)
+
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+def test_what_is_put_around_a_submodule_later_is_called_or_refused():
+    """Of the pair's bias, and of OpenFold 2's point projections, only a part is read."""
+    for name, kind in (("linear_b", OpenFold), ("linear_q_points", OpenFold), ("linear_b", OpenFold1)):
+        layer = kind(ONE_WIDTH)
+        ipa_torch.replace_ipa(layer)
+        case = make_case("wrapped", ONE_WIDTH, (1, 7)).astype("float32")
+        arguments = (torch.from_numpy(case.single), torch.from_numpy(case.pair), rigids(case))
+        mask = torch.from_numpy(case.mask).float()
+        hook = getattr(layer, name).register_forward_hook(lambda *_: None)
+        with pytest.raises(NotImplementedError, match=f"{name} has hooks"):
+            layer(*arguments, mask)
+        hook.remove()
+        before = layer(*arguments, mask)
+        setattr(layer, name, Wrapper(getattr(layer, name)))
+        with pytest.raises(NotImplementedError, match=f"{name} is a Wrapper where a .* was"):
+            layer(*arguments, mask)
+    layer = OpenFold1(ONE_WIDTH)
     ipa_torch.replace_ipa(layer)
+    before = layer(*arguments, mask)
+    for name in ("linear_q", "linear_q_points"):
+        setattr(layer, name, Wrapper(getattr(layer, name)))
+        after = layer(*arguments, mask)
+        assert not torch.allclose(before, after)
+        before = after
 
-    class Wrapper(nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base, self.weight = base, base.weight
 
-    layer.linear_b = Wrapper(layer.linear_b)
-    with pytest.raises(NotImplementedError, match="Wrapper"):
-        layer(*(torch.from_numpy(x) for x in (case.single, case.pair)), rigids(case), torch.from_numpy(case.mask))
+def test_fewer_batch_axes_are_broadcast():
+    """As in theirs; and no pair at all is told."""
+    layer, _, case = stand_in("OpenFold 2", np.float32)
+    ipa_torch.replace_ipa(layer)
+    single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
+    frames = rigids(case)
+    twice = torch.cat([single, 2 * single])
+    expected = [layer(x, pair, frames, mask) for x in (single, 2 * single)]
+    for shared_mask in (mask, mask[0]):
+        assert torch.allclose(layer(twice, pair, frames, shared_mask), torch.cat(expected), atol=1e-5)
+    with pytest.raises(ValueError, match="a pair representation was expected"):
+        layer(single, None, frames, mask)
+    with pytest.raises(TypeError, match="nonsense"):
+        layer(single, pair, frames, mask, nonsense=1)
+
+
+def test_a_class_or_a_forward_on_top_must_go_first():
+    """As FSDP, parametrisations and accelerate put there; nothing is restored by halves."""
+    model = nn.ModuleDict({"first": OpenFold(ONE_WIDTH), "second": OpenFold(ONE_WIDTH)})
+    ipa_torch.replace_ipa(model)
+    layer = model["second"]
+    ours = type(layer)
+    layer.forward = layer.forward
+    with pytest.raises(ValueError, match=r"second: .* undo that first"):
+        ipa_torch.restore_ipa(model)
+    del layer.forward
+    layer.__class__ = type("Sharded", (ours,), {})
+    with pytest.raises(ValueError, match=r"second: .* it is a Sharded"):
+        ipa_torch.restore_ipa(model)
+    assert isinstance(model["first"], ours)
+    layer.__class__ = ours
+    torch.nn.utils.parametrize.register_parametrization(layer, "head_weights", nn.Identity())
+    with pytest.raises(ValueError, match="undo that first"):
+        ipa_torch.restore_ipa(model)
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "head_weights")
+    assert ipa_torch.restore_ipa(model) == ["first", "second"]
+    assert [type(x) for x in model.values()] == [OpenFold, OpenFold]
+
+
+def test_a_layer_in_two_places_is_one():
+    layer = OpenFold(ONE_WIDTH)
+    model = nn.ModuleDict({"a": layer, "b": nn.ModuleDict({"c": layer})})
+    assert [x.path for x in ipa_torch.replace_ipa(model).replaced] == ["a"]
+    assert ipa_torch.restore_ipa(model) == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_weights_are_no_other_function(dtype):
+    """Theirs are off by more then, and ours may be by as much."""
+    pytest.importorskip("transformers")
+    case = make_case("large", IPAConfig.alphafold2(), (7,)).astype("float32")
+    layer = peers.esmfold_module(case)
+    with torch.no_grad():
+        for x in (layer.linear_q, layer.linear_kv, layer.linear_q_points, layer.linear_kv_points):
+            x.weight *= 8
+    (row,) = ipa_torch.replace_ipa(layer.to(dtype)).replaced
+    assert np.isfinite(row.error)
 
 
 def test_no_other_package_is_imported():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,7 +25,9 @@ import ipa_jax
 from ipa_bridge.config import StructureModuleConfig
 from ipa_jax.replace import VERIFIED_WITHIN
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+README = (ROOT / "README.md").read_text()
 ITS_OWN = {folding: folding.InvariantPointAttention, folding_multimer: folding_multimer.InvariantPointAttention}
 
 
@@ -89,8 +92,8 @@ def test_the_whole_of_alphafold():
         predict = jax.jit(alphafold.apply)
         before = predict(params, key, batch)
         with ipa_jax.replace_alphafold_ipa() as report:
-            after = predict(params, key, batch)
             made = jax.eval_shape(alphafold.init, key, batch)
+        after = predict_as_the_readme_says(lambda features: predict(params, key, features), batch)
     assert [x.layer for x in report.replaced] == ["InvariantPointAttention"] * 2
     assert all(x.error <= VERIFIED_WITHIN for x in report.replaced)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
@@ -101,6 +104,22 @@ def test_the_whole_of_alphafold():
     judge(after["predicted_lddt"]["logits"], before["predicted_lddt"]["logits"], "act")
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_allclose(np.asarray(y, float), np.asarray(x, float), rtol=1e-3, atol=1e-3)
+
+
+def predict_as_the_readme_says(predict, features):
+    """Its lines, with this in place of AlphaFold's own runner of a published model."""
+    built = []
+
+    class ModelRunner:
+        def predict(self, features, random_seed):
+            built.append(folding_multimer.InvariantPointAttention)
+            return predict(features)
+
+    (code,) = re.findall(r"```python\n([^`]*replace_alphafold_ipa[^`]*)```", README)
+    namespace = {"model_runner": ModelRunner(), "features": features}
+    exec(code, namespace)
+    assert issubclass(built[0], ipa_jax.InvariantPointAttention)
+    return namespace["result"]
 
 
 def attention(seen):
@@ -152,6 +171,33 @@ def test_one_within_another_and_errors_within():
         with pytest.raises(KeyError), inner:
             raise KeyError
         assert folding.InvariantPointAttention is outer
+    with pytest.raises(ValueError, match="this one is undone"), inner:
+        pass
+
+
+def test_restored_in_order_only():
+    """Else AlphaFold would keep ours for good, or lose what somebody else put there."""
+    first = ipa_jax.replace_alphafold_ipa(verify=False)
+    second = ipa_jax.replace_alphafold_ipa(verify=False)
+    with pytest.raises(ValueError, match="undo that first"):
+        first.restore()
+    second.restore()
+    first.restore()
+
+
+def test_half_precision_comes_back_as_theirs_does():
+    """AlphaFold's concatenated features are float32, and so is what they are projected to."""
+    case = make_case("AlphaFold", ODD).astype("float32")
+    arrays = (case.single, case.pair, case.mask, case.rotation, case.translation)
+    transformed = hk.without_apply_rng(hk.transform(peers.alphafold_forward(ODD)))
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
+        single, pair, *others = map(jax.numpy.asarray, arrays)
+        single, pair = (x.astype(jax.numpy.bfloat16) for x in (single, pair))
+        before = transformed.apply(case.weights.to_haiku(), single, pair, *others)
+        with ipa_jax.replace_alphafold_ipa(implementation="streamed"):
+            after = transformed.apply(case.weights.to_haiku(), single, pair, *others)
+    assert before.dtype == after.dtype == jax.numpy.float32
+    judge(after, before, "out", "bfloat16", np.broadcast_to(case.mask[..., None], before.shape))
 
 
 def test_another_function_is_seen_and_nothing_replaced(monkeypatch):
