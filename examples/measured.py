@@ -7,6 +7,7 @@ memory in a process of its own, which Linux tells.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 import time
@@ -68,6 +69,9 @@ def peak(prepare: Prepare, number: int, gradients: bool, swapped: bool) -> float
     prepare(16, gradients, swapped)()
     call = prepare(number, gradients, swapped)
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what lies free in the heap would be used again, and not be seen
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     result = call()

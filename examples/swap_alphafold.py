@@ -5,7 +5,9 @@
 The model is AlphaFold-Multimer with random weights, one Evoformer block and no templates; a published one is swapped by
 the same line, before it is run or between two runs:
 
-    model_runner = model.RunModel(model_config("model_1_multimer_v3"), data.get_model_haiku_params(...))
+    name = "model_1_multimer_v3"
+    params = data.get_model_haiku_params(name, data_dir)  # the folder with params/params_model_1_multimer_v3.npz
+    model_runner = model.RunModel(config.model_config(name), params)
     with ipa_jax.replace_alphafold_ipa():
         result = model_runner.predict(features, random_seed=0)
 

@@ -480,6 +480,8 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
     strange |= set(expected) ^ set(names)
     if strange:
         return f"its parameters are not {title}'s: missing, misshapen or of another are {', '.join(sorted(strange))}"
+    if isinstance(module, _Adapter) and type(module) is not _adapted(_adapter(module), _original(module)):
+        return f"a class was put on top of it since it was replaced: {type(module).__name__}"
     replaced = [path for path, x in module.named_modules() if "forward" in vars(x)]
     if replaced:
         where = replaced[0] or "itself"

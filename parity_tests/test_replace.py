@@ -709,6 +709,7 @@ def test_a_class_or_a_forward_on_top_must_go_first():
     layer.__class__ = type("Sharded", (ours,), {})
     with pytest.raises(ValueError, match=r"second: .* it is a Sharded"):
         ipa_torch.restore_ipa(model)
+    assert "since it was replaced: Sharded" in ipa_torch.replace_ipa(model, verify=False).left_alone["second"]
     assert isinstance(model["first"], ours)
     layer.__class__ = ours
     torch.nn.utils.parametrize.register_parametrization(layer, "head_weights", nn.Identity())
