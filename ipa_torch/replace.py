@@ -449,16 +449,14 @@ def _find(model: nn.Module) -> dict[str, _Layer | str]:
         if id(module) not in seen:
             found[candidate.root] = layer = _recognise(candidate, module, shapes)
             seen |= {id(module)} if isinstance(layer, _Layer) else set()
+    # Ends of names that only such an attention has.
+    ends = re.compile(r"(?<![^.])(head_weights|point_weights|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$")
     likely = {path for path, module in model.named_modules() if "pointattention" in type(module).__name__.lower()}
-    likely |= {name.removesuffix(end[0]).removesuffix(".") for name in shapes if (end := _LIKELY.search(name))}
+    likely |= {name.removesuffix(end[0]).removesuffix(".") for name in shapes if (end := ends.search(name))}
     for path in sorted(likely):
         if not any(_within(path, other) or _within(other, path) for other in found):
             found[path] = "its parameters have the names of no system that is known here"
     return found
-
-
-_LIKELY = re.compile(r"(?<![^.])(head_weights|point_weights|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$")
-"""Ends of names that only such an attention has."""
 
 
 def _within(inner: str, outer: str) -> bool:

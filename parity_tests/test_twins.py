@@ -26,6 +26,8 @@ ONLY_IN_ONE = {
     "layers.take": "JAX has take_along_axis",
     "replace.replace_ipa": "a torch model is an object whose layers can be swapped …",
     "replace.restore_ipa": "… and given back",
+    "replace.ALIKE": "AlphaFold's is one class, whose gradients and masked rows the suite compares; …",
+    "replace.LEAST_INFINITY": "… and it has no number of its own for infinity",
     "replace.SYSTEMS": "in JAX there is AlphaFold alone",
     "replace.replace_alphafold_ipa": "AlphaFold builds its modules anew in each trace",
     "replace.AlphaFoldReplacement": "what undoes it",
