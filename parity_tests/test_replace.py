@@ -420,6 +420,23 @@ def test_half_precision(esmfold, dtype):
     judge(actual.float(), expected, case.mask, "out", name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_structure_module_in_half_precision(esmfold, swapped, dtype):
+    """Eight layers: atoms are no more than twice as far from float32's as they were before the swap."""
+    torch.manual_seed(0)
+    single, pair = torch.randn(1, 110, 384), torch.randn(1, 110, 110, 128)
+    mask = torch.ones(1, 110)
+
+    def atoms(model, dtype):
+        module = copy.deepcopy(model.trunk.structure_module).to(dtype)
+        with torch.no_grad():
+            return module({"single": single.to(dtype), "pair": pair.to(dtype)}, SEQUENCE, mask)["positions"][-1]
+
+    truth = atoms(esmfold, torch.float32)
+    before, after = ((atoms(model, dtype) - truth).square().mean().sqrt() for model in (esmfold, swapped))
+    assert 0 < after <= 2 * before
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of what ESMFold's own rigids do
 def test_it_compiles(esmfold, swapped):
     """The layer as one graph, and the structure module around it, which is not one."""
