@@ -16,17 +16,11 @@ from jaxtyping import Array
 
 from ipa_bridge.config import IPAConfig, Layout
 from ipa_bridge.frames import random_frames
-from ipa_bridge.replacement import ReplacedLayer, ReplacementReport
+from ipa_bridge.replacement import RESIDUES, WITHIN, ReplacedLayer, ReplacementReport
 from ipa_bridge.weights import Weights
 from ipa_jax.attention import choose_implementation
 from ipa_jax.invariant_point_attention import InvariantPointAttention
 from ipa_jax.rigid import Rigid
-
-VERIFIED_WITHIN = 32.0
-"""Epsilons of float32 that an attention's outputs before and after may be apart."""
-
-VERIFIED_ON = 101
-"""Residues of the random input: enough for the streamed attention, and no multiple of a block."""
 
 MODULES: dict[str, Layout] = {"alphafold.model.folding": "monomer", "alphafold.model.folding_multimer": "multimer"}
 """Where AlphaFold has its attentions, in DeepMind's package and ColabFold's."""
@@ -88,9 +82,9 @@ def replace_alphafold_ipa(*, implementation: str | None = None, verify: bool = T
             result = model_runner.predict(features, random_seed=0)
 
     Parameters keep their names and shapes, so that published ones go on loading; a fresh `init` draws other numbers of
-    the same distribution. What was traced before is another
-    program: JAX's caches are cleared, here and when it is undone, so that jitted functions are traced again when they
-    are called next. Executables that were compiled ahead of time stay what they are.
+    the same distribution. What was traced before is another program: JAX's caches are cleared, here and when it is
+    undone, so that jitted functions are traced again when they are called next. Executables that were compiled ahead
+    of time stay what they are.
 
     Args:
         implementation: of the attention, see `point_attention`.
@@ -100,7 +94,7 @@ def replace_alphafold_ipa(*, implementation: str | None = None, verify: bool = T
         ValueError: there is no `alphafold` package, or its attention computes something else than AlphaFold's; nothing
             is replaced then.
     """
-    choose_implementation(implementation, VERIFIED_ON)
+    choose_implementation(implementation, RESIDUES)
     try:
         modules = {name: importlib.import_module(name) for name in MODULES if _exists(name)}
     except ImportError as broken:
@@ -188,10 +182,10 @@ def _verify(where: str, original: Any, adapted: Any, layout: Layout) -> float:
     """
     config = IPAConfig.alphafold2() if layout == "monomer" else IPAConfig.alphafold_multimer()
     rng = np.random.default_rng(0)
-    frames = random_frames(rng, (VERIFIED_ON,), spread=1.5)
-    valid = rng.random(VERIFIED_ON) > 0.1
-    drawn = [rng.standard_normal((VERIFIED_ON, config.num_channel))]
-    drawn += [rng.standard_normal((VERIFIED_ON, VERIFIED_ON, config.pair_channel or 0))]
+    frames = random_frames(rng, (RESIDUES,), spread=1.5)
+    valid = rng.random(RESIDUES) > 0.1
+    drawn = [rng.standard_normal((RESIDUES, config.num_channel))]
+    drawn += [rng.standard_normal((RESIDUES, RESIDUES, config.pair_channel or 0))]
     arrays = [x.astype(np.float32) for x in (*drawn, valid[:, None], *frames)]
     widths, params = SimpleNamespace(**_widths(config)), Weights.random(config).to_haiku()
 
@@ -218,11 +212,12 @@ def _verify(where: str, original: Any, adapted: Any, layout: Layout) -> float:
             f"{type(error).__name__}: {error}; pass verify=False to replace it unseen"
         ) from error
     apart = float(np.abs(actual - expected).max() / np.abs(expected).max() / np.finfo(np.float32).eps)
-    if not apart <= VERIFIED_WITHIN:
+    bound = WITHIN["float32"]["out"]
+    if not apart <= bound:
         raise ValueError(
             f"{where}: its InvariantPointAttention has the parameters of AlphaFold's attention but computes another "
             f"function: {apart:.3g} eps of float32 apart on random input, where rounding explains "
-            f"{VERIFIED_WITHIN:.0f}; nothing was replaced"
+            f"{bound}; nothing was replaced"
         )
     return apart
 

@@ -21,12 +21,13 @@ from ipa_bridge.weights import Weights
 from ipa_parity import peers
 from ipa_parity.cases import ODD, ODD_NO_BIAS, make_case
 from ipa_parity.report import compare
+from ipa_parity.tolerance import bound
 
 torch = pytest.importorskip("torch")
 from torch import nn
 
 import ipa_torch
-from ipa_torch.replace import VERIFIED_WITHIN
+from ipa_bridge.replacement import WITHIN
 
 ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,7 +171,7 @@ def test_layers_of_openfold_and_framediff(which, implementation):
     before = copy.deepcopy(layer)
     report = ipa_torch.replace_ipa(layer, implementation=implementation)
     assert [(x.path, x.system) for x in report.replaced] == [("", which.removesuffix(" multimer"))]
-    assert report.replaced[0].error <= VERIFIED_WITHIN[torch.float64]
+    assert report.replaced[0].error <= bound("out", "float64")
     assert not report.left_alone
     single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
     arguments = (single, pair, rigids(case), mask.double())
@@ -401,7 +402,7 @@ def test_half_precision(esmfold, dtype):
     layer = copy.deepcopy(esmfold.trunk.structure_module.ipa)
     (row,) = ipa_torch.replace_ipa(copy.deepcopy(layer).to(dtype)).replaced
     assert row.dtype == str(dtype).removeprefix("torch.")
-    assert row.error <= 1
+    assert row.error <= bound("out", row.dtype)
     swapped = copy.deepcopy(layer)
     ipa_torch.replace_ipa(swapped)
     from transformers.models.esm.openfold_utils import Rigid, Rotation
@@ -635,6 +636,10 @@ def test_what_is_left_alone_and_why(make, reason):
     assert report.left_alone["other"] in str(report)
     with pytest.raises(ValueError, match=rf"was expected somewhere.*(?s:.)*other: .*{reason}"):
         ipa_torch.replace_ipa(nn.ModuleDict({"other": make()}))
+
+
+def test_the_bounds_are_the_one_tables():
+    assert WITHIN == {dtype: {stage: bound(stage, dtype) for stage in x} for dtype, x in WITHIN.items()}
 
 
 def test_a_model_without_one():
