@@ -12,8 +12,8 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from benchmarks.resident import available, forget_peak, status
 from benchmarks.systems import Inputs, named
 
 
@@ -45,7 +45,7 @@ def measure(module: str, system: str, residues: int, direction: str) -> dict:
     call = ready()
     compiling = time.perf_counter() - started
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     before = status("VmRSS")
     started = time.perf_counter()
     result = call()
@@ -53,18 +53,6 @@ def measure(module: str, system: str, residues: int, direction: str) -> dict:
     after = status("VmHWM")
     del result
     return {"bytes": after - before, "pair_bytes": size, "compiling": compiling, "seconds": seconds}
-
-
-def status(field: str) -> int:
-    """A line of the process's status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-
-
-def available() -> int:
-    """Bytes that the machine can give."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ What is measured is the monomer's structure module, eight layers, before and aft
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import haiku as hk
@@ -30,11 +28,9 @@ from alphafold.model import folding, modules_multimer
 from alphafold.model.config import model_config
 
 import ipa_jax
+from benchmarks.before_and_after import arguments, same, table
 from ipa_bridge import StructureModuleConfig, Weights
 from ipa_bridge.residues import ATOM14_MASK, ATOM37_MASK, ATOM37_TO_ATOM14
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measured import arguments, table
 
 
 def small_alphafold() -> hk.Transformed:
@@ -132,10 +128,7 @@ def main() -> None:
     with ipa_jax.replace_alphafold_ipa() as report:
         print(report)
         after = predict(params, key, batch)["structure_module"]["final_atom_positions"]
-    furthest = np.abs(after - before).max()
-    if not furthest <= 1e-4 * np.abs(before).max():
-        raise SystemExit(f"before and after are {furthest} apart: there is no speed to speak of")
-    print(f"no atom of 64 residues moves by more than {furthest:.0e} Å in {np.abs(before).max():.0f}")
+    print(same(np.asarray(before), np.asarray(after), "atom14", "atoms of 64 residues"))
     print(table(prepare, args.residues, args.repeats, backward=args.backward))
 
 

@@ -13,18 +13,14 @@ What is measured is the structure module, eight layers on one set of weights, be
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import EsmConfig, EsmForProteinFolding
 from transformers.models.esm.configuration_esm import get_default_vocab_list
 
 import ipa_torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measured import arguments, table
+from benchmarks.before_and_after import arguments, same, table
 
 
 def small_esmfold(seed: int = 0) -> EsmForProteinFolding:
@@ -83,10 +79,7 @@ def main() -> None:
         before = model(sequence)
         print(ipa_torch.replace_ipa(model))
         after = model(sequence)
-    furthest = (after.positions - before.positions).abs().max()
-    if not furthest <= 1e-4 * before.positions.abs().max():
-        raise SystemExit(f"before and after are {furthest} apart: there is no speed to speak of")
-    print(f"no atom of 128 residues moves by more than {furthest:.0e} Å in {before.positions.abs().max():.0f}")
+    print(same(before.positions.numpy(), after.positions.numpy(), "atom14", "atoms of 128 residues"))
     print(table(prepare, args.residues, args.repeats, backward=args.backward))
 
 

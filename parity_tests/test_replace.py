@@ -21,7 +21,7 @@ from ipa_bridge.weights import Weights
 from ipa_parity import peers
 from ipa_parity.cases import ODD, ODD_NO_BIAS, make_case
 from ipa_parity.report import compare
-from ipa_parity.tolerance import bound
+from ipa_parity.tolerance import bound, epsilon
 
 torch = pytest.importorskip("torch")
 from torch import nn
@@ -358,7 +358,7 @@ def test_esmfold_predicts_the_same(esmfold, swapped):
             x, y = (np.moveaxis(z[name].numpy(), axis, 0)[valid] for z in (after, before))
             judge(x, y, None, STAGES[name], "float32")
         else:
-            torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-4)
+            judge(after[name], before[name], None, "act", "float32")
 
 
 def test_esmfold_learns_the_same(esmfold, swapped):
@@ -376,11 +376,12 @@ def test_esmfold_learns_the_same(esmfold, swapped):
     assert set(before) == set(after)
     assert sum("structure_module.ipa" in name for name in before) == 13
     largest = max(x.norm() for x in before.values())
+    nothing = bound("gradient", "float32") * epsilon("float32") * largest
     for name, x in before.items():
         if name.endswith("ipa.linear_b.bias"):
             assert not after[name].any()
-        elif x.norm() < 1e-6 * largest:  # as that of a bias that a softmax removes: rounding
-            assert after[name].norm() < 1e-6 * largest
+        elif x.norm() <= nothing:  # as that of a bias that a softmax removes: rounding
+            assert after[name].norm() <= nothing
         else:
             judge(after[name], x, None, f"gradient/{name}", "float32", norm="euclidean", conditioning=KINKED)
 
@@ -711,7 +712,7 @@ def test_fewer_batch_axes_are_broadcast():
     twice = torch.cat([single, 2 * single])
     expected = [layer(x, pair, frames, mask) for x in (single, 2 * single)]
     for shared_mask in (mask, mask[0]):
-        assert torch.allclose(layer(twice, pair, frames, shared_mask), torch.cat(expected), atol=1e-5)
+        judge(layer(twice, pair, frames, shared_mask), torch.cat(expected), None, "out", "float32")
     with pytest.raises(ValueError, match="a pair representation was expected"):
         layer(single, None, frames, mask)
     with pytest.raises(TypeError, match="nonsense"):

@@ -1,4 +1,4 @@
-"""Time and peak memory of a call before and after a layer was swapped, for the two examples that swap one.
+"""Whether a model computes the same after a layer was swapped, in how much less time and memory: for the examples.
 
 Times are taken in turn in one process, for only neighbours in time are comparable on a machine with other users; peak
 memory in a process of its own, which Linux tells.
@@ -10,24 +10,39 @@ import argparse
 import ctypes
 import gc
 import multiprocessing
-import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
+import numpy as np
 from tqdm import tqdm
+
+from benchmarks.clock import seconds as seconds_of
+from benchmarks.resident import forget_peak, status
+from ipa_parity.report import compare
 
 Prepare = Callable[[int, bool, bool], Callable[[], object]]
 """Of so many residues, with gradients or not, with the layer swapped or not: a call that is ready."""
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """Those of both examples."""
+    """Those of every example that swaps."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--residues", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--repeats", type=int, default=3, help="turns of each; medians are shown (default: 3)")
     parser.add_argument("--backward", action="store_true", help="measure gradients too, as in training")
     return parser.parse_args()
+
+
+def same(before: np.ndarray, after: np.ndarray, stage: str, what: str) -> str:
+    """How far apart two outputs in float32 are, in words.
+
+    Raises:
+        SystemExit: further than the tolerance table allows; there is no speed to speak of then.
+    """
+    found = compare(after, before, case=what, stage=stage, dtype="float32", subject="after", reference="before")
+    if not found.passed:
+        raise SystemExit(f"{found}: there is no speed to speak of")
+    return f"{what}: after is {found.error:.1f} eps of float32 from before, {found.bound:.0f} are allowed"
 
 
 def table(prepare: Prepare, residues: list[int], repeats: int, *, backward: bool) -> str:
@@ -39,7 +54,7 @@ def table(prepare: Prepare, residues: list[int], repeats: int, *, backward: bool
     cases = [(number, gradients) for number in residues for gradients in ((False, True) if backward else (False,))]
     for number, gradients in tqdm(cases, desc="measuring", leave=False):
         calls = {name: prepare(number, gradients, name == "after") for name in ("before", "after")}
-        turns = [{name: _seconds(call) for name, call in calls.items()} for _ in range(repeats + 1)][1:]
+        turns = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats + 1)][1:]
         seconds = {name: median(turn[name] for turn in turns) for name in calls}
         ratio = median(turn["after"] / turn["before"] for turn in turns)
         del calls
@@ -50,13 +65,6 @@ def table(prepare: Prepare, residues: list[int], repeats: int, *, backward: bool
             f"{mib['before']:11.0f} MiB {mib['after']:4.0f} MiB {mib['after'] / mib['before']:6.3f}"
         )
     return "\n".join(lines)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    gc.collect()
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def _in_a_process(prepare: Prepare, number: int, gradients: bool, swapped: bool) -> float:
@@ -72,15 +80,9 @@ def peak(prepare: Prepare, number: int, gradients: bool, swapped: bool) -> float
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # what lies free in the heap would be used again, and not be seen
         trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    forget_peak()
+    before = status("VmRSS")
     result = call()
-    after = _status("VmHWM")
+    after = status("VmHWM")
     del result
-    return (after - before) / 1024
-
-
-def _status(field: str) -> int:
-    """A line of the process's status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return (after - before) / 2**20
