@@ -35,6 +35,23 @@ ONLY_IN_ONE = {
     "replace.MODULES": "where AlphaFold looks its attention up",
     "attention.streamed.LANES": "XLA's products on CPU want padded heads",
     "attention.streamed.SMALLEST_WEIGHT": "subnormal numbers slow torch's products on CPU",
+    "attention.streamed.scaled": "a torch operator takes tensors, …",
+    **dict.fromkeys(("attention.streamed.Inputs", "attention.streamed.Inputs.of"), "… a JAX function a tree"),
+    **{
+        f"attention.streamed.{name}": "JAX scans over rows, batched by vmap; what the fused twin needs of that"
+        for name in (
+            *("Keys", "Keys.of", "Rows", "Rows.read", "Rows.write", "Rows.of_pair", "Rows.fresh", "starts", "einsum"),
+            *("attention_and_distance2", "logits_and_distance2", "point_gradients", "turned", "instantiate"),
+            "over_batch",
+        )
+    },
+    **{
+        f"attention.streamed.{name}": "what torch wants told of an operator, of the fused one too"
+        for name in ("one_by_one", "wants_gradients", "without_derivative")
+    },
+    "attention.fused.HAS_TRITON": "JAX brings its own Triton",
+    "attention.fused.KEYS": "of the Pallas kernels; those in Triton know theirs",
+    "attention.fused.ONLY_REVERSE_MODE": "JAX says so itself",
 }
 """Names that one framework has and the other has no use for."""
 
@@ -97,9 +114,7 @@ def public_names(tree: ast.Module, prefix: str) -> dict[str, str | None]:
             found[f"{prefix}.{node.name}"] = signature(node)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {
-                f"{prefix}.{t.id}": None for t in targets if isinstance(t, ast.Name) and not t.id.startswith("__")
-            }
+            found |= {f"{prefix}.{t.id}": None for t in targets if isinstance(t, ast.Name) and not t.id.startswith("_")}
     return found
 
 

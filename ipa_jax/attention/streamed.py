@@ -9,6 +9,7 @@ Forward-mode and higher derivatives are refused: the reference has them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,35 +54,37 @@ def point_attention(
 ]:
     """Outputs, and attention weights if asked for; all arrays but `pair` in one dtype of at least float32."""
     *batch, number, heads, _ = q.shape
-    num_v = v.shape[-1]
-    temperature = math.sqrt(1 / (2 if pair is None else 3))
-    inputs = _Inputs(
-        queries=_heads_first(q * (temperature / math.sqrt(q.shape[-1]))),
-        keys=_heads_first(k),
-        values=_heads_first(jnp.concatenate([v, _flat(v_points)], -1)),
-        query_points=_heads_first(_flat(q_points)),
-        key_points=_heads_first(_flat(k_points)),
-        pair=pair,
-        mask=jnp.ones(q.shape[:-2], q.dtype) if mask is None else jnp.broadcast_to(mask, q.shape[:-2]),
-        weights=point_weights * (temperature * math.sqrt(2 / (9 * q_points.shape[-2]))),
-        bias=None if pair is None or pair_bias_weight is None else pair_bias_weight * temperature,
-    )
+    inputs = Inputs.of(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
     width = 0 if pair is None else pair.shape[-1]
     size = block_size or default_block_size(number, heads, width) // max(1, math.prod(batch))
     size = max(1, min(size, number))
-    attend = partial(_attend, size, return_attention)
-    axes = jax.tree.map(lambda _: 0, inputs)._replace(weights=None, bias=None)
-    for _ in batch:
-        attend = jax.vmap(attend, (axes,))
+    o, o_pair, attention = over_batch(partial(_attend, size, return_attention), inputs, len(batch))
+    return *unpacked(o, v, v_points), o_pair, attention
+
+
+def over_batch(attend: Callable, inputs: Inputs, axes: int) -> tuple[Any, Any, Any]:
+    """One example's function on all of them.
+
+    Raises:
+        NotImplementedError: it is asked for a forward-mode derivative.
+    """
+    batched = jax.tree.map(lambda _: 0, inputs)._replace(weights=None, bias=None)
+    for _ in range(axes):
+        attend = jax.vmap(attend, (batched,))
     try:
-        o, o_pair, attention = attend(inputs)
+        return attend(inputs)
     except TypeError as error:
         if "forward-mode" in str(error):
             raise NotImplementedError(ONLY_REVERSE_MODE) from error
         raise
+
+
+def unpacked(
+    o: Float[Array, "*B H N C"], v: Float[Array, "*B N H Cv"], v_points: Float[Array, "*B N H Pv 3"]
+) -> tuple[Float[Array, "*B N H Cv"], Float[Array, "*B N H Pv 3"]]:
+    """The values' part of an output and the points' part, in their shapes."""
     o = jnp.swapaxes(o, -2, -3)
-    o_points = o[..., num_v:].reshape(*batch, number, heads, v_points.shape[-2], 3)
-    return o[..., :num_v], o_points, o_pair, attention
+    return o[..., : v.shape[-1]], o[..., v.shape[-1] :].reshape(v_points.shape)
 
 
 def default_block_size(number: int, heads: int, pair_channel: int) -> int:
@@ -89,7 +92,7 @@ def default_block_size(number: int, heads: int, pair_channel: int) -> int:
     return max(1, min(number, MOST_ROWS, BLOCK_BYTES // max(1, 4 * number * max(pair_channel, 1))))
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """One example's, scaled: logits are queries·keys − ½ weights·|query_points − key_points|² + pair·bias."""
 
     queries: Float[Array, "H N C"]
@@ -103,9 +106,37 @@ class _Inputs(NamedTuple):
     weights: Float[Array, " H"]
     bias: Float[Array, "c_z H"] | None
 
+    @classmethod
+    def of(
+        cls,
+        q: Float[Array, "*B N H C"],
+        k: Float[Array, "*B N H C"],
+        v: Float[Array, "*B N H Cv"],
+        q_points: Float[Array, "*B N H P 3"],
+        k_points: Float[Array, "*B N H P 3"],
+        v_points: Float[Array, "*B N H Pv 3"],
+        pair: Float[Array, "*B N N c_z"] | None,
+        pair_bias_weight: Float[Array, "c_z H"] | None,
+        point_weights: Float[Array, " H"],
+        mask: Float[Array, "*B N"] | None,
+    ) -> Inputs:
+        """Of all examples, batch axes first."""
+        temperature = math.sqrt(1 / (2 if pair is None else 3))
+        return cls(
+            queries=_heads_first(q * (temperature / math.sqrt(q.shape[-1]))),
+            keys=_heads_first(k),
+            values=_heads_first(jnp.concatenate([v, _flat(v_points)], -1)),
+            query_points=_heads_first(_flat(q_points)),
+            key_points=_heads_first(_flat(k_points)),
+            pair=pair,
+            mask=jnp.ones(q.shape[:-2], q.dtype) if mask is None else jnp.broadcast_to(mask, q.shape[:-2]),
+            weights=point_weights * (temperature * math.sqrt(2 / (9 * q_points.shape[-2]))),
+            bias=None if pair is None or pair_bias_weight is None else pair_bias_weight * temperature,
+        )
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(block_size: int, with_attention: bool, inputs: _Inputs) -> tuple[Any, Any, Any]:
+def _attend(block_size: int, with_attention: bool, inputs: Inputs) -> tuple[Any, Any, Any]:
     """One example's o (H, N, Cv); o_pair (N, H, c_z) and attention (H, N, N), or None."""
     heads, number, _ = inputs.queries.shape
     room: tuple[Any, Any, Any] = (
@@ -113,21 +144,21 @@ def _attend(block_size: int, with_attention: bool, inputs: _Inputs) -> tuple[Any
         None if inputs.pair is None else jnp.zeros((number, heads, inputs.pair.shape[-1]), inputs.queries.dtype),
         jnp.zeros((heads, number, number), inputs.queries.dtype) if with_attention else None,
     )
-    keys = _Keys.of(inputs)
+    keys = Keys.of(inputs)
 
     def block(outputs: tuple[Any, Any, Any], start: Array) -> tuple[tuple[Any, Any, Any], None]:
         o, o_pair, attention = outputs
-        rows = _Rows(start, block_size)
+        rows = Rows(start, block_size)
         pair = rows.of_pair(inputs)
-        weight, _ = _attention(inputs, keys, rows, _bias(inputs, pair))
-        o = rows.write(o, _einsum("hij,hjc->hic", weight, inputs.values), 1)
+        weight, _ = attention_and_distance2(inputs, keys, rows, _bias(inputs, pair))
+        o = rows.write(o, einsum("hij,hjc->hic", weight, inputs.values), 1)
         if pair is not None:
-            o_pair = rows.write(o_pair, _einsum("hij,ijc->ihc", weight, pair), 0)
+            o_pair = rows.write(o_pair, einsum("hij,ijc->ihc", weight, pair), 0)
         if with_attention:
             attention = rows.write(attention, weight, 1)
         return (o, o_pair, attention), None
 
-    return jax.lax.scan(block, room, _starts(number, block_size))[0] if number else room
+    return jax.lax.scan(block, room, starts(number, block_size))[0] if number else room
 
 
 def _attend_forward(block_size: int, with_attention: bool, primals: Any) -> tuple[tuple[Any, Any, Any], Any]:
@@ -137,55 +168,57 @@ def _attend_forward(block_size: int, with_attention: bool, primals: Any) -> tupl
     return _attend(block_size, with_attention, inputs), (inputs, wanted)
 
 
-def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cotangents: Any) -> tuple[_Inputs]:
+def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cotangents: Any) -> tuple[Inputs]:
     inputs, wanted = residuals
     number = inputs.queries.shape[1]
-    d_o, d_o_pair, d_attention = (_instantiate(x) for x in cotangents)
+    d_o, d_o_pair, d_attention = (instantiate(x) for x in cotangents)
     if not number:
         return (jax.tree.map(jnp.zeros_like, inputs),)
-    keys = _Keys.of(inputs)
+    keys = Keys.of(inputs)
     room = jax.tree.map(jnp.zeros_like, inputs)
     # Sums over blocks are kept with the residues last, as the products that they add up come out.
     room = room._replace(
-        keys=_turned(room.keys),
-        values=_turned(room.values),
-        key_points=_turned(room.key_points),
+        keys=turned(room.keys),
+        values=turned(room.values),
+        key_points=turned(room.key_points),
         pair=None if wanted is None else room.pair,
         bias=None if inputs.bias is None else room.bias.T,
     )
 
-    def block(gradients: _Inputs, start: Array) -> tuple[_Inputs, None]:
-        rows = _Rows(start, block_size)
+    def block(gradients: Inputs, start: Array) -> tuple[Inputs, None]:
+        rows = Rows(start, block_size)
         fresh = rows.fresh(number, d_o.dtype)
         pair = rows.of_pair(inputs)
         rows_d_o = rows.read(d_o, 1) * fresh[:, None]
-        d_weight = _einsum("hic,hcj->hij", rows_d_o, keys.values)
+        d_weight = einsum("hic,hcj->hij", rows_d_o, keys.values)
         if pair is None:
-            weight, distance2 = _attention(inputs, keys, rows, None)
+            weight, distance2 = attention_and_distance2(inputs, keys, rows, None)
         else:
             # [W_bᵀ; dO_pair] of each row against its pair: the bias and what the softmax is told, in one product.
             on_pair = _beside_bias(inputs, rows.read(d_o_pair, 0) * fresh[:, None, None])
-            both = jnp.transpose(_einsum("ihc,ijc->ijh", on_pair, pair), (2, 0, 1))
+            both = jnp.transpose(einsum("ihc,ijc->ijh", on_pair, pair), (2, 0, 1))
             d_weight += both[-len(d_weight) :]
-            weight, distance2 = _attention(inputs, keys, rows, None if inputs.bias is None else both[: len(d_weight)])
+            weight, distance2 = attention_and_distance2(
+                inputs, keys, rows, None if inputs.bias is None else both[: len(d_weight)]
+            )
         if d_attention is not None:
             d_weight += rows.read(d_attention, 1) * fresh[:, None]
         # Behind barriers, or XLA computes them anew in each of the many sums that read them.
         weight, distance2 = jax.lax.optimization_barrier((weight, distance2))
         d_logits = jax.lax.optimization_barrier(weight * (d_weight - jnp.sum(weight * d_weight, -1, keepdims=True)))
-        d_query_points, d_key_points = _point_gradients(inputs, keys, rows, d_logits)
+        d_query_points, d_key_points = point_gradients(inputs, keys, rows, d_logits)
         d_pair, d_bias = gradients.pair, gradients.bias
         if pair is not None and d_bias is not None:
-            d_bias += jnp.sum(_einsum("hij,ijc->ihc", d_logits, pair), 0)
+            d_bias += jnp.sum(einsum("hij,ijc->ihc", d_logits, pair), 0)
         if pair is not None and d_pair is not None:
             # [dL; P]ᵀ [W_bᵀ; dO_pair], again in one.
             to_pair = [jnp.transpose(x, (1, 2, 0)) for x in ([] if d_bias is None else [d_logits]) + [weight]]
-            rows_d_pair = _einsum("ijh,ihc->ijc", jnp.concatenate(to_pair, -1), on_pair)
+            rows_d_pair = einsum("ijh,ihc->ijc", jnp.concatenate(to_pair, -1), on_pair)
             d_pair = rows.write(d_pair, rows_d_pair.astype(d_pair.dtype), 0)
-        return _Inputs(
-            queries=rows.write(gradients.queries, _einsum("hij,hjc->hic", d_logits, inputs.keys), 1),
-            keys=gradients.keys + _einsum("hij,hic->hcj", d_logits, rows.read(inputs.queries, 1)),
-            values=gradients.values + _einsum("hij,hic->hcj", weight, rows_d_o),
+        return Inputs(
+            queries=rows.write(gradients.queries, einsum("hij,hjc->hic", d_logits, inputs.keys), 1),
+            keys=gradients.keys + einsum("hij,hic->hcj", d_logits, rows.read(inputs.queries, 1)),
+            values=gradients.values + einsum("hij,hic->hcj", weight, rows_d_o),
             query_points=rows.write(gradients.query_points, d_query_points, 1),
             key_points=gradients.key_points + d_key_points,
             pair=d_pair,
@@ -194,12 +227,12 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
             bias=d_bias,
         ), None
 
-    gradients = jax.lax.scan(block, room, _starts(number, block_size))[0]
+    gradients = jax.lax.scan(block, room, starts(number, block_size))[0]
     return (
         gradients._replace(
-            keys=_turned(gradients.keys),
-            values=_turned(gradients.values),
-            key_points=_turned(gradients.key_points),
+            keys=turned(gradients.keys),
+            values=turned(gradients.values),
+            key_points=turned(gradients.key_points),
             pair=None if inputs.pair is None else jnp.zeros_like(inputs.pair) if wanted is None else gradients.pair,
             bias=None if inputs.bias is None else gradients.bias.T,
         ),
@@ -209,7 +242,7 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
-class _Keys(NamedTuple):
+class Keys(NamedTuple):
     """What every block reads of the keys, with the residues last: turned once, not in each block."""
 
     keys: Float[Array, "H C N"]
@@ -217,12 +250,12 @@ class _Keys(NamedTuple):
     points: Float[Array, "H 3P N"]
 
     @classmethod
-    def of(cls, inputs: _Inputs) -> _Keys:
+    def of(cls, inputs: Inputs) -> Keys:
         """Of one example."""
-        return cls(_turned(inputs.keys), _turned(inputs.values), _turned(inputs.key_points))
+        return cls(turned(inputs.keys), turned(inputs.values), turned(inputs.key_points))
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """A block of query rows."""
 
     start: Array
@@ -236,7 +269,7 @@ class _Rows(NamedTuple):
         """The array with these rows."""
         return jax.lax.dynamic_update_slice_in_dim(x, rows, self.start, axis)
 
-    def of_pair(self, inputs: _Inputs) -> Float[Array, "b N c_z"] | None:
+    def of_pair(self, inputs: Inputs) -> Float[Array, "b N c_z"] | None:
         """The pair's rows in the dtype of the arithmetic."""
         return None if inputs.pair is None else self.read(inputs.pair, 0).astype(inputs.queries.dtype)
 
@@ -247,43 +280,51 @@ class _Rows(NamedTuple):
         return 1 - again.astype(dtype)
 
 
-def _starts(number: int, block_size: int) -> Array:
+def starts(number: int, block_size: int) -> Array:
     """First rows of the blocks; one that would reach over the end starts earlier, and comes first."""
     starts = list(range(0, number - block_size + 1, block_size))
     return jnp.asarray(([number - block_size] if number % block_size else []) + starts)
 
 
-def _bias(inputs: _Inputs, pair: Float[Array, "b N c_z"] | None) -> Float[Array, "H b N"] | None:
+def _bias(inputs: Inputs, pair: Float[Array, "b N c_z"] | None) -> Float[Array, "H b N"] | None:
     if pair is None or inputs.bias is None:
         return None
     heads = inputs.bias.shape[-1]
     padded = jnp.pad(inputs.bias.T, ((0, -heads % LANES), (0, 0)))
     padded = jnp.broadcast_to(padded, (pair.shape[0], *padded.shape))
-    return jnp.transpose(_einsum("ihc,ijc->ijh", padded, pair)[..., :heads], (2, 0, 1))
+    return jnp.transpose(einsum("ihc,ijc->ijh", padded, pair)[..., :heads], (2, 0, 1))
 
 
-def _beside_bias(inputs: _Inputs, rows: Float[Array, "b H c_z"]) -> Float[Array, "b 2H c_z"]:
+def _beside_bias(inputs: Inputs, rows: Float[Array, "b H c_z"]) -> Float[Array, "b 2H c_z"]:
     """[W_bᵀ; rows] of each query; rows alone without a bias."""
     if inputs.bias is None:
         return rows
     return jnp.concatenate([jnp.broadcast_to(inputs.bias.T, rows.shape), rows], 1)
 
 
-def _attention(
-    inputs: _Inputs, keys: _Keys, rows: _Rows, bias: Float[Array, "H b N"] | None
+def attention_and_distance2(
+    inputs: Inputs, keys: Keys, rows: Rows, bias: Float[Array, "H b N"] | None
 ) -> tuple[Float[Array, "H b N"], Float[Array, "H b N"]]:
     """The rows' attention, and squared distances."""
-    logits = _einsum("hic,hcj->hij", rows.read(inputs.queries, 1), keys.keys)
+    logits, distance2 = logits_and_distance2(inputs, keys, rows, bias)
+    return jax.nn.softmax(logits, -1), distance2
+
+
+def logits_and_distance2(
+    inputs: Inputs, keys: Keys, rows: Rows, bias: Float[Array, "H b N"] | None
+) -> tuple[Float[Array, "H b N"], Float[Array, "H b N"]]:
+    """The rows' logits, and squared distances."""
+    logits = einsum("hic,hcj->hij", rows.read(inputs.queries, 1), keys.keys)
     distance2: Any = sum(offset * offset for offset in _offsets(inputs, keys, rows))
     logits -= 0.5 * inputs.weights[:, None, None] * distance2
     if bias is not None:
         logits += bias
     logits -= 1e5 * rows.read(inputs.mask, 0)[:, None] * (1 - inputs.mask)
-    return jax.nn.softmax(logits, -1), distance2
+    return logits, distance2
 
 
-def _point_gradients(
-    inputs: _Inputs, keys: _Keys, rows: _Rows, d_logits: Float[Array, "H b N"]
+def point_gradients(
+    inputs: Inputs, keys: Keys, rows: Rows, d_logits: Float[Array, "H b N"]
 ) -> tuple[Float[Array, "H b 3P"], Float[Array, "H 3P N"]]:
     """To query points and key points, by ∂L/∂q = −w·(q − k)."""
     moved = [d_logits * offset for offset in _offsets(inputs, keys, rows)]
@@ -293,13 +334,14 @@ def _point_gradients(
     return -weights * d_queries, weights * d_keys
 
 
-def _offsets(inputs: _Inputs, keys: _Keys, rows: _Rows) -> list[Float[Array, "H b N"]]:
+def _offsets(inputs: Inputs, keys: Keys, rows: Rows) -> list[Float[Array, "H b N"]]:
     """Differences q − k, coordinate by coordinate."""
     points = rows.read(inputs.query_points, 1)
     return [points[..., i, None] - keys.points[:, i, None] for i in range(points.shape[-1])]
 
 
-def _einsum(subscripts: str, *arrays: Array) -> Array:
+def einsum(subscripts: str, *arrays: Array) -> Array:
+    """In full precision, whatever the default."""
     return jnp.einsum(subscripts, *arrays, precision=Precision.HIGHEST)
 
 
@@ -307,7 +349,8 @@ def _heads_first(x: Float[Array, "*B N H D"]) -> Float[Array, "*B H N D"]:
     return jnp.swapaxes(x, -2, -3)
 
 
-def _turned(x: Float[Array, "H N D"]) -> Float[Array, "H D N"]:
+def turned(x: Float[Array, "H N D"]) -> Float[Array, "H D N"]:
+    """With the residues last."""
     return jnp.swapaxes(x, -1, -2)
 
 
@@ -315,7 +358,7 @@ def _flat(points: Float[Array, "*B N H P 3"]) -> Float[Array, "*B N H 3P"]:
     return points.reshape(*points.shape[:-2], 3 * points.shape[-2])
 
 
-def _instantiate(x: Any) -> Any:
+def instantiate(x: Any) -> Any:
     """A cotangent as an array, zeros where it is known to be zero; None where there is no output."""
     if not isinstance(x, jax.custom_derivatives.SymbolicZero):
         return x

@@ -16,9 +16,18 @@ from ipa_torch.layers import at_least_float32, without_autocast
 
 __all__ = ["IMPLEMENTATIONS", "STREAMED_FROM", "choose_implementation", "point_attention"]
 
+
+def _fused(*arrays: Any, **options: Any) -> tuple[Any, ...]:
+    """The GPU kernels' door, imported only when asked for."""
+    from ipa_torch.attention import fused
+
+    return fused.point_attention(*arrays, **options)
+
+
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference.point_attention,
     "streamed": streamed.point_attention,
+    "fused": _fused,
 }
 """Every implementation by name."""
 
@@ -95,20 +104,23 @@ def choose_implementation(
 
     None stands for "streamed" from `STREAMED_FROM` residues or with a block_size, else for "reference"; it always
     streams under `torch.compile` and `torch.export`, which need then compile no length twice.
-    Forward mode and derivatives of derivatives are the reference's alone, and asked for by its name.
+    Forward mode and derivatives of derivatives are the reference's alone, and asked for by its name. So is "fused": its
+    kernels have not been measured on a GPU yet.
 
     Raises:
         ValueError: no implementation of that name, or a block_size below 1.
-        NotImplementedError: it does not work in blocks and `block_size` is given.
+        NotImplementedError: it does not work in blocks and `block_size` is given, or never holds the attention.
     """
     streams = block_size is not None or torch.compiler.is_compiling() or number >= STREAMED_FROM
     name = implementation or ("streamed" if streams else "reference")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
-    if name == "reference" and block_size is not None:
-        raise NotImplementedError(f"implementation 'reference' has no blocks: leave block_size None, got {block_size}")
+    if name != "streamed" and block_size is not None:
+        raise NotImplementedError(f"implementation {name!r} has no blocks: leave block_size None, got {block_size}")
+    if name == "fused" and return_attention:
+        raise NotImplementedError("implementation 'fused' never holds the attention: implementation='streamed' does")
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, or None for a size that suits N; got {block_size}")
-    if name == "reference":
+    if name != "streamed":
         return IMPLEMENTATIONS[name]
     return partial(IMPLEMENTATIONS[name], block_size=block_size, return_attention=return_attention)

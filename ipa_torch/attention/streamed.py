@@ -54,8 +54,39 @@ def point_attention(
     Float[Tensor, "*B H N N"] | None,
 ]:
     """Outputs, and attention weights if asked for; all tensors but `pair` in one dtype of at least float32."""
-    *batch, number, heads, _ = q.shape
-    num_v = v.shape[-1]
+    arrays = scaled(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
+    inputs = (*arrays, block_size or 0, return_attention)
+    if not torch.compiler.is_compiling():
+        o, o_pair, attention = _EagerAttend.apply(*inputs)
+    elif wants_gradients(arrays):
+        o, o_pair, attention = _Attend.apply(*inputs)
+    else:  # Dynamo has no place for an autograd function without gradients.
+        o, o_pair, attention = _attend(*inputs)
+    *batch, number, heads, _ = v.shape
+    return (
+        *unpacked(o, v, v_points),
+        None if pair is None else o_pair.reshape(*batch, number, heads, pair.shape[-1]),
+        attention.reshape(*batch, heads, number, number) if return_attention else None,
+    )
+
+
+def scaled(
+    q: Float[Tensor, "*B N H C"],
+    k: Float[Tensor, "*B N H C"],
+    v: Float[Tensor, "*B N H Cv"],
+    q_points: Float[Tensor, "*B N H P 3"],
+    k_points: Float[Tensor, "*B N H P 3"],
+    v_points: Float[Tensor, "*B N H Pv 3"],
+    pair: Float[Tensor, "*B N N c_z"] | None,
+    pair_bias_weight: Float[Tensor, "c_z H"] | None,
+    point_weights: Float[Tensor, " H"],
+    mask: Float[Tensor, "*B N"] | None,
+) -> tuple[Any, ...]:
+    """Queries, keys, values, points, weights, pair, bias and mask as `_attend` takes them: one batch axis, heads first.
+
+    Logits are queries·keys − ½ weights·|query points − key points|² + pair·bias.
+    """
+    *batch, number, _, _ = q.shape
     temperature = math.sqrt(1 / (2 if pair is None else 3))
     queries, keys, values, query_points, key_points = (
         _heads_first(x)
@@ -68,7 +99,7 @@ def point_attention(
         )
     )
     rows = queries.shape[0]
-    inputs = (
+    return (
         queries,
         keys,
         values,
@@ -78,22 +109,20 @@ def point_attention(
         None if pair is None else pair.reshape(rows, *pair.shape[-3:]),
         None if pair is None or pair_bias_weight is None else pair_bias_weight * temperature,
         None if mask is None else mask.expand(*batch, number).reshape(rows, number),
-        block_size or 0,
-        return_attention,
     )
-    if not torch.compiler.is_compiling():
-        o, o_pair, attention = _EagerAttend.apply(*inputs)
-    elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        o, o_pair, attention = _Attend.apply(*inputs)
-    else:  # Dynamo has no place for an autograd function without gradients.
-        o, o_pair, attention = _attend(*inputs)
-    o = o.transpose(1, 2).reshape(*batch, number, heads, values.shape[-1])
-    return (
-        o[..., :num_v],
-        o[..., num_v:].unflatten(-1, (v_points.shape[-2], 3)),
-        None if pair is None else o_pair.reshape(*batch, number, heads, pair.shape[-1]),
-        attention.reshape(*batch, heads, number, number) if return_attention else None,
-    )
+
+
+def unpacked(
+    o: Float[Tensor, "B H N C"], v: Float[Tensor, "*B N H Cv"], v_points: Float[Tensor, "*B N H Pv 3"]
+) -> tuple[Float[Tensor, "*B N H Cv"], Float[Tensor, "*B N H Pv 3"]]:
+    """The values' part of an output and the points' part, in their shapes."""
+    o = o.transpose(1, 2).reshape(*v.shape[:-1], o.shape[-1])
+    return o[..., : v.shape[-1]], o[..., v.shape[-1] :].unflatten(-1, v_points.shape[-2:])
+
+
+def wants_gradients(inputs: Sequence[Any]) -> bool:
+    """Whether any of them will be asked for one."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def default_block_size(number: int, heads: int, pair_channel: int) -> int:
@@ -141,24 +170,25 @@ class _EagerAttend(_Attend):
         raise NotImplementedError(ONLY_REVERSE_MODE)
 
 
-class _AttendBackward(torch.autograd.Function):
-    """The derivative, which has none of its own."""
+def without_derivative(operator: Callable, message: str) -> Any:
+    """An operator as an autograd function that has no derivative of its own, and says so."""
 
-    generate_vmap_rule = True
+    class Once(torch.autograd.Function):
+        generate_vmap_rule = True
 
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        """See `_attend_backward`."""
-        return _attend_backward(*inputs)
+        @staticmethod
+        def forward(*inputs: Any) -> tuple[Tensor, ...]:
+            return operator(*inputs)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Nothing is kept."""
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+            pass
 
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        """There is none."""
-        raise NotImplementedError(ONLY_REVERSE_MODE)
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            raise NotImplementedError(message)
+
+    return Once
 
 
 @torch.library.custom_op("ipa_twins::attend", mutates_args=())
@@ -455,7 +485,7 @@ def _(
     return _gradients(queries, keys, values, query_points, key_points, weights, pair, bias, with_d_pair)
 
 
-def _one_by_one(operator: Callable, info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple]:
+def one_by_one(operator: Callable, info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple]:
     """An operator under vmap: its examples one after the other, for each is large and none need be copied."""
     each = [
         operator(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
@@ -465,5 +495,7 @@ def _one_by_one(operator: Callable, info: Any, in_dims: tuple, *inputs: Any) -> 
     return outputs, (0,) * len(outputs)
 
 
-_attend.register_vmap(partial(_one_by_one, _attend))
-_attend_backward.register_vmap(partial(_one_by_one, _attend_backward))
+_attend.register_vmap(partial(one_by_one, _attend))
+_attend_backward.register_vmap(partial(one_by_one, _attend_backward))
+
+_AttendBackward = without_derivative(_attend_backward, ONLY_REVERSE_MODE)

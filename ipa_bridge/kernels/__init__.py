@@ -1,0 +1,80 @@
+"""GPU kernels of the attention: what they can do, and in which chunks. Triton is imported with their source only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton runs kernels on the CPU, in Python, as it does for tests."""
+
+PAIR_CHANNELS = (32, 64, 128, 256)
+PAIR_DTYPES = ("float32", "bfloat16")
+MOST_HEADS = 16
+"""One tile of a tensor core."""
+
+MOST_CHANNELS = 128
+"""Of queries, and of values with their points, each: their tiles lie in registers."""
+
+CHUNK_BYTES = 16 << 20
+"""Of logits between two kernels, so that they stay in the GPU's cache (40 MB on an A100, 50 on an H100)."""
+
+LEAST_QUERIES = 264
+"""In a chunk: two programs on each of an H100's multiprocessors."""
+
+
+class Sizes(NamedTuple):
+    """Of one attention."""
+
+    examples: int
+    number: int
+    heads: int
+    channels: int
+    coordinates: int
+    """Of a head's query points: 3P."""
+    values: int
+    """Channels of values and coordinates of their points together."""
+    pair_channel: int
+    """0 for no pair."""
+
+
+class Chunk(NamedTuple):
+    """Whole examples, or some query rows of one."""
+
+    example: int
+    examples: int
+    row: int
+    rows: int
+
+
+def unsupported(sizes: Sizes, dtype: str, pair_dtype: str | None) -> str | None:
+    """Why the kernels cannot do this; None where they can."""
+    if dtype != "float32":
+        return f"its arithmetic is float32's; here it would be {dtype}'s"
+    if pair_dtype is not None and pair_dtype not in PAIR_DTYPES:
+        return f"a pair in {' or '.join(PAIR_DTYPES)} was expected; got {pair_dtype}"
+    if pair_dtype is not None and sizes.pair_channel not in PAIR_CHANNELS:
+        return f"a pair of {', '.join(map(str, PAIR_CHANNELS))} channels was expected; got {sizes.pair_channel}"
+    if sizes.heads > MOST_HEADS:
+        return f"at most {MOST_HEADS} heads were expected; got {sizes.heads}"
+    for what, found in (
+        ("channels of queries", sizes.channels),
+        ("coordinates of query points", sizes.coordinates),
+        ("channels and coordinates of values", sizes.values),
+    ):
+        if not 0 < found <= MOST_CHANNELS:
+            return f"1 to {MOST_CHANNELS} {what} a head were expected; got {found}"
+    return None
+
+
+def chunks(sizes: Sizes) -> Iterator[Chunk]:
+    """All queries, so many at a time that their logits stay in cache."""
+    if not (sizes.examples and sizes.number):
+        return
+    queries = max(LEAST_QUERIES, CHUNK_BYTES // (4 * sizes.heads * sizes.number))
+    at_once = max(1, queries // sizes.number)
+    rows = min(queries, sizes.number)
+    for example in range(0, sizes.examples, at_once):
+        for row in range(0, sizes.number, rows):
+            yield Chunk(example, min(at_once, sizes.examples - example), row, min(rows, sizes.number - row))

@@ -1,0 +1,391 @@
+"""Invariant point attention's kernels in Triton: the pair is read once forwards, and once more and written backwards.
+
+Logits L = q·k − ½ w·|q⃗ − k⃗|² + mask + z·b (Jumper et al. 2021, Suppl. Alg. 22, line 7) of a chunk of query rows lie
+between kernels, in the GPU's cache; of the pair and its gradient every program takes one row, with all heads at once.
+
+A chunk is `examples` whole examples from `example`, or `rows` query rows from `row` of one. Arrays are contiguous:
+queries, keys (B, H, N, C) and points (B, H, N, 3P), scaled as for the streamed attention; values (B, H, N, V); pair
+(B, N, N, c_z); bias (H, c_z); mask (B, N); and of a chunk (examples, H, rows, N). All but the pair are float32.
+
+Arithmetic is float32's. Products run on tensor cores in parts: TF32 in three products (`tf32x3`), and against a
+bfloat16 pair, which is exact as it is, in three of bfloat16. Distances are sums of squared differences.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+OF_THE_CHUNK = ("example", "row", "rows")
+"""Arguments of which no kernel has a version of its own for some values."""
+
+
+@triton.jit(do_not_specialize=OF_THE_CHUNK)
+def logits(
+    queries,
+    keys,
+    query_points,
+    key_points,
+    weights,
+    mask,
+    values,
+    d_o,
+    out,
+    d_attention,
+    example,
+    row,
+    rows,
+    number,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COORDINATES: tl.constexpr,
+    VALUES: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    PADDED_VALUES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """All logits but the pair's; backwards also dO·Vᵀ. A program for (keys, rows, example and head)."""
+    j = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(2)
+    whole = (example * HEADS + part).to(tl.int64) * number
+    query, key = whole + row + i, whole + j
+    some, seen = i < rows, j < number
+    c = tl.arange(0, PADDED_CHANNELS)
+    q = tl.load(queries + query[:, None] * CHANNELS + c, mask=some[:, None] & (c < CHANNELS), other=0.0)
+    k = tl.load(keys + key[:, None] * CHANNELS + c, mask=seen[:, None] & (c < CHANNELS), other=0.0)
+    logit = tl.dot(q, tl.trans(k), input_precision="ieee")
+    distance2 = tl.zeros((ROWS, KEYS), tl.float32)
+    for x in tl.static_range(COORDINATES):
+        a = tl.load(query_points + query * COORDINATES + x, mask=some, other=0.0)
+        b = tl.load(key_points + key * COORDINATES + x, mask=seen, other=0.0)
+        offset = a[:, None] - b[None, :]
+        distance2 += offset * offset
+    logit -= 0.5 * tl.load(weights + part % HEADS) * distance2
+    if HAS_MASK:
+        of_example = (example + part // HEADS).to(tl.int64) * number
+        valid = tl.load(mask + of_example + row + i, mask=some, other=0.0)
+        others = tl.load(mask + of_example + j, mask=seen, other=0.0)
+        logit += 1e5 * valid[:, None] * (others - 1)[None, :]
+    at = (part.to(tl.int64) * rows + i)[:, None] * number + j
+    inside = some[:, None] & seen
+    tl.store(out + at, logit, mask=inside)
+    if BACKWARD:
+        c = tl.arange(0, PADDED_VALUES)
+        d = tl.load(d_o + query[:, None] * VALUES + c, mask=some[:, None] & (c < VALUES), other=0.0)
+        v = tl.load(values + key[:, None] * VALUES + c, mask=seen[:, None] & (c < VALUES), other=0.0)
+        tl.store(d_attention + at, tl.dot(d, tl.trans(v), input_precision="tf32x3"), mask=inside)
+
+
+@triton.jit(do_not_specialize=OF_THE_CHUNK)
+def attend_to_pair(
+    logits,
+    pair,
+    bias,
+    o_pair,
+    log_sum,
+    example,
+    row,
+    rows,
+    number,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_PAIR: tl.constexpr,
+    KEYS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Adds the pair's bias to the logits in place; log Σ exp of each row, and o_pair. A program for one query."""
+    h, c = tl.arange(0, 16), tl.arange(0, WIDTH)
+    has_head = (h < HEADS)[:, None]
+    at_row, query, at_head, first = _of_query(example, row, rows, number, h, HEADS)
+    if HAS_PAIR:
+        b = tl.load(bias + h[:, None] * WIDTH + c, mask=has_head, other=0.0)
+    most = tl.full((16,), -float("inf"), tl.float32)
+    total = tl.zeros((16,), tl.float32)
+    o = tl.zeros((16, WIDTH), tl.float32)
+    for start in range(0, number, KEYS):
+        j = start + tl.arange(0, KEYS)
+        seen = j < number
+        inside = has_head & seen
+        logit = tl.load(logits + at_row + j, mask=inside, other=0.0)
+        if HAS_PAIR:
+            z = tl.load(pair + (first + j)[:, None] * WIDTH + c, mask=seen[:, None], other=0.0)
+            logit += _on_pair(b, tl.trans(z), INTERPRETED)
+            tl.store(logits + at_row + j, logit, mask=inside)
+        logit = tl.where(seen, logit, -float("inf"))
+        now = tl.maximum(most, tl.max(logit, 1))
+        shrink, weight = tl.exp(most - now), tl.exp(logit - now[:, None])
+        total, most = total * shrink + tl.sum(weight, 1), now
+        if HAS_PAIR:
+            o = o * shrink[:, None] + _on_pair(weight, z, INTERPRETED)
+    tl.store(log_sum + at_head, most + tl.log(total), mask=h < HEADS)
+    if HAS_PAIR:
+        tl.store(o_pair + (query * HEADS + h)[:, None] * WIDTH + c, o / total[:, None], mask=has_head)
+
+
+@triton.jit(do_not_specialize=OF_THE_CHUNK)
+def attend(
+    logits,
+    log_sum,
+    values,
+    o,
+    example,
+    row,
+    rows,
+    number,
+    HEADS: tl.constexpr,
+    VALUES: tl.constexpr,
+    PADDED_VALUES: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Sums of values under the softmax of finished logits. A program for (rows, example and head)."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    whole = (example * HEADS + part).to(tl.int64) * number
+    query, some = whole + row + i, i < rows
+    at = (part.to(tl.int64) * rows + i)[:, None] * number
+    c = tl.arange(0, PADDED_VALUES)
+    norm = tl.load(log_sum + query, mask=some, other=0.0)
+    out = tl.zeros((ROWS, PADDED_VALUES), tl.float32)
+    for start in range(0, number, KEYS):
+        j = start + tl.arange(0, KEYS)
+        seen = j < number
+        logit = tl.load(logits + at + j, mask=some[:, None] & seen, other=-float("inf"))
+        v = tl.load(values + (whole + j)[:, None] * VALUES + c, mask=seen[:, None] & (c < VALUES), other=0.0)
+        out += tl.dot(tl.exp(logit - norm[:, None]), v, input_precision="tf32x3")
+    tl.store(o + query[:, None] * VALUES + c, out, mask=some[:, None] & (c < VALUES))
+
+
+@triton.jit(do_not_specialize=OF_THE_CHUNK)
+def pair_gradients(
+    logits,
+    d_attention,
+    pair,
+    bias,
+    d_o_pair,
+    log_sum,
+    inner,
+    d_pair,
+    d_bias,
+    example,
+    row,
+    rows,
+    number,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_PAIR: tl.constexpr,
+    WITH_D_PAIR: tl.constexpr,
+    KEYS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Logits become their gradient and dO·Vᵀ the attention, in place; the pair's gradient, and each row's to the bias.
+
+    `inner` is dO·o + dO_pair·o_pair of each query and head. A program for one query.
+    """
+    h, c = tl.arange(0, 16), tl.arange(0, WIDTH)
+    has_head = (h < HEADS)[:, None]
+    at_row, query, at_head, first = _of_query(example, row, rows, number, h, HEADS)
+    of_query = (query * HEADS + h)[:, None] * WIDTH + c
+    norm = tl.load(log_sum + at_head, mask=h < HEADS, other=0.0)
+    removed = tl.load(inner + at_head, mask=h < HEADS, other=0.0)
+    if HAS_PAIR:
+        b = tl.load(bias + h[:, None] * WIDTH + c, mask=has_head, other=0.0)
+        to_bias = tl.zeros((16, WIDTH), tl.float32)
+        d = tl.load(d_o_pair + of_query, mask=has_head, other=0.0)
+    for start in range(0, number, KEYS):
+        j = start + tl.arange(0, KEYS)
+        seen = j < number
+        inside = has_head & seen
+        logit = tl.load(logits + at_row + j, mask=inside, other=-float("inf"))
+        to_weight = tl.load(d_attention + at_row + j, mask=inside, other=0.0)
+        if HAS_PAIR:
+            z = tl.load(pair + (first + j)[:, None] * WIDTH + c, mask=seen[:, None], other=0.0)
+            to_weight += _on_pair(d, tl.trans(z), INTERPRETED)
+            logit += _on_pair(b, tl.trans(z), INTERPRETED)
+        weight = tl.exp(logit - norm[:, None])
+        to_logit = weight * (to_weight - removed[:, None])
+        tl.store(logits + at_row + j, to_logit, mask=inside)
+        tl.store(d_attention + at_row + j, weight, mask=inside)
+        if HAS_PAIR:
+            to_bias += _on_pair(to_logit, z, INTERPRETED)
+        if WITH_D_PAIR:
+            to_z = _to_pair(weight, d, z, INTERPRETED) + _to_pair(to_logit, b, z, INTERPRETED)
+            at = (first + j)[:, None] * WIDTH + c
+            tl.store(d_pair + at, to_z.to(d_pair.dtype.element_ty), mask=seen[:, None])
+    if HAS_PAIR:
+        within = (tl.program_id(0).to(tl.int64) * HEADS + h)[:, None] * WIDTH + c
+        tl.store(d_bias + within, to_bias, mask=has_head)
+
+
+@triton.jit(do_not_specialize=OF_THE_CHUNK)
+def query_gradients(
+    d_logits,
+    keys,
+    query_points,
+    key_points,
+    weights,
+    d_queries,
+    d_query_points,
+    d_weights,
+    example,
+    row,
+    rows,
+    number,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COORDINATES: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    PADDED_COORDINATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """To queries and their points, and each query's part of that to the point weights.
+
+    A program for (rows, example and head).
+    """
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    whole = (example * HEADS + part).to(tl.int64) * number
+    query, some = whole + row + i, i < rows
+    at = (part.to(tl.int64) * rows + i)[:, None] * number
+    c, p = tl.arange(0, PADDED_CHANNELS), tl.arange(0, PADDED_COORDINATES)
+    to_query = tl.zeros((ROWS, PADDED_CHANNELS), tl.float32)
+    to_points = tl.zeros((ROWS, PADDED_COORDINATES), tl.float32)
+    to_weight = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, number, KEYS):
+        j = start + tl.arange(0, KEYS)
+        key, seen = whole + j, j < number
+        d = tl.load(d_logits + at + j, mask=some[:, None] & seen, other=0.0)
+        k = tl.load(keys + key[:, None] * CHANNELS + c, mask=seen[:, None] & (c < CHANNELS), other=0.0)
+        to_query += tl.dot(d, k, input_precision="tf32x3")
+        for x in tl.static_range(COORDINATES):
+            a = tl.load(query_points + query * COORDINATES + x, mask=some, other=0.0)
+            b = tl.load(key_points + key * COORDINATES + x, mask=seen, other=0.0)
+            offset = a[:, None] - b[None, :]
+            moved = d * offset
+            to_points += tl.where(p == x, tl.sum(moved, 1)[:, None], 0.0)
+            to_weight += tl.sum(moved * offset, 1)
+    tl.store(d_queries + query[:, None] * CHANNELS + c, to_query, mask=some[:, None] & (c < CHANNELS))
+    scaled = -tl.load(weights + part % HEADS) * to_points
+    tl.store(d_query_points + query[:, None] * COORDINATES + p, scaled, mask=some[:, None] & (p < COORDINATES))
+    tl.store(d_weights + query, -0.5 * to_weight, mask=some)
+
+
+@triton.jit(do_not_specialize=OF_THE_CHUNK)
+def key_gradients(
+    d_logits,
+    attention,
+    queries,
+    d_o,
+    query_points,
+    key_points,
+    weights,
+    d_keys,
+    d_values,
+    d_key_points,
+    example,
+    row,
+    rows,
+    number,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COORDINATES: tl.constexpr,
+    VALUES: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    PADDED_COORDINATES: tl.constexpr,
+    PADDED_VALUES: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Adds to the gradients of keys, their points and values. A program for (keys, example and head)."""
+    j = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    part = tl.program_id(1)
+    whole = (example * HEADS + part).to(tl.int64) * number
+    key, seen = whole + j, j < number
+    at = part.to(tl.int64) * rows * number
+    c, p, e = tl.arange(0, PADDED_CHANNELS), tl.arange(0, PADDED_COORDINATES), tl.arange(0, PADDED_VALUES)
+    to_key = tl.zeros((KEYS, PADDED_CHANNELS), tl.float32)
+    to_points = tl.zeros((KEYS, PADDED_COORDINATES), tl.float32)
+    to_value = tl.zeros((KEYS, PADDED_VALUES), tl.float32)
+    for start in range(0, rows, ROWS):
+        i = start + tl.arange(0, ROWS)
+        query, some = whole + row + i, i < rows
+        within = at + i.to(tl.int64)[:, None] * number + j
+        inside = some[:, None] & seen
+        d = tl.load(d_logits + within, mask=inside, other=0.0)
+        weight = tl.load(attention + within, mask=inside, other=0.0)
+        q = tl.load(queries + query[:, None] * CHANNELS + c, mask=some[:, None] & (c < CHANNELS), other=0.0)
+        to_key += tl.dot(tl.trans(d), q, input_precision="tf32x3")
+        rows_d_o = tl.load(d_o + query[:, None] * VALUES + e, mask=some[:, None] & (e < VALUES), other=0.0)
+        to_value += tl.dot(tl.trans(weight), rows_d_o, input_precision="tf32x3")
+        for x in tl.static_range(COORDINATES):
+            a = tl.load(query_points + query * COORDINATES + x, mask=some, other=0.0)
+            b = tl.load(key_points + key * COORDINATES + x, mask=seen, other=0.0)
+            moved = d * (a[:, None] - b[None, :])
+            to_points += tl.where(p == x, tl.sum(moved, 0)[:, None], 0.0)
+    _add(d_keys + key[:, None] * CHANNELS + c, to_key, seen[:, None] & (c < CHANNELS))
+    _add(d_values + key[:, None] * VALUES + e, to_value, seen[:, None] & (e < VALUES))
+    scaled = tl.load(weights + part % HEADS) * to_points
+    _add(d_key_points + key[:, None] * COORDINATES + p, scaled, seen[:, None] & (p < COORDINATES))
+
+
+@triton.jit
+def _of_query(example, row, rows, number, h, HEADS: tl.constexpr):
+    """Of a program for one query of the chunk: its logits, its number, its heads' numbers and its first pair."""
+    within, i = tl.program_id(0) // rows, tl.program_id(0) % rows
+    at_row = ((within * HEADS + h).to(tl.int64) * rows + i)[:, None] * number
+    query = (example + within).to(tl.int64) * number + row + i
+    at_head = ((example + within) * HEADS + h).to(tl.int64) * number + row + i
+    return at_row, query, at_head, query * number
+
+
+@triton.jit
+def _on_pair(x, z, INTERPRETED: tl.constexpr):
+    """x·z, of float32 numbers and a pair: with a bfloat16 pair in three parts of 8 bits each."""
+    if z.dtype == tl.float32:
+        out = tl.dot(x, z, input_precision="tf32x3")
+    else:
+        high, rest = _first_bits(x)
+        middle, rest = _first_bits(rest)
+        z = _operand(z, INTERPRETED)
+        out = tl.dot(_operand(rest.to(tl.bfloat16), INTERPRETED), z)
+        out = tl.dot(_operand(high, INTERPRETED), z, tl.dot(_operand(middle, INTERPRETED), z, out))
+    return out
+
+
+@triton.jit
+def _to_pair(x, y, z, INTERPRETED: tl.constexpr):
+    """xᵀ·y, to the precision that the gradient of that pair keeps."""
+    if z.dtype == tl.float32:
+        out = tl.dot(tl.trans(x), y, input_precision="tf32x3")
+    else:
+        high, low = _first_bits(tl.trans(x))
+        right, rest = _first_bits(y)
+        high, right = _operand(high, INTERPRETED), _operand(right, INTERPRETED)
+        low, rest = _operand(low.to(tl.bfloat16), INTERPRETED), _operand(rest.to(tl.bfloat16), INTERPRETED)
+        out = tl.dot(high, right, tl.dot(high, rest, tl.dot(low, right)))
+    return out
+
+
+@triton.jit
+def _first_bits(x):
+    """The bfloat16 number next to a float32 one, and what is left."""
+    high = x.to(tl.bfloat16)
+    return high, x - high.to(tl.float32)
+
+
+@triton.jit
+def _operand(x, INTERPRETED: tl.constexpr):
+    """The interpreter has no product of bfloat16 numbers."""
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _add(at, x, inside):
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + x, mask=inside)

@@ -1,0 +1,133 @@
+"""What the kernels take of a GPU, by compiling them for one: registers, spills and shared memory. No GPU is needed.
+
+python -m ipa_bridge.kernels.resources [--target sm_80 sm_90] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ipa_bridge.kernels import INTERPRETED, PAIR_CHANNELS, Sizes
+from ipa_bridge.kernels.launching import KERNELS, constants, options_of, tiles
+
+ALPHAFOLD = Sizes(1, 1024, 12, 16, 12, 40, 128)
+
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10}
+"""Bytes that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+
+
+class Resources(NamedTuple):
+    """Of one program of a compiled kernel."""
+
+    kernel: str
+    target: str
+    pair_dtype: str
+    pair_channel: int
+    warps: int
+    registers: int
+    """A thread's, of 255."""
+    spilled: int
+    """Bytes of a thread that lie in memory for want of registers."""
+    shared: int
+    """Bytes."""
+
+
+def measure(kernel: str, target: str, pair_dtype: str | None, sizes: Sizes, *, backward: bool = True) -> Resources:
+    """Compiles a kernel for a target and reads what came out."""
+    function, tile = KERNELS[kernel], tiles(kernel, sizes, pair_dtype)
+    has_pair = pair_dtype is not None
+    options = {"has_mask": True, "backward": backward, "d_pair": has_pair}
+    compiled_for = constants(kernel, sizes, pair_dtype=pair_dtype, **options)
+    of_pair = {"float32": "*fp32", "bfloat16": "*bf16", None: "*fp32"}[pair_dtype]
+    types = {
+        name: "i32"
+        if name in ("example", "row", "rows", "number")
+        else of_pair
+        if "pair" in name.split("_")
+        else "*fp32"
+        for name in function.arg_names
+    }
+    types |= dict.fromkeys({"o_pair", "d_o_pair"} & set(types), "*fp32") | dict.fromkeys(compiled_for, "constexpr")
+    aligned = [name for name, kind in types.items() if kind.startswith("*")] + ["number"]
+    source = ASTSource(
+        fn=function,
+        signature=types,
+        constexprs=compiled_for,
+        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
+        options=options_of(tile),
+    )
+    used = _usage(compiled.asm["cubin"])
+    return Resources(
+        kernel,
+        target,
+        pair_dtype or "none",
+        sizes.pair_channel if has_pair else 0,
+        tile.warps,
+        used["REG"],
+        used["STACK"] + used["LOCAL"],
+        compiled.metadata.shared,
+    )
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """As `cuobjdump` tells it, which Triton brings along."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+
+
+def every(targets: list[str]) -> list[Resources]:
+    """All kernels for AlphaFold's sizes, those of the pair for every width and dtype of it."""
+    found = []
+    for target in targets:
+        for kernel in KERNELS:
+            pairs: list[tuple[str | None, int]] = [("float32", ALPHAFOLD.pair_channel)]
+            if "pair" in kernel:
+                pairs = [(dtype, width) for dtype in ("float32", "bfloat16") for width in PAIR_CHANNELS] + [(None, 0)]
+            for dtype, width in pairs:
+                found.append(measure(kernel, target, dtype, ALPHAFOLD._replace(pair_channel=width)))
+    return found
+
+
+def table(found: list[Resources]) -> str:
+    """For people."""
+    lines = ["kernel           target  pair      c_z  warps  registers  spilled    shared", "-" * 75]
+    lines += [
+        f"{x.kernel:16} {x.target:7} {x.pair_dtype:9} {x.pair_channel or '':3}  {x.warps:5}  {x.registers:9}  "
+        f"{x.spilled:5} B  {x.shared / 1024:4.0f} KiB"
+        for x in found
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compiles and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="+", default=list(SHARED_MEMORY), help="compute capabilities")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    args = parser.parse_args()
+    if INTERPRETED:
+        raise SystemExit("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
+    found: list[Any] = every(args.target)
+    print(json.dumps([x._asdict() for x in found], indent=1) if args.json else table(found))
+
+
+if __name__ == "__main__":
+    main()
