@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -445,3 +446,42 @@ def test_torch_module_takes_it():
     arguments = (torch_tensor(case.single), torch_tensor(case.pair), rigids, torch_tensor(case.mask))
     with torch.no_grad():
         judge(module(*arguments), other(*arguments), "out", "float64")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_waits_for_a_gpu(backward):
+    """No number is asked back from the device and none is sent there: what a CUDA graph can capture."""
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from ipa_torch.attention import streamed
+
+    waits = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "_to_copy", "lift_fresh")
+
+    class Watched(TorchDispatchMode):
+        seen: ClassVar[set] = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    arrays, _ = core_arrays((2, 9))
+    tensors = {name: torch_tensor(x).to(torch.float64) for name, x in arrays.items()}
+    inputs = streamed.scaled(*first(tensors), *rest(tensors).values(), tensors["mask"])
+    outputs = streamed._attend(*inputs, 4, False)
+    with Watched() as watched:
+        streamed.scaled(*first(tensors), *rest(tensors).values(), tensors["mask"])
+        if backward:
+            streamed._attend_backward._init_fn(*outputs, *inputs, 4, False, True)
+        else:
+            streamed._attend._init_fn(*inputs, 4, False)
+    assert "bmm" in watched.seen
+    assert not watched.seen & set(waits)
+
+
+def test_blocks_on_a_gpu():
+    """As large as cached logits and an eighth of the pair allow; and never none."""
+    for package in ("jax", "torch"):
+        size = importlib.import_module(f"ipa_{package}.attention.streamed").default_block_size
+        assert [size(n, 12, 128, on_gpu=True) for n in (1, 50, 256, 1024, 2048, 8192)] == [1, 50, 64, 128, 170, 42]
+        assert size(10**6, 12, 128, on_gpu=True) == 1

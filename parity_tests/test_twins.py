@@ -51,7 +51,6 @@ ONLY_IN_ONE = {
     },
     "attention.fused.HAS_TRITON": "JAX brings its own Triton",
     "attention.fused.KEYS": "of the Pallas kernels; those in Triton know theirs",
-    "attention.fused.ONLY_REVERSE_MODE": "JAX says so itself",
 }
 """Names that one framework has and the other has no use for."""
 

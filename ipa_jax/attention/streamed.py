@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
+from ipa_bridge.kernels import CHUNK_BYTES
+
 BLOCK_BYTES = 4 << 20
 """Of the pair in one block; between 2 and 8 MB the optimum is flat, where a block stays in cache."""
 
@@ -28,7 +30,7 @@ LANES = 8
 """XLA's products on CPU run at their full rate where the last axis of their output is a multiple of this."""
 
 ONLY_REVERSE_MODE = (
-    "implementation='streamed' has first derivatives in reverse mode only; implementation='reference' has all others"
+    "this implementation has first derivatives in reverse mode only; implementation='reference' has all others"
 )
 
 
@@ -56,7 +58,8 @@ def point_attention(
     *batch, number, heads, _ = q.shape
     inputs = Inputs.of(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
     width = 0 if pair is None else pair.shape[-1]
-    size = block_size or default_block_size(number, heads, width) // max(1, math.prod(batch))
+    on_gpu = jax.default_backend() == "gpu"
+    size = block_size or default_block_size(number, heads, width, on_gpu=on_gpu) // max(1, math.prod(batch))
     size = max(1, min(size, number))
     o, o_pair, attention = over_batch(partial(_attend, size, return_attention), inputs, len(batch))
     return *unpacked(o, v, v_points), o_pair, attention
@@ -87,8 +90,13 @@ def unpacked(
     return o[..., : v.shape[-1]], o[..., v.shape[-1] :].reshape(v_points.shape)
 
 
-def default_block_size(number: int, heads: int, pair_channel: int) -> int:
-    """Query rows at a time, so that their part of the pair stays in cache."""
+def default_block_size(number: int, heads: int, pair_channel: int, *, on_gpu: bool = False) -> int:
+    """Query rows at a time, so that their part of the pair stays in cache; on a GPU, that their logits do.
+
+    There blocks are as large as that and an eighth of the pair allow, for each costs the same number of launches.
+    """
+    if on_gpu:
+        return max(1, min(number, max(MOST_ROWS, number // 8), CHUNK_BYTES // max(1, 4 * heads * number)))
     return max(1, min(number, MOST_ROWS, BLOCK_BYTES // max(1, 4 * number * max(pair_channel, 1))))
 
 

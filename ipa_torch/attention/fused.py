@@ -17,10 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipa_bridge.kernels import INTERPRETED, Sizes, chunks, unsupported
-from ipa_torch.attention.streamed import one_by_one, scaled, unpacked, wants_gradients, without_derivative
-
-ONLY_REVERSE_MODE = (
-    "implementation='fused' has first derivatives in reverse mode only; implementation='reference' has all others"
+from ipa_torch.attention.streamed import (
+    ONLY_REVERSE_MODE,
+    one_by_one,
+    scaled,
+    unpacked,
+    wants_gradients,
+    without_derivative,
 )
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

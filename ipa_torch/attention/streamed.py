@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ipa_bridge.kernels import CHUNK_BYTES
+
 BLOCK_BYTES = 6 << 20
 """Of the pair in one block; between 4 and 8 MB the optimum is flat, where a block stays in cache."""
 
@@ -29,7 +31,7 @@ SMALLEST_WEIGHT = 1e-30
 """Attention weights below are zero: subnormal numbers slow a CPU's products threefold and add nothing."""
 
 ONLY_REVERSE_MODE = (
-    "implementation='streamed' has first derivatives in reverse mode only; implementation='reference' has all others"
+    "this implementation has first derivatives in reverse mode only; implementation='reference' has all others"
 )
 
 
@@ -125,8 +127,13 @@ def wants_gradients(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
-def default_block_size(number: int, heads: int, pair_channel: int) -> int:
-    """Query rows at a time, so that their part of the pair stays in cache."""
+def default_block_size(number: int, heads: int, pair_channel: int, *, on_gpu: bool = False) -> int:
+    """Query rows at a time, so that their part of the pair stays in cache; on a GPU, that their logits do.
+
+    There blocks are as large as that and an eighth of the pair allow, for each costs the same number of launches.
+    """
+    if on_gpu:
+        return max(1, min(number, max(MOST_ROWS, number // 8), CHUNK_BYTES // max(1, 4 * heads * number)))
     return max(1, min(number, MOST_ROWS, BLOCK_BYTES // max(1, 4 * number * max(pair_channel, 1))))
 
 
@@ -329,7 +336,8 @@ class _Blocks:
     def rows(self, block_size: int) -> list[slice]:
         """The blocks' query rows; 0 for the default."""
         number, width = self.queries.shape[1], 0 if self.pair is None else self.pair.shape[-1]
-        block_size = block_size or default_block_size(number, len(self.queries), width)
+        on_gpu = self.queries.device.type == "cuda"
+        block_size = block_size or default_block_size(number, len(self.queries), width, on_gpu=on_gpu)
         return [slice(start, min(start + block_size, number)) for start in range(0, number, block_size)]
 
     def scratch(self, name: str, shape: Sequence[int]) -> Tensor:
