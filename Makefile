@@ -1,15 +1,19 @@
 # Each target sets up what it needs; a machine with Python 3.11+, pip and make is enough.
 PYTHON ?= python3
+comma := ,
 BIN := .venv/bin
+ON_GPU := XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=. \
+	$(if $(filter file,$(origin PYTHON)),.venv-gpu/bin/python,$(PYTHON))
+REQUIRED := jax,torch,alphafold,transformers,invariant_point_attention,gemmi,optax,matplotlib,tqdm,jupytext,nbclient,ipykernel
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup parity test lint bench docs clean
+.PHONY: setup parity test lint bench gpu docs clean
 
 parity: .venv/.runtime
 	$(BIN)/ipa-parity
 
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --require=jax,torch,alphafold,transformers,invariant_point_attention,gemmi,optax,matplotlib,tqdm,jupytext,nbclient,ipykernel
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --require=$(REQUIRED)$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -19,6 +23,11 @@ lint: .venv/.dev
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks --residues 64 128 256 512 1024
 	$(BIN)/python -m benchmarks --module structure-module --residues 512
+
+# With PYTHON=python3 that interpreter's own packages are used, and nothing is installed.
+gpu: $(if $(filter file,$(origin PYTHON)),.venv-gpu/.ready)
+	$(ON_GPU) -m pytest parity_tests/test_fused.py -m gpu --require=gpu -W default
+	$(ON_GPU) -m benchmarks.gpu --save gpu.json --plot gpu.png
 
 docs: .venv/.dev
 	$(BIN)/python docs/build_tutorial.py
@@ -39,9 +48,19 @@ setup: .venv/.dev
 	$(PIP) install --constraint constraints.txt --no-deps alphafold-colabfold colabfold-kernels
 	touch $@
 
+# CUDA builds of torch and jax; torch pins its own Triton.
+.venv-gpu/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	grep -v '^triton==' constraints.txt > .venv-gpu/constraints.txt
+	.venv-gpu/bin/python -m pip --disable-pip-version-check --quiet install --constraint .venv-gpu/constraints.txt \
+		--editable '.[dev]' 'jax[cuda12]'
+	.venv-gpu/bin/python -m pip --disable-pip-version-check --quiet install --constraint .venv-gpu/constraints.txt \
+		--no-deps alphafold-colabfold colabfold-kernels
+	touch $@
+
 .venv/.bench: .venv/.dev
 	$(PIP) install --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-gpu build *.egg-info

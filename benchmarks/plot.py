@@ -38,7 +38,9 @@ def save(rows: list[dict], path: str | Path) -> None:
                     if r["system"] == system and r["direction"] == direction and r.get(field)
                 ]
                 if found:
-                    axis.plot(*zip(*found, strict=True), label=system, markersize=5, **STYLES[system])
+                    axis.plot(
+                        *zip(*found, strict=True), label=system, markersize=5, **STYLES.get(system, {"marker": "."})
+                    )
             axis.set(xscale="log", yscale="log", ylabel=label)
             axis.grid(alpha=0.3, which="both", linewidth=0.5)
             sizes = sorted({r["residues"] for r in rows})

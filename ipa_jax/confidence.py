@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ipa_bridge.config import PredictedLDDTConfig
-from ipa_jax.layers import LayerNorm, Linear, at_least_float32
+from ipa_jax.dtypes import at_least_float32
+from ipa_jax.layers import LayerNorm, Linear
 
 
 class PredictedLDDT(hk.Module):

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Shaped
 from ipa_bridge.checks import check_ipa_inputs
 from ipa_bridge.config import IPAConfig
 from ipa_jax.attention import point_attention
-from ipa_jax.layers import Initializer, Linear, at_least_float32
+from ipa_jax.dtypes import at_least_float32
+from ipa_jax.layers import Initializer, Linear
 from ipa_jax.rigid import Rigid
 
 Projections = tuple[Array, Array, Array, Array, Array, Array]

@@ -12,6 +12,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ipa_jax.dtypes import at_least_float32, widest_dtype
+
 Initializer = Literal["linear", "relu", "zeros"]
 
 TRUNCATED_NORMAL_STDDEV = 0.87962566103423978
@@ -96,14 +98,3 @@ def weight_initializer(initializer: Initializer, num_input: int) -> hk.initializ
     gain = {"linear": 1.0, "relu": 2.0}[initializer]
     stddev = np.sqrt(gain / num_input) / TRUNCATED_NORMAL_STDDEV
     return hk.initializers.TruncatedNormal(stddev=stddev)
-
-
-def widest_dtype(*dtypes: DTypeLike) -> np.dtype:
-    """The dtype that holds all of these, by JAX's standard promotion whatever the user's setting."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
-
-
-def at_least_float32(*dtypes: DTypeLike) -> np.dtype:
-    """The dtype of arithmetic that must not lose coordinates: the widest of these, float32 at the least."""
-    return widest_dtype(jnp.float32, *dtypes)

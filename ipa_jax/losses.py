@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ipa_bridge import residues
 from ipa_bridge.checks import check_shape
-from ipa_jax.layers import at_least_float32
+from ipa_jax.dtypes import at_least_float32
 from ipa_jax.rigid import Rigid
 from ipa_jax.side_chains import atom37_to_atom14, atom37_to_frames, atom37_to_torsion_angles, lookup
 from ipa_jax.structure_module import StructureModuleOutput

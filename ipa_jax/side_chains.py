@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from ipa_bridge import residues
 from ipa_bridge.checks import check_per_atom, check_shape
 from ipa_bridge.config import StructureModuleConfig
-from ipa_jax.layers import Initializer, Linear, at_least_float32
+from ipa_jax.dtypes import at_least_float32
+from ipa_jax.layers import Initializer, Linear
 from ipa_jax.rigid import SMALLEST_LENGTH, Rigid
 
 SMALLEST_ANGLE_LENGTH = 1e-6

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ipa_bridge.checks import check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
+from ipa_jax.dtypes import at_least_float32
 from ipa_jax.invariant_point_attention import InvariantPointAttention
-from ipa_jax.layers import Initializer, LayerNorm, Linear, at_least_float32, dropout
+from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout
 from ipa_jax.rigid import Rigid
 from ipa_jax.side_chains import MultiRigidSidechain, frames_to_atom14, torsion_angles_to_frames
 

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ipa_bridge.config import PredictedLDDTConfig
-from ipa_torch.layers import LayerNorm, Linear, at_least_float32
+from ipa_torch.dtypes import at_least_float32
+from ipa_torch.layers import LayerNorm, Linear
 
 
 class PredictedLDDT(nn.Module):

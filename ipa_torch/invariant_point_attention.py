@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ipa_bridge.checks import check_ipa_inputs
 from ipa_bridge.config import IPAConfig
 from ipa_torch.attention import point_attention
-from ipa_torch.layers import Linear, at_least_float32
+from ipa_torch.dtypes import at_least_float32
+from ipa_torch.layers import Linear
 from ipa_torch.rigid import Rigid
 
 Projections = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

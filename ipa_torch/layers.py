@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ipa_torch.dtypes import at_least_float32, widest_dtype, without_autocast
 
 Initializer = Literal["linear", "relu", "zeros"]
 
@@ -97,20 +98,3 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = index.shape[dim]
     return torch.gather(x, dim, index.long().expand(shape))
-
-
-def widest_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that holds all of these."""
-    return reduce(torch.promote_types, dtypes)
-
-
-def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic that must not lose coordinates: the widest of these, float32 at the least."""
-    return widest_dtype(torch.float32, *dtypes)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast off: on CPU it would turn float32 matrix products into bfloat16."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ipa_bridge import residues
 from ipa_bridge.checks import check_shape
-from ipa_torch.layers import at_least_float32, take
+from ipa_torch.dtypes import at_least_float32
+from ipa_torch.layers import take
 from ipa_torch.rigid import Rigid
 from ipa_torch.side_chains import atom37_to_atom14, atom37_to_frames, atom37_to_torsion_angles, lookup
 from ipa_torch.structure_module import StructureModuleOutput

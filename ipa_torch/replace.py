@@ -27,8 +27,8 @@ from ipa_bridge.dialects import Found, modules
 from ipa_bridge.frames import random_frames
 from ipa_bridge.replacement import RESIDUES, WITHIN, ReplacedLayer, ReplacementReport
 from ipa_torch.attention import choose_implementation, point_attention
+from ipa_torch.dtypes import at_least_float32, without_autocast
 from ipa_torch.invariant_point_attention import Projections, centre, features, lengths, unpack_monomer
-from ipa_torch.layers import at_least_float32, without_autocast
 from ipa_torch.rigid import Rigid
 
 LEAST_INFINITY = 1e4

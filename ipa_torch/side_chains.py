@@ -14,7 +14,8 @@ from ipa_bridge import residues
 from ipa_bridge.checks import check_per_atom, check_shape
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
-from ipa_torch.layers import Initializer, Linear, at_least_float32, take
+from ipa_torch.dtypes import at_least_float32
+from ipa_torch.layers import Initializer, Linear, take
 from ipa_torch.rigid import SMALLEST_LENGTH, Rigid
 
 SMALLEST_ANGLE_LENGTH = 1e-6

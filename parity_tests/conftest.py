@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-if not any(x.startswith("--require") and "gpu" in x for x in sys.argv):
+if not any(x.startswith("--require") and "gpu" in x for x in sys.argv):  # on a GPU kernels run as they are
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 COMPARED = pytest.StashKey[list]()
@@ -44,8 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "users_own: runs on the weights and the protein given on the command line")
+    config.addinivalue_line("markers", "gpu: runs on a GPU")
     needed = [name for name in config.getoption("--require").split(",") if name]
-    needed += ["haiku"] if "jax" in needed else []
+    if "gpu" in needed:
+        needed.remove("gpu")
+        needed += ["jax", "torch", "triton"]
+        if absent := without_gpu():
+            raise pytest.UsageError(f"--require=gpu: {absent}")
+    elif "jax" in needed:
+        needed.append("haiku")
     missing = [name for name in needed if name != "structures" and not importlib.util.find_spec(name)]
     missing += ["structures"] if "structures" in needed and not STRUCTURES.is_dir() else []
     if missing:
@@ -61,6 +68,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+
+
+def without_gpu() -> str | None:
+    """Which framework sees no GPU; None if both see one."""
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        if not torch.cuda.is_available():
+            return "a CUDA device was expected; PyTorch sees none"
+    if importlib.util.find_spec("jax"):
+        import jax
+
+        if jax.default_backend() != "gpu":
+            return f"a CUDA device was expected as JAX's default; it is {jax.default_backend()}"
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

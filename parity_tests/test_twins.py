@@ -22,7 +22,7 @@ ONLY_IN_ONE = {
     "layers.Linear.reset_parameters": "haiku draws parameters in init",
     "layers.weight_initializer": "haiku takes an initialiser to get_parameter …",
     "layers.initialize_weight": "… torch fills a parameter in place",
-    "layers.without_autocast": "JAX has no autocast",
+    "dtypes.without_autocast": "JAX has no autocast",
     "layers.take": "JAX has take_along_axis",
     "replace.replace_ipa": "a torch model is an object whose layers can be swapped …",
     "replace.restore_ipa": "… and given back",

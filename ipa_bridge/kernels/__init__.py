@@ -14,8 +14,8 @@ PAIR_DTYPES = ("float32", "bfloat16")
 MOST_HEADS = 16
 """One tile of a tensor core."""
 
-MOST_CHANNELS = 128
-"""Of queries, and of values with their points, each: their tiles lie in registers."""
+MOST_CHANNELS, MOST_COORDINATES, MOST_VALUES = 64, 48, 128
+"""A head's: of queries, of their points, and of values with their points. Tiles of them lie in registers."""
 
 CHUNK_BYTES = 16 << 20
 """Of logits between two kernels, so that they stay in the GPU's cache (40 MB on an A100, 50 on an H100)."""
@@ -58,13 +58,13 @@ def unsupported(sizes: Sizes, dtype: str, pair_dtype: str | None) -> str | None:
         return f"a pair of {', '.join(map(str, PAIR_CHANNELS))} channels was expected; got {sizes.pair_channel}"
     if sizes.heads > MOST_HEADS:
         return f"at most {MOST_HEADS} heads were expected; got {sizes.heads}"
-    for what, found in (
-        ("channels of queries", sizes.channels),
-        ("coordinates of query points", sizes.coordinates),
-        ("channels and coordinates of values", sizes.values),
+    for what, found, most in (
+        ("channels of queries", sizes.channels, MOST_CHANNELS),
+        ("coordinates of query points", sizes.coordinates, MOST_COORDINATES),
+        ("channels and coordinates of values", sizes.values, MOST_VALUES),
     ):
-        if not 0 < found <= MOST_CHANNELS:
-            return f"1 to {MOST_CHANNELS} {what} a head were expected; got {found}"
+        if not 0 < found <= most:
+            return f"1 to {most} {what} a head were expected; got {found}"
     return None
 
 

@@ -49,8 +49,20 @@ TILES_ON_PAIR = {
 """By the pair's dtype and width, where others are better."""
 
 
+TILES_OF_WIDE_HEADS = {
+    "logits": Tiles(32, 64, 8, 1),
+    "attend": Tiles(32, 32, 4, 2),
+    "query_gradients": Tiles(16, 32, 4, 2),
+    "key_gradients": Tiles(16, 32, 8, 1),
+}
+"""Where heads are wider than AlphaFold's."""
+
+
 def tiles(kernel: str, sizes: Sizes, pair_dtype: str | None) -> Tiles:
     """Of a kernel."""
+    wide = sizes.channels > 16 or sizes.coordinates > 12 or sizes.values > 48
+    if wide and kernel in TILES_OF_WIDE_HEADS:
+        return TILES_OF_WIDE_HEADS[kernel]
     return TILES_ON_PAIR.get((kernel, pair_dtype or "", sizes.pair_channel), TILES[kernel])
 
 

@@ -17,10 +17,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ipa_bridge.kernels import INTERPRETED, PAIR_CHANNELS, Sizes
+from ipa_bridge.kernels import (
+    INTERPRETED,
+    MOST_CHANNELS,
+    MOST_COORDINATES,
+    MOST_VALUES,
+    PAIR_CHANNELS,
+    PAIR_DTYPES,
+    Sizes,
+)
 from ipa_bridge.kernels.launching import KERNELS, constants, options_of, tiles
 
 ALPHAFOLD = Sizes(1, 1024, 12, 16, 12, 40, 128)
+WIDEST = ALPHAFOLD._replace(channels=MOST_CHANNELS, coordinates=MOST_COORDINATES, values=MOST_VALUES)
 
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10}
 """Bytes that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability)."""
@@ -33,6 +42,8 @@ class Resources(NamedTuple):
     target: str
     pair_dtype: str
     pair_channel: int
+    channels: int
+    """Of a head."""
     warps: int
     registers: int
     """A thread's, of 255."""
@@ -76,6 +87,7 @@ def measure(kernel: str, target: str, pair_dtype: str | None, sizes: Sizes, *, b
         target,
         pair_dtype or "none",
         sizes.pair_channel if has_pair else 0,
+        sizes.channels,
         tile.warps,
         used["REG"],
         used["STACK"] + used["LOCAL"],
@@ -94,24 +106,25 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def every(targets: list[str]) -> list[Resources]:
-    """All kernels for AlphaFold's sizes, those of the pair for every width and dtype of it."""
+    """All kernels for AlphaFold's sizes, those of the pair for every kind of it, the others for wide heads."""
     found = []
     for target in targets:
         for kernel in KERNELS:
-            pairs: list[tuple[str | None, int]] = [("float32", ALPHAFOLD.pair_channel)]
-            if "pair" in kernel:
-                pairs = [(dtype, width) for dtype in ("float32", "bfloat16") for width in PAIR_CHANNELS] + [(None, 0)]
-            for dtype, width in pairs:
+            if "pair" not in kernel:
+                found += [measure(kernel, target, None, sizes) for sizes in (ALPHAFOLD, WIDEST)]
+                continue
+            pairs = [(dtype, width) for dtype in PAIR_DTYPES for width in PAIR_CHANNELS]
+            for dtype, width in [*pairs, (None, 0)]:
                 found.append(measure(kernel, target, dtype, ALPHAFOLD._replace(pair_channel=width)))
     return found
 
 
 def table(found: list[Resources]) -> str:
     """For people."""
-    lines = ["kernel           target  pair      c_z  warps  registers  spilled    shared", "-" * 75]
+    lines = ["kernel           target  pair      c_z  head  warps  registers  spilled    shared", "-" * 81]
     lines += [
-        f"{x.kernel:16} {x.target:7} {x.pair_dtype:9} {x.pair_channel or '':3}  {x.warps:5}  {x.registers:9}  "
-        f"{x.spilled:5} B  {x.shared / 1024:4.0f} KiB"
+        f"{x.kernel:16} {x.target:7} {x.pair_dtype:9} {x.pair_channel or '':3}  {x.channels:4}  {x.warps:5}  "
+        f"{x.registers:9}  {x.spilled:5} B  {x.shared / 1024:4.0f} KiB"
         for x in found
     ]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ipa_bridge.checks import check_point_attention_inputs
 from ipa_jax.attention import reference, streamed
-from ipa_jax.layers import at_least_float32
+from ipa_jax.dtypes import at_least_float32
 
 __all__ = ["IMPLEMENTATIONS", "STREAMED_FROM", "choose_implementation", "point_attention"]
 

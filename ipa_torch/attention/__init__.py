@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ipa_bridge.checks import check_point_attention_inputs
 from ipa_torch.attention import reference, streamed
-from ipa_torch.layers import at_least_float32, without_autocast
+from ipa_torch.dtypes import at_least_float32, without_autocast
 
 __all__ = ["IMPLEMENTATIONS", "STREAMED_FROM", "choose_implementation", "point_attention"]
 

@@ -1,0 +1,20 @@
+"""JAX's attention core where there is no Haiku, of which it needs nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import ipa_bridge
+
+
+def jax_point_attention() -> Callable:
+    """`ipa_jax.point_attention`; without Haiku, `ipa_jax` is left with its attention alone."""
+    if importlib.util.find_spec("haiku") is None and "ipa_jax" not in sys.modules:
+        package = ModuleType("ipa_jax")
+        package.__path__ = [str(Path(ipa_bridge.__file__).parent.parent / "ipa_jax")]
+        sys.modules["ipa_jax"] = package
+    return importlib.import_module("ipa_jax.attention").point_attention
