@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu [--residues 256 1024 …] [--pair float32 bfloat16] [--json] [--save FILE] [--plot FILE]
 
-AlphaFold 2's sizes. All systems take turns in one process; a PyTorch call is timed by the GPU's own events, a JAX call
-by the clock over several of them. "core" is `point_attention`, "module" the whole class with its projections. Shares
-are of what the necessary passes over the pair would take at the bandwidth of a plain copy, measured in the same run:
-one reading forwards; another and one writing backwards. What needs more memory than there is, is left out.
+AlphaFold 2's sizes. Systems take turns in one process, below 4096 residues; a PyTorch call is timed by the GPU's own
+events, a JAX call by the clock over several of them. "core" is `point_attention`, "module" the whole class with its
+projections. Shares are of what the necessary passes over the pair would take at the bandwidth of a plain copy, measured
+in the same run: one reading forwards; another and one writing backwards. What needs more memory than there is, is left
+out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +57,9 @@ class Case(NamedTuple):
     """Its dtype, or "none"."""
     device: str
 
+
+ALONE_FROM = 4096
+"""Residues from which systems are timed one after the other: several would not fit beside each other."""
 
 Call = Callable[[], Any]
 
@@ -139,6 +143,8 @@ def available(device: str) -> tuple[list[System], list[str]]:
     if has["jax"] and has["haiku"]:
         name = "fused" if can_fuse(device) else "streamed"
         systems.append(System("ipa_jax (jit)", "module", partial(jax_module, name), ("float32", "bfloat16")))
+    else:
+        absent.append("ipa_jax's module: no packages jax and haiku")
     if has["jax"] and has["haiku"] and has["alphafold"]:
         systems.append(System("AlphaFold (jit)", "module", partial(jax_module, "alphafold"), ("float32",)))
     else:
@@ -154,26 +160,32 @@ def can_fuse(device: str) -> bool:
 
 
 def gate(device: str) -> Iterator[str]:
-    """Comparisons of the PyTorch core with the textbook in float64 that are out of their bounds."""
+    """Comparisons of the cores' outputs with the textbook in float64 that are out of their bounds."""
     import torch
 
     for pair in ("float32", "bfloat16"):
-        arrays = torch_inputs(Case(300 if device == "cuda" else 8, pair, device))
+        residues = 304 if device == "cuda" else 8
+        arrays = torch_inputs(Case(residues, pair, device))
         wide = {name: None if x is None else x.detach().double() for name, x in arrays.items()}
-        expected = torch_attend(wide, "reference")
+        expected = [x.cpu().numpy() for x in torch_attend(wide, "reference")]
         for implementation in ("fused", "streamed") if can_fuse(device) else ("streamed",):
-            for x, e in zip(torch_attend(arrays, implementation), expected, strict=True):
-                row = compare(
-                    x.detach().double().cpu().numpy(),
-                    e.cpu().numpy(),
-                    case=f"{pair} pair",
-                    stage="out",
-                    dtype="float32",
-                    subject=implementation,
-                    reference="textbook in float64",
-                )
-                if not row.passed:
-                    yield str(row)
+            found = {"torch": [x.detach().double().cpu().numpy() for x in torch_attend(arrays, implementation)]}
+            if importlib.util.find_spec("jax"):
+                of_jax = jax_core(implementation, Case(residues, pair, device))[FORWARD]()
+                found["JAX"] = [np.asarray(x, np.float64) for x in of_jax if x is not None]
+            for framework, outputs in found.items():
+                for x, e in zip(outputs, expected, strict=True):
+                    row = compare(
+                        x,
+                        e,
+                        case=f"{pair} pair",
+                        stage="out",
+                        dtype="float32",
+                        subject=f"{framework}, {implementation}",
+                        reference="textbook in float64",
+                    )
+                    if not row.passed:
+                        yield str(row)
     torch.cuda.empty_cache()
 
 
@@ -197,18 +209,9 @@ def measure(systems: list[System], case: Case, repeats: int, copied: float) -> l
         seconds: dict[str, list[float]] = {}
         found = [s for s in systems if case.pair in s.pairs]
         peaks = {system.name: peak(system, case, direction) for system in found}  # first, each alone
-        ready = {}
-        for system in found:
-            call = attempt(partial(prepared, system, case, direction)) if peaks[system.name] is not None else None
-            if call is not None:
-                ready[system.name] = call
-        for _ in range(repeats):
-            for name, call in ready.items():
-                of_jax = name.startswith(("JAX", "ipa_jax", "AlphaFold"))
-                time_one = jax_seconds if of_jax else partial(torch_seconds, device=case.device)
-                seconds.setdefault(name, []).append(time_one(call))
-        del ready
-        clean()
+        together = [found] if case.residues < ALONE_FROM else [[system] for system in found]
+        for some in together:
+            seconds |= in_turn([s for s in some if peaks[s.name] is not None], case, direction, repeats)
         passes = 3 if direction == BACKWARD else 1
         for system in found:
             times = seconds.get(system.name)
@@ -228,20 +231,33 @@ def measure(systems: list[System], case: Case, repeats: int, copied: float) -> l
     return rows
 
 
+def in_turn(systems: list[System], case: Case, direction: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every turn, by system; none of what finds no memory beside the others."""
+    ready = {system.name: attempt(partial(prepared, system, case, direction)) for system in systems}
+    seconds: dict[str, list[float]] = {name: [] for name, call in ready.items() if call is not None}
+    for _ in range(repeats):
+        for name in list(seconds):
+            of_jax = name.startswith(("JAX", "ipa_jax", "AlphaFold"))
+            took = attempt(partial(jax_seconds if of_jax else partial(torch_seconds, device=case.device), ready[name]))
+            if took is None:
+                del seconds[name]
+            else:
+                seconds[name].append(took)
+    ready.clear()
+    clean()
+    return seconds
+
+
 def attempt(call: Callable[[], Any]) -> Any:
     """What it returns; None where there is not enough memory."""
-    import torch
-
     try:
         return call()
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        clean()
-        return None
-    except RuntimeError as error:  # XLA's, and the CPU allocator's
-        if any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "Out of memory", "DefaultCPUAllocator")):
-            clean()
-            return None
-        raise
+    except (MemoryError, RuntimeError) as error:  # PyTorch's, XLA's, CUDA's and the CPU allocator's
+        words = ("resource_exhausted", "out of memory", "alloc_failed", "defaultcpuallocator")
+        if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in words):
+            raise
+    clean()  # now that nobody holds what the failed call had
+    return None
 
 
 def prepared(system: System, case: Case, direction: str) -> Call:
@@ -305,14 +321,21 @@ def jax_seconds(call: Call, calls: int = 10) -> float:
 
     jax.block_until_ready(call())
     started = time.perf_counter()
+    result = None
     for _ in range(calls):
+        del result
         result = call()
     jax.block_until_ready(result)
     return (time.perf_counter() - started) / calls
 
 
 def torch_inputs(case: Case) -> dict[str, Any]:
-    """Of `point_attention`, at random on the device; all but the mask want gradients."""
+    """Of `point_attention`, at random on the device; all but the mask want gradients. All systems share them."""
+    return dict(_torch_inputs(case))
+
+
+@lru_cache(maxsize=1)
+def _torch_inputs(case: Case) -> dict[str, Any]:
     import torch
 
     c = IPAConfig.alphafold2()
@@ -422,9 +445,10 @@ class Captured:
                 for _ in range(2):
                     self.call()
             torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 self.result = self.call()
+            self.graph = graph
         self.graph.replay()
         return self.result
 
@@ -454,7 +478,7 @@ def esmfold(case: Case) -> dict[str, Call]:
 
 
 def module_inputs(case: Case) -> tuple[Any, ...]:
-    """Single, pair, rotations, translations and mask at random on the device."""
+    """Single, pair, rotations, translations and mask at random on the device; the pair is the core's."""
     import torch
 
     from ipa_bridge.frames import random_frames
@@ -468,7 +492,7 @@ def module_inputs(case: Case) -> tuple[Any, ...]:
     single = torch.randn((n, c.num_channel), **options).requires_grad_()
     pair = None
     if case.pair != "none":
-        pair = torch.randn((n, n, c.pair_channel or 0), dtype=getattr(torch, case.pair), **options).requires_grad_()
+        pair = torch_inputs(case)["pair"]
     return single, pair, *frames, (torch.rand(n, **options) > 0.1).float()
 
 

@@ -48,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     needed = [name for name in config.getoption("--require").split(",") if name]
     if "gpu" in needed:
         needed.remove("gpu")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise pytest.UsageError("--require=gpu: kernels are interpreted; unset TRITON_INTERPRET, and write the =")
         needed += ["jax", "torch", "triton"]
         if absent := without_gpu():
             raise pytest.UsageError(f"--require=gpu: {absent}")

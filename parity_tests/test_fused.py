@@ -32,6 +32,8 @@ RAGGED = {
 ON_GPU = {
     "float32": {"shape": (1, 300), "heads": 12, "width": 128, "widths": (16, 16, 4, 8)},
     "bfloat16": {"shape": (1, 300), "heads": 12, "width": 128, "widths": (16, 16, 4, 8), "pair_dtype": "bfloat16"},
+    "aligned": {"shape": (1, 256), "heads": 12, "width": 128, "widths": (16, 16, 4, 8)},
+    "aligned, bfloat16": {"shape": (1, 1024), "heads": 12, "width": 32, "pair_dtype": "bfloat16"},
     "several chunks": {"shape": (3, 700), "heads": 12, "width": 32, "widths": (16, 16, 4, 8)},
     "wide, float32": {"shape": (1, 130), "heads": 16, "width": 256},
     "wide, bfloat16": {"shape": (1, 130), "heads": 16, "width": 256, "pair_dtype": "bfloat16"},
@@ -215,7 +217,7 @@ def test_without_a_gpu_it_says_so(framework, monkeypatch):
             framework.run(arrays, cotangents, implementation="fused")
 
 
-@pytest.mark.parametrize("sizes", [(1, 5), (3, 5), (1, 700), (2, 2000), (1, 9000), (5, 264), (40, 30), (0, 3), (3, 0)])
+@pytest.mark.parametrize("sizes", [(1, 5), (3, 5), (1, 700), (2, 1024), (1, 9000), (5, 264), (9000, 3), (0, 3), (3, 0)])
 def test_chunks_are_all_queries_once(sizes):
     examples, number = sizes
     seen = np.zeros((examples, number), int)
@@ -224,8 +226,11 @@ def test_chunks_are_all_queries_once(sizes):
         seen[chunk.example : chunk.example + chunk.examples, chunk.row : chunk.row + chunk.rows] += 1
         assert chunk.examples == 1 or chunk.rows == number
         queries = chunk.examples * chunk.rows
+        assert chunk.examples * of.heads <= kernels.MOST_PROGRAMS
         assert queries <= kernels.LEAST_QUERIES or 4 * 12 * queries * number <= kernels.CHUNK_BYTES
     assert (seen == 1).all()
+    last = [chunk.rows for chunk in kernels.chunks(of)][-1:]
+    assert all(rows > 0.8 * next(kernels.chunks(of)).rows for rows in last), "a chunk costs as many launches as another"
 
 
 @pytest.fixture
@@ -297,23 +302,26 @@ def test_torch_operators_are_sound():
 
 @interpreted
 @needs_triton
-def test_a_pair_that_lies_otherwise(framework):
-    """Turned in memory, and the same for all examples."""
+@pytest.mark.parametrize("lies", ["turned", "shared by all examples"])
+def test_a_pair_that_lies_otherwise(lies):
+    """In memory; its gradient too."""
     torch = pytest.importorskip("torch")
-    if framework.name == "jax":
-        return
-    arrays, _cotangents = arrays_of((2, 5), 2, 32)
+    framework = Torch()
+    arrays, _ = arrays_of((2, 5), 2, 32)
     tensors = framework.tensors(arrays)
-    straight = framework.attend(**tensors, implementation="fused")
-    turned = {**tensors, "pair": tensors["pair"].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)}
-    assert turned["pair"].stride() != tensors["pair"].stride()
-    turned["pair"].requires_grad_()
-    for x, y in zip(straight, framework.attend(**turned, implementation="fused"), strict=True):
-        assert torch.equal(x, y)
-    shared = {**tensors, "pair": tensors["pair"][:1].expand(2, -1, -1, -1).clone()}
-    expanded = {**tensors, "pair": tensors["pair"][:1].expand(2, -1, -1, -1)}
-    for x, y in zip(*(framework.attend(**z, implementation="fused") for z in (shared, expanded)), strict=True):
-        assert torch.equal(x, y)
+    pair = tensors["pair"]
+    leaf = pair.permute(3, 2, 1, 0).contiguous() if lies == "turned" else pair[:1].clone()
+    leaf.requires_grad_()
+    view = leaf.permute(3, 2, 1, 0) if lies == "turned" else leaf.expand(2, -1, -1, -1)
+    assert view.stride() != pair.stride()
+    straight = view.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    outputs, expected = (framework.attend(**{**tensors, "pair": x}, implementation="fused") for x in (view, straight))
+    assert all(map(torch.equal, outputs, expected))
+    (found,), (wanted,) = (
+        torch.autograd.grad(sum((x**2).sum() for x in of), [x]) for of, x in ((outputs, leaf), (expected, straight))
+    )
+    wanted = wanted.permute(3, 2, 1, 0) if lies == "turned" else wanted.sum(0, keepdim=True)
+    assert torch.equal(found, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +385,24 @@ def test_on_a_gpu_it_is_the_reference(framework, case):
     arrays, cotangents = arrays_of(**{**RAGGED, **ON_GPU}[case])
     if arrays["q"].size:
         judge_against_the_reference(framework.on_gpu(), arrays, cotangents)
+
+
+@on_gpu
+def test_a_pair_of_more_numbers_than_32_bits_count():
+    """The last queries read what is theirs."""
+    torch = pytest.importorskip("torch")
+    import ipa_torch
+
+    arrays, _ = arrays_of((4208,), 2, None)
+    tensors = Torch().on_gpu().tensors(arrays)
+    pair = torch.randn(4208, 4208, 128, device="cuda", dtype=torch.bfloat16)
+    assert pair.numel() > 2**31
+    tensors |= {"pair": pair, "pair_bias_weight": torch.randn(128, 2, device="cuda")}
+    fused, streamed = (ipa_torch.point_attention(**tensors, implementation=name) for name in ("fused", "streamed"))
+    names = {"case": "large", "stage": "out", "dtype": "float32", "subject": "fused", "reference": "streamed"}
+    for x, e in zip(fused, streamed, strict=True):
+        row = compare(x[-9:].double().cpu().numpy(), e[-9:].double().cpu().numpy(), **names)
+        assert row.passed, str(row)
 
 
 @on_gpu

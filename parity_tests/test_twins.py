@@ -50,7 +50,6 @@ ONLY_IN_ONE = {
         for name in ("one_by_one", "wants_gradients", "without_derivative")
     },
     "attention.fused.HAS_TRITON": "JAX brings its own Triton",
-    "attention.fused.KEYS": "of the Pallas kernels; those in Triton know theirs",
 }
 """Names that one framework has and the other has no use for."""
 

@@ -3,67 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 
-from ipa_bridge.kernels import INTERPRETED, Chunk, Sizes, point_attention
+from ipa_bridge.kernels import INTERPRETED, Chunk, Sizes, Tiles, point_attention, stride, tiles
 
 KERNELS: dict[str, Any] = {
     name: getattr(point_attention, name)
     for name in ("logits", "attend_to_pair", "attend", "pair_gradients", "query_gradients", "key_gradients")
 }
-
-
-class Tiles(NamedTuple):
-    """What one program of a kernel works on at a time, and how it is run."""
-
-    rows: int
-    """Query rows; 1 where a program has one."""
-    keys: int
-    warps: int
-    stages: int
-    """Loads that are under way."""
-
-
-TILES = {
-    "logits": Tiles(64, 64, 8, 1),
-    "attend_to_pair": Tiles(1, 32, 4, 3),
-    "attend": Tiles(64, 32, 4, 2),
-    "pair_gradients": Tiles(1, 16, 8, 2),
-    "query_gradients": Tiles(32, 32, 4, 2),
-    "key_gradients": Tiles(16, 32, 8, 2),
-}
-"""Chosen by what compiles without spilling for sm_80 and sm_90: `python -m ipa_bridge.kernels.resources`."""
-
-TILES_ON_PAIR = {
-    ("attend_to_pair", "float32", 256): Tiles(1, 16, 8, 2),
-    ("attend_to_pair", "bfloat16", 32): Tiles(1, 64, 4, 3),
-    ("attend_to_pair", "bfloat16", 64): Tiles(1, 64, 4, 3),
-    ("attend_to_pair", "bfloat16", 128): Tiles(1, 64, 4, 3),
-    ("pair_gradients", "bfloat16", 32): Tiles(1, 32, 4, 2),
-    ("pair_gradients", "bfloat16", 64): Tiles(1, 32, 4, 2),
-    ("pair_gradients", "bfloat16", 128): Tiles(1, 32, 4, 2),
-    ("pair_gradients", "bfloat16", 256): Tiles(1, 32, 8, 2),
-}
-"""By the pair's dtype and width, where others are better."""
-
-
-TILES_OF_WIDE_HEADS = {
-    "logits": Tiles(32, 64, 8, 1),
-    "attend": Tiles(32, 32, 4, 2),
-    "query_gradients": Tiles(16, 32, 4, 2),
-    "key_gradients": Tiles(16, 32, 8, 1),
-}
-"""Where heads are wider than AlphaFold's."""
-
-
-def tiles(kernel: str, sizes: Sizes, pair_dtype: str | None) -> Tiles:
-    """Of a kernel."""
-    wide = sizes.channels > 16 or sizes.coordinates > 12 or sizes.values > 48
-    if wide and kernel in TILES_OF_WIDE_HEADS:
-        return TILES_OF_WIDE_HEADS[kernel]
-    return TILES_ON_PAIR.get((kernel, pair_dtype or "", sizes.pair_channel), TILES[kernel])
 
 
 def options_of(tile: Tiles) -> dict[str, Any]:
@@ -109,7 +58,7 @@ def grid(kernel: str, sizes: Sizes, chunk: Chunk, tile: Tiles) -> tuple[int, ...
 
 def run(kernel: str, arrays: Mapping[str, Any], sizes: Sizes, chunk: Chunk, **options: Any) -> None:
     """Launches a kernel on a chunk; of the arrays, by name, it takes those that it has arguments for."""
-    known = {**arrays, **chunk._asdict(), "number": sizes.number}
+    known = {**arrays, **chunk._asdict(), "number": sizes.number, "stride": stride(sizes)}
     tile = tiles(kernel, sizes, options["pair_dtype"])
     function = KERNELS[kernel]
     compiled_for = constants(kernel, sizes, **options)

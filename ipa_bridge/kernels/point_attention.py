@@ -5,7 +5,8 @@ between kernels, in the GPU's cache; of the pair and its gradient every program 
 
 A chunk is `examples` whole examples from `example`, or `rows` query rows from `row` of one. Arrays are contiguous:
 queries, keys (B, H, N, C) and points (B, H, N, 3P), scaled as for the streamed attention; values (B, H, N, V); pair
-(B, N, N, c_z); bias (H, c_z); mask (B, N); and of a chunk (examples, H, rows, N). All but the pair are float32.
+(B, N, N, c_z); bias (H, c_z); mask (B, N); and of a chunk (examples, H, rows, stride), where rows are as long as a
+multiple of any tile, so that they are read without masks. All but the pair are float32.
 
 Arithmetic is float32's. Products run on tensor cores in parts: TF32 in three products (`tf32x3`), and against a
 bfloat16 pair, which is exact as it is, in three of bfloat16. Distances are sums of squared differences.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-OF_THE_CHUNK = ("example", "row", "rows")
+OF_THE_CHUNK = ("example", "row", "rows", "number")
 """Arguments of which no kernel has a version of its own for some values."""
 
 
@@ -36,6 +37,7 @@ def logits(
     row,
     rows,
     number,
+    stride,
     HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
     COORDINATES: tl.constexpr,
@@ -70,14 +72,13 @@ def logits(
         valid = tl.load(mask + of_example + row + i, mask=some, other=0.0)
         others = tl.load(mask + of_example + j, mask=seen, other=0.0)
         logit += 1e5 * valid[:, None] * (others - 1)[None, :]
-    at = (part.to(tl.int64) * rows + i)[:, None] * number + j
-    inside = some[:, None] & seen
-    tl.store(out + at, logit, mask=inside)
+    at = (part.to(tl.int64) * rows + i)[:, None] * stride + j
+    tl.store(out + at, logit, mask=some[:, None])
     if BACKWARD:
         c = tl.arange(0, PADDED_VALUES)
         d = tl.load(d_o + query[:, None] * VALUES + c, mask=some[:, None] & (c < VALUES), other=0.0)
         v = tl.load(values + key[:, None] * VALUES + c, mask=seen[:, None] & (c < VALUES), other=0.0)
-        tl.store(d_attention + at, tl.dot(d, tl.trans(v), input_precision="tf32x3"), mask=inside)
+        tl.store(d_attention + at, tl.dot(d, tl.trans(v), input_precision="tf32x3"), mask=some[:, None])
 
 
 @triton.jit(do_not_specialize=OF_THE_CHUNK)
@@ -91,6 +92,7 @@ def attend_to_pair(
     row,
     rows,
     number,
+    stride,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_PAIR: tl.constexpr,
@@ -100,7 +102,7 @@ def attend_to_pair(
     """Adds the pair's bias to the logits in place; log Σ exp of each row, and o_pair. A program for one query."""
     h, c = tl.arange(0, 16), tl.arange(0, WIDTH)
     has_head = (h < HEADS)[:, None]
-    at_row, query, at_head, first = _of_query(example, row, rows, number, h, HEADS)
+    at_row, query, at_head, first = _of_query(example, row, rows, number, stride, h, HEADS)
     if HAS_PAIR:
         b = tl.load(bias + h[:, None] * WIDTH + c, mask=has_head, other=0.0)
     most = tl.full((16,), -float("inf"), tl.float32)
@@ -109,12 +111,11 @@ def attend_to_pair(
     for start in range(0, number, KEYS):
         j = start + tl.arange(0, KEYS)
         seen = j < number
-        inside = has_head & seen
-        logit = tl.load(logits + at_row + j, mask=inside, other=0.0)
+        logit = tl.load(logits + at_row + j, mask=has_head, other=0.0)
         if HAS_PAIR:
             z = tl.load(pair + (first + j)[:, None] * WIDTH + c, mask=seen[:, None], other=0.0)
             logit += _on_pair(b, tl.trans(z), INTERPRETED)
-            tl.store(logits + at_row + j, logit, mask=inside)
+            tl.store(logits + at_row + j, logit, mask=has_head)
         logit = tl.where(seen, logit, -float("inf"))
         now = tl.maximum(most, tl.max(logit, 1))
         shrink, weight = tl.exp(most - now), tl.exp(logit - now[:, None])
@@ -136,6 +137,7 @@ def attend(
     row,
     rows,
     number,
+    stride,
     HEADS: tl.constexpr,
     VALUES: tl.constexpr,
     PADDED_VALUES: tl.constexpr,
@@ -147,14 +149,15 @@ def attend(
     part = tl.program_id(1)
     whole = (example * HEADS + part).to(tl.int64) * number
     query, some = whole + row + i, i < rows
-    at = (part.to(tl.int64) * rows + i)[:, None] * number
+    at = (part.to(tl.int64) * rows + i)[:, None] * stride
     c = tl.arange(0, PADDED_VALUES)
     norm = tl.load(log_sum + query, mask=some, other=0.0)
     out = tl.zeros((ROWS, PADDED_VALUES), tl.float32)
     for start in range(0, number, KEYS):
         j = start + tl.arange(0, KEYS)
         seen = j < number
-        logit = tl.load(logits + at + j, mask=some[:, None] & seen, other=-float("inf"))
+        logit = tl.load(logits + at + j, mask=some[:, None], other=0.0)
+        logit = tl.where(seen, logit, -float("inf"))
         v = tl.load(values + (whole + j)[:, None] * VALUES + c, mask=seen[:, None] & (c < VALUES), other=0.0)
         out += tl.dot(tl.exp(logit - norm[:, None]), v, input_precision="tf32x3")
     tl.store(o + query[:, None] * VALUES + c, out, mask=some[:, None] & (c < VALUES))
@@ -175,6 +178,7 @@ def pair_gradients(
     row,
     rows,
     number,
+    stride,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_PAIR: tl.constexpr,
@@ -188,7 +192,7 @@ def pair_gradients(
     """
     h, c = tl.arange(0, 16), tl.arange(0, WIDTH)
     has_head = (h < HEADS)[:, None]
-    at_row, query, at_head, first = _of_query(example, row, rows, number, h, HEADS)
+    at_row, query, at_head, first = _of_query(example, row, rows, number, stride, h, HEADS)
     of_query = (query * HEADS + h)[:, None] * WIDTH + c
     norm = tl.load(log_sum + at_head, mask=h < HEADS, other=0.0)
     removed = tl.load(inner + at_head, mask=h < HEADS, other=0.0)
@@ -199,17 +203,16 @@ def pair_gradients(
     for start in range(0, number, KEYS):
         j = start + tl.arange(0, KEYS)
         seen = j < number
-        inside = has_head & seen
-        logit = tl.load(logits + at_row + j, mask=inside, other=-float("inf"))
-        to_weight = tl.load(d_attention + at_row + j, mask=inside, other=0.0)
+        logit = tl.load(logits + at_row + j, mask=has_head, other=0.0)
+        to_weight = tl.load(d_attention + at_row + j, mask=has_head, other=0.0)
         if HAS_PAIR:
             z = tl.load(pair + (first + j)[:, None] * WIDTH + c, mask=seen[:, None], other=0.0)
             to_weight += _on_pair(d, tl.trans(z), INTERPRETED)
             logit += _on_pair(b, tl.trans(z), INTERPRETED)
-        weight = tl.exp(logit - norm[:, None])
+        weight = tl.where(seen & has_head, tl.exp(logit - norm[:, None]), 0.0)
         to_logit = weight * (to_weight - removed[:, None])
-        tl.store(logits + at_row + j, to_logit, mask=inside)
-        tl.store(d_attention + at_row + j, weight, mask=inside)
+        tl.store(logits + at_row + j, to_logit, mask=has_head)
+        tl.store(d_attention + at_row + j, weight, mask=has_head)
         if HAS_PAIR:
             to_bias += _on_pair(to_logit, z, INTERPRETED)
         if WITH_D_PAIR:
@@ -235,6 +238,7 @@ def query_gradients(
     row,
     rows,
     number,
+    stride,
     HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
     COORDINATES: tl.constexpr,
@@ -251,7 +255,7 @@ def query_gradients(
     part = tl.program_id(1)
     whole = (example * HEADS + part).to(tl.int64) * number
     query, some = whole + row + i, i < rows
-    at = (part.to(tl.int64) * rows + i)[:, None] * number
+    at = (part.to(tl.int64) * rows + i)[:, None] * stride
     c, p = tl.arange(0, PADDED_CHANNELS), tl.arange(0, PADDED_COORDINATES)
     to_query = tl.zeros((ROWS, PADDED_CHANNELS), tl.float32)
     to_points = tl.zeros((ROWS, PADDED_COORDINATES), tl.float32)
@@ -259,7 +263,7 @@ def query_gradients(
     for start in range(0, number, KEYS):
         j = start + tl.arange(0, KEYS)
         key, seen = whole + j, j < number
-        d = tl.load(d_logits + at + j, mask=some[:, None] & seen, other=0.0)
+        d = tl.where(seen, tl.load(d_logits + at + j, mask=some[:, None], other=0.0), 0.0)
         k = tl.load(keys + key[:, None] * CHANNELS + c, mask=seen[:, None] & (c < CHANNELS), other=0.0)
         to_query += tl.dot(d, k, input_precision="tf32x3")
         for x in tl.static_range(COORDINATES):
@@ -291,6 +295,7 @@ def key_gradients(
     row,
     rows,
     number,
+    stride,
     HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
     COORDINATES: tl.constexpr,
@@ -306,7 +311,7 @@ def key_gradients(
     part = tl.program_id(1)
     whole = (example * HEADS + part).to(tl.int64) * number
     key, seen = whole + j, j < number
-    at = part.to(tl.int64) * rows * number
+    at = part.to(tl.int64) * rows * stride
     c, p, e = tl.arange(0, PADDED_CHANNELS), tl.arange(0, PADDED_COORDINATES), tl.arange(0, PADDED_VALUES)
     to_key = tl.zeros((KEYS, PADDED_CHANNELS), tl.float32)
     to_points = tl.zeros((KEYS, PADDED_COORDINATES), tl.float32)
@@ -314,10 +319,9 @@ def key_gradients(
     for start in range(0, rows, ROWS):
         i = start + tl.arange(0, ROWS)
         query, some = whole + row + i, i < rows
-        within = at + i.to(tl.int64)[:, None] * number + j
-        inside = some[:, None] & seen
-        d = tl.load(d_logits + within, mask=inside, other=0.0)
-        weight = tl.load(attention + within, mask=inside, other=0.0)
+        within = at + i.to(tl.int64)[:, None] * stride + j
+        d = tl.load(d_logits + within, mask=some[:, None], other=0.0)
+        weight = tl.load(attention + within, mask=some[:, None], other=0.0)
         q = tl.load(queries + query[:, None] * CHANNELS + c, mask=some[:, None] & (c < CHANNELS), other=0.0)
         to_key += tl.dot(tl.trans(d), q, input_precision="tf32x3")
         rows_d_o = tl.load(d_o + query[:, None] * VALUES + e, mask=some[:, None] & (e < VALUES), other=0.0)
@@ -334,10 +338,10 @@ def key_gradients(
 
 
 @triton.jit
-def _of_query(example, row, rows, number, h, HEADS: tl.constexpr):
+def _of_query(example, row, rows, number, stride, h, HEADS: tl.constexpr):
     """Of a program for one query of the chunk: its logits, its number, its heads' numbers and its first pair."""
     within, i = tl.program_id(0) // rows, tl.program_id(0) % rows
-    at_row = ((within * HEADS + h).to(tl.int64) * rows + i)[:, None] * number
+    at_row = ((within * HEADS + h).to(tl.int64) * rows + i)[:, None] * stride
     query = (example + within).to(tl.int64) * number + row + i
     at_head = ((example + within) * HEADS + h).to(tl.int64) * number + row + i
     return at_row, query, at_head, query * number

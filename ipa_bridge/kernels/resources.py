@@ -25,8 +25,9 @@ from ipa_bridge.kernels import (
     PAIR_CHANNELS,
     PAIR_DTYPES,
     Sizes,
+    tiles,
 )
-from ipa_bridge.kernels.launching import KERNELS, constants, options_of, tiles
+from ipa_bridge.kernels.launching import KERNELS, constants, options_of
 
 ALPHAFOLD = Sizes(1, 1024, 12, 16, 12, 40, 128)
 WIDEST = ALPHAFOLD._replace(channels=MOST_CHANNELS, coordinates=MOST_COORDINATES, values=MOST_VALUES)
@@ -62,14 +63,14 @@ def measure(kernel: str, target: str, pair_dtype: str | None, sizes: Sizes, *, b
     of_pair = {"float32": "*fp32", "bfloat16": "*bf16", None: "*fp32"}[pair_dtype]
     types = {
         name: "i32"
-        if name in ("example", "row", "rows", "number")
+        if name in ("example", "row", "rows", "number", "stride")
         else of_pair
         if "pair" in name.split("_")
         else "*fp32"
         for name in function.arg_names
     }
     types |= dict.fromkeys({"o_pair", "d_o_pair"} & set(types), "*fp32") | dict.fromkeys(compiled_for, "constexpr")
-    aligned = [name for name, kind in types.items() if kind.startswith("*")] + ["number"]
+    aligned = [name for name, kind in types.items() if kind.startswith("*")] + ["stride"]
     source = ASTSource(
         fn=function,
         signature=types,

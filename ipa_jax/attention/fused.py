@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plt
 from jax.lax import DotAlgorithmPreset, Precision
 from jaxtyping import Array, Float
 
-from ipa_bridge.kernels import INTERPRETED, MOST_HEADS, Sizes, chunks, unsupported
+from ipa_bridge.kernels import INTERPRETED, MOST_HEADS, Sizes, Tiles, chunks, tiles, unsupported
 from ipa_jax.attention.streamed import (
     Inputs,
     Keys,
@@ -33,9 +33,6 @@ from ipa_jax.attention.streamed import (
     turned,
     unpacked,
 )
-
-KEYS = {"float32": 32, "bfloat16": 64}
-"""Of the pair's row at a time, by its dtype."""
 
 
 def point_attention(
@@ -69,7 +66,7 @@ def point_attention(
     if reason:
         raise NotImplementedError(f"implementation='fused': {reason}; implementation='streamed' has no such limit")
     inputs = Inputs.of(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
-    size = next((chunk.rows for chunk in chunks(sizes._replace(examples=1))), 1)
+    size = next((max(1, chunk.rows // max(1, sizes.examples)) for chunk in chunks(sizes._replace(examples=1))), 1)
     o, o_pair, _ = over_batch(partial(_attend, size), inputs, len(batch))
     return *unpacked(o, v, v_points), o_pair, None
 
@@ -196,7 +193,8 @@ def _attend_to_pair(
     """The logits with the pair's bias, log Σ exp of each row, and o_pair. A program for one query."""
     pair: Any = inputs.pair
     heads, size, number = logits.shape
-    width, tile = pair.shape[-1], KEYS[pair.dtype.name]
+    width, launch = pair.shape[-1], _tiles("attend_to_pair", pair)
+    tile = launch.keys
 
     def kernel(start: Any, logits: Any, pair: Any, bias: Any, finished: Any, log_sum: Any, o_pair: Any) -> None:
         i = pl.program_id(0)
@@ -233,7 +231,7 @@ def _attend_to_pair(
         ),
         input_output_aliases={1: 0},
         name="attend_to_pair",
-        stages=3,
+        launch=launch,
     )(_first_row(start), _padded(logits, 0), pair, _padded_bias(inputs))
     return finished[:heads], log_sum[:heads], o_pair[:, :heads]
 
@@ -244,7 +242,8 @@ def _pair_gradients(
     """The gradient to the logits, the attention, the pair's gradient with these rows, and theirs to the bias."""
     pair: Any = inputs.pair
     heads, size, number = of_rows.logits.shape
-    width, tile = pair.shape[-1], KEYS[pair.dtype.name] // 2
+    width, launch = pair.shape[-1], _tiles("pair_gradients", pair)
+    tile = launch.keys
 
     def kernel(start: Any, *references: Any) -> None:
         logits, d_weight, pair, bias, d_o_pair, log_sum, inner, *rest = references
@@ -293,18 +292,24 @@ def _pair_gradients(
         out_shape=tuple(outputs),
         input_output_aliases=aliases,
         name="pair_gradients",
-        stages=2,
+        launch=launch,
     )(*arrays)
     return d_logits[:heads], weight[:heads], (found[0] if found else None), d_bias[:, :heads].sum(0)
 
 
-def _call(kernel: Callable, *, name: str, stages: int, **options: Any) -> Callable:
+def _tiles(kernel: str, pair: Array) -> Tiles:
+    """As of the kernel in Triton."""
+    return tiles(kernel, Sizes(1, pair.shape[-2], MOST_HEADS, 1, 1, 1, pair.shape[-1]), pair.dtype.name)
+
+
+def _call(kernel: Callable, *, name: str, launch: Tiles, **options: Any) -> Callable:
     """A Pallas kernel; within, integers have 32 bits whatever JAX is told, for Pallas mixes none."""
 
     def call(*arrays: Array) -> tuple[Any, ...]:
+        compiler = plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages)
         with jax.enable_x64(False):
-            launch = plt.CompilerParams(num_warps=4, num_stages=stages)
-            return pl.pallas_call(kernel, name=name, interpret=INTERPRETED, compiler_params=launch, **options)(*arrays)
+            ready = pl.pallas_call(kernel, name=name, interpret=INTERPRETED, compiler_params=compiler, **options)
+            return ready(*arrays)
 
     return call
 

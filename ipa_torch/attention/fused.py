@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ipa_bridge.kernels import INTERPRETED, Sizes, chunks, unsupported
+from ipa_bridge.kernels import INTERPRETED, Sizes, chunks, stride, unsupported
 from ipa_torch.attention.streamed import (
     ONLY_REVERSE_MODE,
     one_by_one,
@@ -124,10 +124,10 @@ def _attend(
     sizes = _sizes(queries, values, query_points, pair)
     arrays = _arrays(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
     run = partial(_kernels().run, sizes=sizes, **_options(pair, mask))
+    logits = queries.new_empty(_room(sizes))
+    own = {**arrays, "o": o, "o_pair": o_pair, "log_sum": log_sum, "logits": logits, "out": logits}
     with torch.cuda.device_of(queries):
         for chunk in chunks(sizes):
-            logits = queries.new_empty(chunk.examples * sizes.heads * chunk.rows * sizes.number)
-            own = {**arrays, "o": o, "o_pair": o_pair, "log_sum": log_sum, "logits": logits, "out": logits}
             for kernel in ("logits", "attend_to_pair", "attend"):
                 run(kernel, own, chunk=chunk)
     return o, o_pair, log_sum
@@ -175,19 +175,28 @@ def _attend_backward(
         "d_pair": d_pair,
     }
     run = partial(_kernels().run, sizes=sizes, **_options(pair, mask, backward=True, d_pair=with_d_pair))
+    logits, attention = (queries.new_empty(_room(sizes)) for _ in range(2))
+    by_row = queries.new_empty(0 if bias is None else (_most_queries(sizes), sizes.heads, sizes.pair_channel))
+    arrays |= {"logits": logits, "out": logits, "d_attention": attention, "d_bias": by_row}
+    arrays |= {"d_logits": logits, "attention": attention}
     with torch.cuda.device_of(queries):
         for chunk in chunks(sizes):
-            rows = chunk.examples * chunk.rows
-            logits, attention = queries.new_empty(2, sizes.heads * rows * sizes.number)
-            by_row = queries.new_empty(0 if bias is None else (rows, sizes.heads, sizes.pair_channel))
-            own = {"logits": logits, "out": logits, "d_attention": attention, "d_bias": by_row}
-            own |= {"d_logits": logits, "attention": attention}
             for kernel in ("logits", "pair_gradients", "query_gradients", "key_gradients"):
-                run(kernel, {**arrays, **own}, chunk=chunk)
+                run(kernel, arrays, chunk=chunk)
             if bias is not None:
-                d_bias += by_row.sum(0).T
+                d_bias += by_row[: chunk.examples * chunk.rows].sum(0).T
     d_weights += by_query.sum((0, 2))
     return gradients
+
+
+def _most_queries(sizes: Sizes) -> int:
+    """Of any chunk."""
+    return max((chunk.examples * chunk.rows for chunk in chunks(sizes)), default=0)
+
+
+def _room(sizes: Sizes) -> int:
+    """Of a chunk's logits; the next one has the same."""
+    return _most_queries(sizes) * sizes.heads * stride(sizes)
 
 
 def _sizes(queries: Tensor, values: Tensor, query_points: Tensor, pair: Tensor | None) -> Sizes:
