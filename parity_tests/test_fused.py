@@ -344,10 +344,10 @@ def test_the_kernels_fit_without_spilling(resources):
     for x in resources:
         wide = x["pair_dtype"] == "float32" and x["pair_channel"] == 256
         assert x["spilled"] <= (512 if wide else 32 if x["channels"] > 16 else 0), x
-        assert x["registers"] <= 255
         assert x["shared"] <= limits[x["target"]]
-        if x["pair_channel"] == 128 and x["kernel"] == "attend_to_pair":  # two programs at once, at least
-            assert 2 * x["registers"] * 32 * x["warps"] <= 65536
+        at_once = min(65536 // (32 * x["warps"] * x["registers"]), limits[x["target"]] // max(1, x["shared"]))
+        if x["pair_channel"] in (32, 64, 128) and (x["kernel"], x["pair_dtype"]) != ("pair_gradients", "float32"):
+            assert at_once >= 2, x  # programs on a multiprocessor, so that one computes while another reads
 
 
 def test_the_pallas_kernels_lower_for_a_gpu(monkeypatch):
