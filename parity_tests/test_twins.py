@@ -41,8 +41,8 @@ ONLY_IN_ONE = {
         f"attention.streamed.{name}": "JAX scans over rows, batched by vmap; what the fused twin needs of that"
         for name in (
             *("Keys", "Keys.of", "Rows", "Rows.read", "Rows.write", "Rows.of_pair", "Rows.fresh", "starts", "einsum"),
-            *("attention_and_distance2", "logits_and_distance2", "point_gradients", "turned", "instantiate"),
-            "over_batch",
+            *("logits_and_distance2", "instantiate"),
+            *("over_batch", "RowGradients", "gradients_by_rows"),
         )
     },
     **{

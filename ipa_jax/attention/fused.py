@@ -23,14 +23,14 @@ from ipa_bridge.kernels import INTERPRETED, MOST_HEADS, Sizes, Tiles, chunks, ti
 from ipa_jax.attention.streamed import (
     Inputs,
     Keys,
+    RowGradients,
     Rows,
     einsum,
+    gradients_by_rows,
     instantiate,
     logits_and_distance2,
     over_batch,
-    point_gradients,
     starts,
-    turned,
     unpacked,
 )
 
@@ -119,18 +119,8 @@ def _attend_backward(size: int, residuals: Any, cotangents: Any) -> tuple[Inputs
         return (jax.tree.map(jnp.zeros_like, inputs),)
     d_o, d_o_pair, _ = (instantiate(x) for x in cotangents)
     keys = Keys.of(inputs)
-    room = jax.tree.map(jnp.zeros_like, inputs)
-    # Sums over chunks are kept with the residues last, as the products that they add up come out.
-    room = room._replace(
-        keys=turned(room.keys),
-        values=turned(room.values),
-        key_points=turned(room.key_points),
-        pair=None if wanted is None else room.pair,
-        bias=None if inputs.bias is None else room.bias.T,
-    )
 
-    def chunk(gradients: Inputs, start: Array) -> tuple[Inputs, None]:
-        rows = Rows(start, size)
+    def chunk(rows: Rows, gradients: Inputs) -> RowGradients:
         fresh = rows.fresh(number, d_o.dtype)
         logits, distance2 = logits_and_distance2(inputs, keys, rows, None)
         rows_d_o, rows_log_sum = rows.read(d_o, 1) * fresh[:, None], rows.read(log_sum, 1)
@@ -144,33 +134,13 @@ def _attend_backward(size: int, residuals: Any, cotangents: Any) -> tuple[Inputs
             rows_d_o_pair = rows.read(d_o_pair, 0) * fresh[:, None, None]
             inner += jnp.sum(rows_d_o_pair * rows.read(o_pair, 0), -1).T
             of_rows = _OfRows(logits, d_weight, rows_d_o_pair, rows_log_sum, inner)
-            d_logits, weight, d_pair, rows_d_bias = _pair_gradients(inputs, of_rows, d_pair, start)
+            d_logits, weight, d_pair, rows_d_bias = _pair_gradients(inputs, of_rows, d_pair, rows.start)
             d_bias = None if d_bias is None else d_bias + rows_d_bias
         # Behind barriers, or XLA computes them anew in each of the many sums that read them.
         weight, distance2, d_logits = jax.lax.optimization_barrier((weight, distance2, d_logits))
-        d_query_points, d_key_points = point_gradients(inputs, keys, rows, d_logits)
-        return Inputs(
-            queries=rows.write(gradients.queries, einsum("hij,hjc->hic", d_logits, inputs.keys), 1),
-            keys=gradients.keys + einsum("hij,hic->hcj", d_logits, rows.read(inputs.queries, 1)),
-            values=gradients.values + einsum("hij,hic->hcj", weight, rows_d_o),
-            query_points=rows.write(gradients.query_points, d_query_points, 1),
-            key_points=gradients.key_points + d_key_points,
-            pair=d_pair,
-            mask=gradients.mask,
-            weights=gradients.weights - 0.5 * jnp.sum(d_logits * distance2, (1, 2)),
-            bias=d_bias,
-        ), None
+        return RowGradients(weight, d_logits, distance2, rows_d_o, d_pair, d_bias)
 
-    gradients = jax.lax.scan(chunk, room, starts(number, size))[0]
-    return (
-        gradients._replace(
-            keys=turned(gradients.keys),
-            values=turned(gradients.values),
-            key_points=turned(gradients.key_points),
-            pair=None if inputs.pair is None else jnp.zeros_like(inputs.pair) if wanted is None else gradients.pair,
-            bias=None if inputs.bias is None else gradients.bias.T,
-        ),
-    )
+    return gradients_by_rows(inputs, keys, size, wanted, chunk)
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

@@ -158,7 +158,7 @@ def _attend(block_size: int, with_attention: bool, inputs: Inputs) -> tuple[Any,
         o, o_pair, attention = outputs
         rows = Rows(start, block_size)
         pair = rows.of_pair(inputs)
-        weight, _ = attention_and_distance2(inputs, keys, rows, _bias(inputs, pair))
+        weight, _ = _attention_and_distance2(inputs, keys, rows, _bias(inputs, pair))
         o = rows.write(o, einsum("hij,hjc->hic", weight, inputs.values), 1)
         if pair is not None:
             o_pair = rows.write(o_pair, einsum("hij,ijc->ihc", weight, pair), 0)
@@ -183,30 +183,20 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
     if not number:
         return (jax.tree.map(jnp.zeros_like, inputs),)
     keys = Keys.of(inputs)
-    room = jax.tree.map(jnp.zeros_like, inputs)
-    # Sums over blocks are kept with the residues last, as the products that they add up come out.
-    room = room._replace(
-        keys=turned(room.keys),
-        values=turned(room.values),
-        key_points=turned(room.key_points),
-        pair=None if wanted is None else room.pair,
-        bias=None if inputs.bias is None else room.bias.T,
-    )
 
-    def block(gradients: Inputs, start: Array) -> tuple[Inputs, None]:
-        rows = Rows(start, block_size)
+    def block(rows: Rows, gradients: Inputs) -> RowGradients:
         fresh = rows.fresh(number, d_o.dtype)
         pair = rows.of_pair(inputs)
         rows_d_o = rows.read(d_o, 1) * fresh[:, None]
         d_weight = einsum("hic,hcj->hij", rows_d_o, keys.values)
         if pair is None:
-            weight, distance2 = attention_and_distance2(inputs, keys, rows, None)
+            weight, distance2 = _attention_and_distance2(inputs, keys, rows, None)
         else:
             # [W_bᵀ; dO_pair] of each row against its pair: the bias and what the softmax is told, in one product.
             on_pair = _beside_bias(inputs, rows.read(d_o_pair, 0) * fresh[:, None, None])
             both = jnp.transpose(einsum("ihc,ijc->ijh", on_pair, pair), (2, 0, 1))
             d_weight += both[-len(d_weight) :]
-            weight, distance2 = attention_and_distance2(
+            weight, distance2 = _attention_and_distance2(
                 inputs, keys, rows, None if inputs.bias is None else both[: len(d_weight)]
             )
         if d_attention is not None:
@@ -214,7 +204,6 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
         # Behind barriers, or XLA computes them anew in each of the many sums that read them.
         weight, distance2 = jax.lax.optimization_barrier((weight, distance2))
         d_logits = jax.lax.optimization_barrier(weight * (d_weight - jnp.sum(weight * d_weight, -1, keepdims=True)))
-        d_query_points, d_key_points = point_gradients(inputs, keys, rows, d_logits)
         d_pair, d_bias = gradients.pair, gradients.bias
         if pair is not None and d_bias is not None:
             d_bias += jnp.sum(einsum("hij,ijc->ihc", d_logits, pair), 0)
@@ -223,28 +212,9 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
             to_pair = [jnp.transpose(x, (1, 2, 0)) for x in ([] if d_bias is None else [d_logits]) + [weight]]
             rows_d_pair = einsum("ijh,ihc->ijc", jnp.concatenate(to_pair, -1), on_pair)
             d_pair = rows.write(d_pair, rows_d_pair.astype(d_pair.dtype), 0)
-        return Inputs(
-            queries=rows.write(gradients.queries, einsum("hij,hjc->hic", d_logits, inputs.keys), 1),
-            keys=gradients.keys + einsum("hij,hic->hcj", d_logits, rows.read(inputs.queries, 1)),
-            values=gradients.values + einsum("hij,hic->hcj", weight, rows_d_o),
-            query_points=rows.write(gradients.query_points, d_query_points, 1),
-            key_points=gradients.key_points + d_key_points,
-            pair=d_pair,
-            mask=gradients.mask,
-            weights=gradients.weights - 0.5 * jnp.sum(d_logits * distance2, (1, 2)),
-            bias=d_bias,
-        ), None
+        return RowGradients(weight, d_logits, distance2, rows_d_o, d_pair, d_bias)
 
-    gradients = jax.lax.scan(block, room, starts(number, block_size))[0]
-    return (
-        gradients._replace(
-            keys=turned(gradients.keys),
-            values=turned(gradients.values),
-            key_points=turned(gradients.key_points),
-            pair=None if inputs.pair is None else jnp.zeros_like(inputs.pair) if wanted is None else gradients.pair,
-            bias=None if inputs.bias is None else gradients.bias.T,
-        ),
-    )
+    return gradients_by_rows(inputs, keys, block_size, wanted, block)
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
@@ -260,7 +230,7 @@ class Keys(NamedTuple):
     @classmethod
     def of(cls, inputs: Inputs) -> Keys:
         """Of one example."""
-        return cls(turned(inputs.keys), turned(inputs.values), turned(inputs.key_points))
+        return cls(_turned(inputs.keys), _turned(inputs.values), _turned(inputs.key_points))
 
 
 class Rows(NamedTuple):
@@ -288,6 +258,61 @@ class Rows(NamedTuple):
         return 1 - again.astype(dtype)
 
 
+class RowGradients(NamedTuple):
+    """What the rows of one block have to do with all gradients."""
+
+    weight: Float[Array, "H b N"]
+    d_logits: Float[Array, "H b N"]
+    distance2: Float[Array, "H b N"]
+    d_o: Float[Array, "H b Cv"]
+    d_pair: Float[Array, "N N c_z"] | None
+    """Of all rows so far, these among them; None where it is not wanted."""
+    d_bias: Float[Array, "H c_z"] | None
+    """Of all rows so far."""
+
+
+def gradients_by_rows(
+    inputs: Inputs, keys: Keys, size: int, wanted: Any, block: Callable[[Rows, Inputs], RowGradients]
+) -> tuple[Inputs]:
+    """Gradients to all inputs, block by block of so many rows; to the pair only where `wanted` is not None."""
+    room = jax.tree.map(jnp.zeros_like, inputs)
+    # Sums over blocks are kept with the residues last, as the products that they add up come out.
+    room = room._replace(
+        keys=_turned(room.keys),
+        values=_turned(room.values),
+        key_points=_turned(room.key_points),
+        pair=None if wanted is None else room.pair,
+        bias=None if inputs.bias is None else room.bias.T,
+    )
+
+    def add(gradients: Inputs, start: Array) -> tuple[Inputs, None]:
+        rows = Rows(start, size)
+        weight, d_logits, distance2, rows_d_o, d_pair, d_bias = block(rows, gradients)
+        d_query_points, d_key_points = _point_gradients(inputs, keys, rows, d_logits)
+        return Inputs(
+            queries=rows.write(gradients.queries, einsum("hij,hjc->hic", d_logits, inputs.keys), 1),
+            keys=gradients.keys + einsum("hij,hic->hcj", d_logits, rows.read(inputs.queries, 1)),
+            values=gradients.values + einsum("hij,hic->hcj", weight, rows_d_o),
+            query_points=rows.write(gradients.query_points, d_query_points, 1),
+            key_points=gradients.key_points + d_key_points,
+            pair=d_pair,
+            mask=gradients.mask,
+            weights=gradients.weights - 0.5 * jnp.sum(d_logits * distance2, (1, 2)),
+            bias=d_bias,
+        ), None
+
+    gradients = jax.lax.scan(add, room, starts(inputs.queries.shape[1], size))[0]
+    return (
+        gradients._replace(
+            keys=_turned(gradients.keys),
+            values=_turned(gradients.values),
+            key_points=_turned(gradients.key_points),
+            pair=None if inputs.pair is None else jnp.zeros_like(inputs.pair) if wanted is None else gradients.pair,
+            bias=None if inputs.bias is None else gradients.bias.T,
+        ),
+    )
+
+
 def starts(number: int, block_size: int) -> Array:
     """First rows of the blocks; one that would reach over the end starts earlier, and comes first."""
     starts = list(range(0, number - block_size + 1, block_size))
@@ -310,7 +335,7 @@ def _beside_bias(inputs: Inputs, rows: Float[Array, "b H c_z"]) -> Float[Array, 
     return jnp.concatenate([jnp.broadcast_to(inputs.bias.T, rows.shape), rows], 1)
 
 
-def attention_and_distance2(
+def _attention_and_distance2(
     inputs: Inputs, keys: Keys, rows: Rows, bias: Float[Array, "H b N"] | None
 ) -> tuple[Float[Array, "H b N"], Float[Array, "H b N"]]:
     """The rows' attention, and squared distances."""
@@ -331,7 +356,7 @@ def logits_and_distance2(
     return logits, distance2
 
 
-def point_gradients(
+def _point_gradients(
     inputs: Inputs, keys: Keys, rows: Rows, d_logits: Float[Array, "H b N"]
 ) -> tuple[Float[Array, "H b 3P"], Float[Array, "H 3P N"]]:
     """To query points and key points, by ∂L/∂q = −w·(q − k)."""
@@ -357,7 +382,7 @@ def _heads_first(x: Float[Array, "*B N H D"]) -> Float[Array, "*B H N D"]:
     return jnp.swapaxes(x, -2, -3)
 
 
-def turned(x: Float[Array, "H N D"]) -> Float[Array, "H D N"]:
+def _turned(x: Float[Array, "H N D"]) -> Float[Array, "H D N"]:
     """With the residues last."""
     return jnp.swapaxes(x, -1, -2)
 
