@@ -480,7 +480,7 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
         if problem := _altered(module.get_submodule(path), kind):
             return f"its {path} {problem}, and only the weight of it would be read"
     infinity = getattr(module, "inf", getattr(getattr(module, "config", None), "inf", 0))
-    if 0 < infinity < LEAST_INFINITY:
+    if not isinstance(infinity, float | int) or 0 < infinity < LEAST_INFINITY:
         return f"it hides masked keys by {infinity} only; ours hides them altogether"
     epsilon = system.epsilon(module)
     if not isinstance(epsilon, float | int):

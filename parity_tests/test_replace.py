@@ -594,8 +594,8 @@ def with_hook(layer):
     return layer
 
 
-def with_infinity(layer):
-    layer.inf = 9
+def with_infinity(layer, infinity):
+    layer.inf = infinity
     return layer
 
 
@@ -620,7 +620,8 @@ def without_epsilon(layer):
         (lambda: with_forward(OpenFold(ONE_WIDTH)), "the forward of itself was replaced on that very object"),
         (lambda: with_forward(OpenFold(ONE_WIDTH), "linear_q"), "the forward of linear_q was replaced on that very"),
         (lambda: with_hook(OpenFold(ONE_WIDTH)), "its linear_b has hooks, and only the weight of it would be read"),
-        (lambda: with_infinity(OpenFold(ONE_WIDTH)), "it hides masked keys by 9 only"),
+        (lambda: with_infinity(OpenFold(ONE_WIDTH), 9), "it hides masked keys by 9 only"),
+        (lambda: with_infinity(OpenFold(ONE_WIDTH), None), "it hides masked keys by None only"),
         (Unnamed, "its parameters have the names of no system that is known here"),
         (lambda: with_adapters(OpenFold(ONE_WIDTH)), r"missing, misshapen or of another are linear_q\.lora_A"),
         (lambda: without_epsilon(OpenFold(ONE_WIDTH)), "it does not tell its epsilon"),

@@ -87,7 +87,6 @@ TILES_ON_PAIR = {
 }
 """By the pair's dtype and width, where others are better."""
 
-
 TILES_OF_WIDE_HEADS = {
     "logits": Tiles(32, 64, 8, 1),
     "attend": Tiles(32, 32, 4, 2),
@@ -129,7 +128,8 @@ def chunks(sizes: Sizes) -> Iterator[Chunk]:
     """All queries, so many at a time that their logits stay in cache."""
     if not (sizes.examples and sizes.number):
         return
-    queries = max(LEAST_QUERIES, CHUNK_BYTES // (4 * sizes.heads * sizes.number))
+    # Each query has a row of logits, and backwards a gradient to the bias.
+    queries = max(LEAST_QUERIES, CHUNK_BYTES // (4 * sizes.heads * max(stride(sizes), sizes.pair_channel)))
     at_once = max(1, min(queries // sizes.number, MOST_PROGRAMS // sizes.heads))
     rows = -(-sizes.number // -(-sizes.number // queries))  # as many in the last chunk, or nearly
     for example in range(0, sizes.examples, at_once):
