@@ -7,14 +7,21 @@ ON_GPU := XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=. \
 	$(if $(filter file,$(origin PYTHON)),.venv-gpu/bin/python,$(PYTHON))
 REQUIRED := jax,torch,alphafold,transformers,invariant_point_attention,gemmi,optax,matplotlib,tqdm,jupytext,nbclient,ipykernel
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 30 \
+	--require=$(REQUIRED)$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
 
-.PHONY: setup parity test lint bench gpu docs clean
+.PHONY: setup parity test test-all lint bench gpu docs clean
 
 parity: .venv/.runtime
 	$(BIN)/ipa-parity
 
+# Every property once: ten minutes on two cores.
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --require=$(REQUIRED)$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
+	$(PYTEST) -m 'not exhaustive'
+
+# What `test` leaves out, other sizes and combinations, compiled with XLA's optimisations: 25 minutes more.
+test-all: .venv/.dev
+	XLA_FLAGS= $(PYTEST) -m exhaustive
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -184,6 +184,8 @@ def alphafold_structure_module(case: StructureModuleCase) -> Callable[..., dict[
 
     multimer = case.config.ipa.layout == "multimer"
     config = model_config("model_1_multimer_v3" if multimer else "model_1").model
+    with config.unlocked():
+        config.heads.structure_module.num_layer = case.config.num_layer
     module = folding_multimer.StructureModule if multimer else folding.StructureModule
     global_config = ml_collections.ConfigDict({"deterministic": True, "zero_init": True})
     aatype, exists = case.aatype, residues.ATOM14_MASK[case.aatype]
@@ -258,7 +260,7 @@ def esmfold_structure_module(weights: Weights) -> Any:
     from transformers.models.esm.modeling_esmfold import EsmFoldStructureModule
 
     config = cast(StructureModuleConfig, weights.config)
-    module = EsmFoldStructureModule(EsmConfig(epsilon=config.ipa.norm_epsilon)).eval()
+    module = EsmFoldStructureModule(EsmConfig(epsilon=config.ipa.norm_epsilon, num_blocks=config.num_layer)).eval()
     module.load_state_dict(weights.to_torch(dialect="esmfold"))
     return module
 

@@ -8,6 +8,7 @@ the model's own calls but the logits, which the reference implementation makes o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,28 @@ def run_oracle(case: Case) -> Arrays:
 
 def run_jax(case: Case, *, gradients: bool = True, implementation: str | None = None) -> Arrays:
     """The Haiku model in the case's dtype, under jit, at the highest matrix precision."""
+    import jax
+
+    import ipa_jax
+
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        params = jax.tree.map(jax.numpy.asarray, case.weights.to_haiku())
+        inputs = {name: jax.numpy.asarray(x) for name, x in _inputs(case).items()}
+        mask, cotangent = jax.numpy.asarray(case.mask), jax.numpy.asarray(case.cotangent)
+        rigids = ipa_jax.Rigid(inputs["rotation"], inputs["translation"])
+        forward, gradient = _compiled_by_jax(case.config, implementation)
+        stages = jax.tree.map(np.asarray, forward(params, inputs["single"], inputs.get("pair"), rigids, mask))
+        arrays = _named_stages(case.config, *stages)
+        if gradients:
+            by_module, by_input = jax.tree.map(np.asarray, gradient(params, inputs, mask, cotangent))
+            by_name = canonical_from_haiku(by_module, case.weights.root)
+            arrays |= {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
+    return arrays
+
+
+@lru_cache(maxsize=32)
+def _compiled_by_jax(config: IPAConfig, implementation: str | None) -> tuple[Callable, Callable]:
+    """Every stage of a model, and the gradients of Σ cotangent·out; kept, since JAX compiles longer than it runs."""
     import haiku as hk
     import jax
 
@@ -48,30 +71,17 @@ def run_jax(case: Case, *, gradients: bool = True, implementation: str | None = 
             seen[context.method_name] = result
             return result
 
-        ipa = ipa_jax.InvariantPointAttention(case.config, implementation=implementation)
+        ipa = ipa_jax.InvariantPointAttention(config, implementation=implementation)
         with hk.intercept_methods(watch):
             out, attention = ipa(single, pair, rigids, mask, return_attention=True)
         return out, attention, seen["features"], _logits(attention_logits, seen, pair, mask, jax.numpy.astype)
 
-    def loss(params: Any, inputs: Mapping[str, Any]) -> Any:
+    def loss(params: Any, inputs: Mapping[str, Any], mask: Any, cotangent: Any) -> Any:
         rigids = ipa_jax.Rigid(inputs["rotation"], inputs["translation"])
-        apply = ipa_jax.transform_ipa(case.config, implementation=implementation).apply
+        apply = ipa_jax.transform_ipa(config, implementation=implementation).apply
         return (apply(params, inputs["single"], inputs.get("pair"), rigids, mask) * cotangent).sum()
 
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        params = jax.tree.map(jax.numpy.asarray, case.weights.to_haiku())
-        inputs = {name: jax.numpy.asarray(x) for name, x in _inputs(case).items()}
-        mask, cotangent = jax.numpy.asarray(case.mask), jax.numpy.asarray(case.cotangent)
-        rigids = ipa_jax.Rigid(inputs["rotation"], inputs["translation"])
-        transformed: Any = hk.without_apply_rng(hk.transform(forward))
-        apply = jax.jit(transformed.apply)
-        stages = jax.tree.map(np.asarray, apply(params, inputs["single"], inputs.get("pair"), rigids, mask))
-        arrays = _named_stages(case.config, *stages)
-        if gradients:
-            by_module, by_input = jax.tree.map(np.asarray, jax.jit(jax.grad(loss, argnums=(0, 1)))(params, inputs))
-            by_name = canonical_from_haiku(by_module, case.weights.root)
-            arrays |= {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
-    return arrays
+    return jax.jit(hk.without_apply_rng(hk.transform(forward)).apply), jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
 def run_torch(case: Case, *, gradients: bool = True, implementation: str | None = None) -> Arrays:

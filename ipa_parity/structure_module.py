@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -235,36 +235,46 @@ def run_jax(case: StructureModuleCase, *, gradients: bool = True, implementation
 
     import ipa_jax
 
-    apply = ipa_jax.transform_structure_module(case.config, implementation=implementation).apply
-
-    def predict(params: Any, inputs: Mapping[str, Any]) -> Any:
-        return apply(params, None, inputs["single"], inputs["pair"], aatype, mask)
-
-    def combined(params: Any, inputs: Mapping[str, Any]) -> Any:
-        return _combination(predict(params, inputs), cotangents)
-
-    def losses(inputs: Mapping[str, Any], params: Any) -> Any:
-        return jax.numpy.stack(_losses(ipa_jax, predict(params, inputs), target))
-
-    @jax.jit
-    def pull_back(inputs: Mapping[str, Any], params: Any, cotangent: Any) -> Any:
-        return jax.vjp(lambda x: losses(x, params), inputs)[1](cotangent)[0]
-
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         to_jax = partial(jax.tree.map, jax.numpy.asarray)
         params, inputs = to_jax(case.weights.to_haiku()), to_jax({"single": case.single, "pair": case.pair})
         aatype, mask, cotangents = to_jax((case.aatype, case.mask, dict(case.cotangents)))
         target = target_of(ipa_jax, case, jax.numpy.asarray)
-        arrays = named_layers(jax.tree.map(np.asarray, jax.jit(predict)(params, inputs)))
-        arrays |= _named_losses(np.asarray(jax.jit(losses)(inputs, params)))
+        predict, pull_back = _compiled_by_jax(case.config, implementation)
+        output, losses = jax.tree.map(np.asarray, predict(params, inputs, aatype, mask, target))
+        arrays = named_layers(output) | _named_losses(losses)
         if gradients:
-            by_module, by_input = jax.tree.map(np.asarray, jax.jit(jax.grad(combined, (0, 1)))(params, inputs))
-            of_losses: dict[str, list[np.ndarray]] = {name: [] for name in inputs}
-            for one in jax.numpy.eye(len(TERMS), dtype=inputs["single"].dtype):  # not at once: memory
-                for name, x in jax.tree.map(np.asarray, pull_back(inputs, params, one)).items():
-                    of_losses[name].append(x)
-            arrays |= _named_gradients({**by_input, **canonical_from_haiku(by_module, case.weights.root)}, of_losses)
+            of_combination, *of_losses = (  # not at once: memory
+                jax.tree.map(np.asarray, pull_back(params, inputs, aatype, mask, target, cotangents, one))
+                for one in jax.numpy.eye(1 + len(TERMS), dtype=inputs["single"].dtype)
+            )
+            by_module, by_input = of_combination
+            by_name = canonical_from_haiku(by_module, case.weights.root)
+            rows = {name: [x[name] for _, x in of_losses] for name in inputs}
+            arrays |= _named_gradients({**by_input, **by_name}, rows)
     return arrays
+
+
+@lru_cache(maxsize=16)
+def _compiled_by_jax(config: StructureModuleConfig, implementation: str | None) -> tuple[Callable, Callable]:
+    """Outputs with losses, and the gradients of a weighted sum; kept, since JAX compiles longer than it runs."""
+    import jax
+
+    import ipa_jax
+
+    apply = ipa_jax.transform_structure_module(config, implementation=implementation).apply
+
+    def predict(params: Any, inputs: Mapping[str, Any], aatype: Any, mask: Any, target: Any) -> Any:
+        output = apply(params, None, inputs["single"], inputs["pair"], aatype, mask)
+        return output, jax.numpy.stack(_losses(ipa_jax, output, target))
+
+    def weighted(params: Any, inputs: Mapping[str, Any], *others: Any) -> Any:
+        """The combination and then the terms of the loss, each by its weight."""
+        *others, cotangents, weights = others
+        output, losses = predict(params, inputs, *others)
+        return weights[0] * _combination(output, cotangents) + (weights[1:] * losses).sum()
+
+    return jax.jit(predict), jax.jit(jax.grad(weighted, (0, 1)))
 
 
 def run_torch(case: StructureModuleCase, *, gradients: bool = True, implementation: str | None = None) -> Arrays:

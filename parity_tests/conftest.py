@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import hypothesis
 import pytest
 
-if not any(x.startswith("--require") and "gpu" in x for x in sys.argv):  # on a GPU kernels run as they are
+if not any(x.startswith("--require") and "gpu" in x for x in sys.argv):  # on a GPU all runs as it is
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+    # Before JAX is imported: compiling takes longer than running. `make test-all` compiles as users do.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1")
 
 COMPARED = pytest.StashKey[list]()
 COMPARED_WITH_PEERS = pytest.StashKey[list]()
@@ -45,6 +48,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "users_own: runs on the weights and the protein given on the command line")
     config.addinivalue_line("markers", "gpu: runs on a GPU")
+    config.addinivalue_line("markers", "exhaustive: left to make test-all; make test catches the same by another test")
+    config.addinivalue_line(
+        "markers",
+        "covering(*crossed): make test runs as few combinations of the parameters as hold every value of each (and all "
+        "combinations of those named); the others are exhaustive",
+    )
     needed = [name for name in config.getoption("--require").split(",") if name]
     if "gpu" in needed:
         needed.remove("gpu")
@@ -68,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if importlib.util.find_spec("torch"):
         import torch
 
+        if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each wait for each other
+            torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
 
@@ -87,11 +98,41 @@ def without_gpu() -> str | None:
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest itself chooses by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_combinations_to_test_all(items)
     on_users_own = bool(config.getoption("--weights") or config.getoption("--structure"))
     chosen = [item for item in items if bool(item.get_closest_marker("users_own")) == on_users_own]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+def leave_combinations_to_test_all(items: list[pytest.Item]) -> None:
+    """Marks what a test marked `covering` need not run as exhaustive."""
+    tests: dict[Any, dict[pytest.Item, set]] = defaultdict(dict)
+    for item in items:
+        if covering := item.get_closest_marker("covering"):
+            values = {name: repr(x) for name, x in item.callspec.params.items()}
+            crossed = tuple(values.pop(name) for name in covering.args)
+            tests[item.parent, item.function][item] = {(crossed, x) for x in values.items()}
+    for combinations in tests.values():
+        for item in combinations.keys() - few_with_every_value(combinations):
+            item.add_marker("exhaustive")
+
+
+def few_with_every_value(combinations: dict[pytest.Item, set]) -> set[pytest.Item]:
+    """Combinations that together hold every value: in turn what holds most that is new, and of these the rarest."""
+    seen = Counter(dict.fromkeys(set.union(*combinations.values()), 0))
+    chosen: set[pytest.Item] = set()
+
+    def gain(item: pytest.Item) -> tuple[int, int]:
+        return sum(not seen[x] for x in combinations[item]), -sum(seen[x] for x in combinations[item])
+
+    while not all(seen.values()):
+        best = max((item for item in combinations if item not in chosen), key=gain)
+        seen.update(combinations[best])
+        chosen.add(best)
+    return chosen
 
 
 @pytest.fixture(scope="session")

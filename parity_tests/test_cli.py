@@ -168,7 +168,7 @@ def test_installed_frameworks_are_found():
     assert parity.installed_frameworks() == ("jax", "torch")
 
 
-@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("both", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_the_suite_runs_on_ones_own_files(both, tmp_path, structures_dir):
     Weights.random(ODD_MULTIMER).save(tmp_path / "mine.npz")
     options = ["--weights", str(tmp_path / "mine.npz")]

@@ -125,6 +125,7 @@ def assert_same_bits(actual, expected):
         assert actual[name].tobytes() == x.tobytes(), name
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("direction", ["from", "to"])
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_same_function_in_both_frameworks(name, direction, conversions):

@@ -325,12 +325,13 @@ def test_a_pair_that_lies_otherwise(lies):
     assert torch.equal(found, wanted)
 
 
-@pytest.fixture(scope="module")
-def resources():
-    """Of every kernel, compiled where nothing is interpreted."""
+@pytest.fixture(scope="module", params=["alphafold", pytest.param("every pair", marks=pytest.mark.exhaustive)])
+def resources(request):
+    """What kernels take of a GPU, compiled where nothing is interpreted."""
     if not importlib.util.find_spec("triton"):
         pytest.skip("no triton")
     command = [sys.executable, "-W", "ignore", "-m", "ipa_bridge.kernels.resources", "--json"]
+    command += ["--target", "sm_90", "--pair-channel", "128"] if request.param == "alphafold" else []
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert not run.returncode, run.stderr
@@ -340,7 +341,7 @@ def resources():
 def test_the_kernels_fit_without_spilling(resources):
     """Registers and shared memory; a float32 pair of 256 channels and the widest heads are known to spill this much."""
     limits = {"sm_80": 163 << 10, "sm_90": 227 << 10}
-    assert {x["target"] for x in resources} == set(limits)
+    assert {x["target"] for x in resources} <= set(limits)
     assert {x["kernel"] for x in resources} >= {"logits", "attend_to_pair", "pair_gradients", "key_gradients"}
     for x in resources:
         wide = x["pair_dtype"] == "float32" and x["pair_channel"] == 256

@@ -152,6 +152,7 @@ def test_masked_residues_are_ignored_by_valid_ones():
     assert (jnp.abs(changed - apply(params, single, pair, rigids, mask))[~mask] > 1e-3).any()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("config", [ODD, ODD_MULTIMER, ODD_NO_PAIR])
 @pytest.mark.parametrize("residues", [0, 1])
 def test_no_residue_and_one_residue(config, residues):

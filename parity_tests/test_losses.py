@@ -157,12 +157,11 @@ def make_problem(aatype, atom37, atom37_mask, residue_index, chain_id, mask, see
 
 
 def load_problem(path, seed=0, noise=0.7):
-    """One chain as it is, or 16 residues before and 17 after a chain's end, and 2 of padding."""
+    """10 residues before and 9 after a chain's end, and 2 of padding: as many as `synthetic_problem` has."""
     structure = load_structure(path)
     chain = np.unique(structure.chain_id, return_inverse=True)[1].astype(np.int32)
     end = int((chain == chain[0]).sum())
-    keep = slice(0, end) if end < 40 else slice(end - 16, end + 17)
-    padding = 0 if end < 40 else 2
+    keep, padding = slice(end - 10, end + 9), 2
 
     def padded(x):
         return np.concatenate([x[keep], np.zeros((padding, *x.shape[1:]), x.dtype)])
@@ -207,9 +206,7 @@ class Jax:
         self.losses = importlib.import_module("ipa_jax.losses")
         self.rigid = importlib.import_module("ipa_jax").Rigid
 
-        # Compiling takes longer than running.
         self.cache = {}
-        self.jit = partial(self.jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
     def array(self, x):
         return self.jax.numpy.asarray(x)
@@ -220,7 +217,7 @@ class Jax:
     def compiled(self, function, make):
         """What `make` makes of a function, compiled once."""
         if (function, make) not in self.cache:
-            self.cache[function, make] = self.jit(make(self, function))
+            self.cache[function, make] = self.jax.jit(make(self, function))
         return self.cache[function, make]
 
     def call(self, function, p):
@@ -297,9 +294,15 @@ def inputs(framework, p):
     )
 
 
+@cache
+def one_of(kind):
+    """One object for all tests, since JAX compiles longer than it runs."""
+    return kind()
+
+
 @pytest.fixture(scope="module", params=[Jax, Torch], ids=["jax", "torch"])
 def framework(request):
-    return request.param()
+    return one_of(request.param)
 
 
 def map_floats(function, p):
@@ -508,8 +511,7 @@ def _as_alphafold(function, p, dtype):
         return function(p._replace(**predicted))
 
     with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):
-        compiled = jax.jit(of_prediction, compiler_options={"xla_backend_optimization_level": 0})
-        return jax.tree.map(np.asarray, compiled({name: getattr(p, name) for name in PREDICTED}))
+        return jax.tree.map(np.asarray, jax.jit(of_prediction)({name: getattr(p, name) for name in PREDICTED}))
 
 
 def r3_rigids(frames):
@@ -755,6 +757,7 @@ ROUNDED = {"chi": 1e-11, "plddt": 1e-8, "violations": 1e-6, "total": 1e-6, "back
 """What AlphaFold holds in float32 in any case: masks and their epsilon, bounds within residues, the clamped share."""
 
 
+@pytest.mark.covering("framework")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", MONOMER)
 def test_alphafold_agrees(loss, dtype, problem, framework):
@@ -941,9 +944,10 @@ def test_renamed_frames_are_alphafolds_alternatives(structures_dir, framework):
 # The frameworks against each other.
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_frameworks_agree(loss, problem):
-    jax, torch = Jax(), Torch()
+    jax, torch = one_of(Jax), one_of(Torch)
     assert_close(torch.call(LOSSES[loss], problem), jax.call(LOSSES[loss], problem), LOSS)
     assert_close(torch.gradients(LOSSES[loss], problem), jax.gradients(LOSSES[loss], problem), GRADIENT)
 
@@ -951,7 +955,7 @@ def test_the_frameworks_agree(loss, problem):
 @pytest.mark.parametrize("loss", ["violations", "total of chains", "plddt"])
 def test_the_frameworks_agree_in_float32(loss, problem):
     p = cast(problem, "float32")
-    assert_close(Torch().call(LOSSES[loss], p), Jax().call(LOSSES[loss], p), allowed("loss", "float32"))
+    assert_close(one_of(Torch).call(LOSSES[loss], p), one_of(Jax).call(LOSSES[loss], p), allowed("loss", "float32"))
 
 
 # Properties.
@@ -1007,6 +1011,7 @@ def test_moving_everything_changes_nothing(loss, framework, seed):
         assert_close(framework.call(LOSSES[loss], q), framework.call(LOSSES[loss], p), GRADIENT)
 
 
+@pytest.mark.covering("framework")
 @pytest.mark.parametrize("chunk_size", [4, 1000])
 @pytest.mark.parametrize("loss", CHUNKED)
 def test_chunks_change_nothing(loss, chunk_size, framework):
@@ -1221,7 +1226,7 @@ def test_disulfides_and_prolines(framework):
 
 def test_jax_chunks_keep_memory_linear():
     """No intermediate of forward and backward is as large as frames × points."""
-    framework = Jax()
+    framework = one_of(Jax)
     jax = framework.jax
     p, chunk = inputs(framework, synthetic_problem()), 4
     n, losses = p.mask.shape[0], framework.losses
@@ -1249,7 +1254,7 @@ def test_jax_chunks_keep_memory_linear():
 
 def test_torch_chunks_keep_memory_linear():
     """No tensor of forward and backward is as large as frames × points, nor all that is kept between them."""
-    framework = Torch()
+    framework = one_of(Torch)
     torch = framework.torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1287,7 +1292,7 @@ def test_torch_chunks_keep_memory_linear():
 
 
 def test_torch_compiles_whole():
-    framework = Torch()
+    framework = one_of(Torch)
     torch = framework.torch
 
     def everything(x):
@@ -1304,7 +1309,7 @@ def test_torch_compiles_whole():
 
 
 def test_torch_autocast_changes_nothing():
-    framework = Torch()
+    framework = one_of(Torch)
     p = cast(synthetic_problem(), "float32")
     expected = [framework.call(function, p) for function in (total, violations, lddt, plddt)]
     with framework.torch.autocast("cpu", dtype=framework.torch.bfloat16):

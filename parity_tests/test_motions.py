@@ -152,6 +152,7 @@ def changed(change: str, x: dict) -> tuple[dict, Callable[[str, np.ndarray], np.
     return after, lambda field, y: np.concatenate([y, y[:more]])
 
 
+@pytest.mark.covering("framework", "name")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("name", MODULES)

@@ -29,12 +29,14 @@ def assert_parity(comparisons: list[Comparison], compared: list[Comparison]) -> 
     assert not failures, "\n".join([*failures, table(comparisons)])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_stage_and_gradient(name, dtype, compared):
     assert_parity(list(judge(CATALOGUE[name](), dtype, frameworks=installed_frameworks())), compared)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -63,6 +65,7 @@ def test_one_residue(dtype):
     assert {row.problem for row in rows if not row.passed} == {"the reference is all zero"}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["1gcn.pdb", "2rbg.pdb", "3zee.cif"])
 def test_real_proteins(name, dtype, structures_dir, compared):
@@ -199,6 +202,7 @@ def honest_run(framework: str, name: str, dtype: str) -> Arrays:
     return HONEST[framework](CATALOGUE[name]().astype(dtype))
 
 
+@pytest.mark.covering("framework")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["monomer", "multimer"])
 @pytest.mark.parametrize("framework", ["jax", "torch"])

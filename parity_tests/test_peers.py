@@ -35,6 +35,7 @@ PEERS = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("protein", ["random frames", "peptide", "1gcn.pdb", "2rbg.pdb"])
 @pytest.mark.parametrize(("peer", "dtype"), [(name, dtype) for name, x in PEERS.items() for dtype in x[3]])
 def test_a_published_implementation_agrees(peer, dtype, protein, request, compared_with_peers):

@@ -163,6 +163,7 @@ def stand_in(which: str, dtype=np.float32):
     return layer, ours, case
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("implementation", [None, "streamed", "reference"])
 @pytest.mark.parametrize("which", STAND_INS)
 def test_layers_of_openfold_and_framediff(which, implementation):
@@ -751,6 +752,7 @@ def test_a_layer_in_two_places_is_one():
     assert ipa_torch.restore_ipa(model) == ["a"]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_large_weights_are_no_other_function(dtype):
     """Theirs are off by more then, and ours may be by as much."""

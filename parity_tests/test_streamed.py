@@ -119,6 +119,7 @@ def judge_all(actual, expected, dtype):
         judge(gradients[name], x, f"gradient/{name}", dtype)
 
 
+@pytest.mark.covering("framework")
 @pytest.mark.parametrize("return_attention", [False, True])
 @pytest.mark.parametrize("block_size", [None, 1, 4])
 @pytest.mark.parametrize("options", [{}, {"pair": False}, {"mask": False, "shape": (2, 7)}, {"shape": (2, 3, 5)}])
@@ -215,6 +216,7 @@ def test_a_block_size_or_the_length_chooses_it(framework):
     assert choose("reference", 10 * module.STREAMED_FROM) is named["reference"]
 
 
+@pytest.mark.covering("framework")
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_no_residue_and_one(framework, block_size):
     for shape in ((0,), (1,), (2, 0)):

@@ -57,9 +57,7 @@ class Jax:
         import ipa_jax
 
         self.package, self.array = ipa_jax, self.jax.numpy.asarray
-        # Compiling takes longer than running.
-        self.jit = partial(self.jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-        self.apply = cache(lambda config: self.jit(ipa_jax.transform_structure_module(config).apply))
+        self.apply = cache(lambda config: self.jax.jit(ipa_jax.transform_structure_module(config).apply))
         self.gradients = cache(self._gradients)
 
     def run(self, case, *, rigids=None, update_mask=None):
@@ -85,7 +83,7 @@ class Jax:
             output = apply(params, None, single, pair, aatype, mask, rigids=rigids)
             return self.package.structure_module_loss(output, target).loss
 
-        return self.jit(self.jax.value_and_grad(loss, (0, 1, 2, 3)))
+        return self.jax.jit(self.jax.value_and_grad(loss, (0, 1, 2, 3)))
 
     def arguments(self, case, rigids, update_mask):
         arrays = (case.single, case.pair, case.aatype, case.mask)
@@ -143,9 +141,15 @@ def start_of(case):
     )
 
 
+@cache
+def one_of(kind):
+    """One object for all tests, since JAX compiles longer than it runs."""
+    return kind()
+
+
 @pytest.fixture(scope="module", params=[Jax, Torch], ids=["jax", "torch"])
 def framework(request):
-    return request.param()
+    return one_of(request.param)
 
 
 @cache
@@ -292,6 +296,7 @@ def judge_frameworks(case, dtype, **options):
 # Published implementations.
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("protein", ["1gcn.pdb", "2rbg.pdb"])
 @pytest.mark.parametrize("preset", PEERS)
 def test_errors_are_no_more_than_twice_a_published_implementations(
@@ -335,13 +340,15 @@ def test_errors_are_no_more_than_twice_a_published_implementations(
         assert rows[package].passed, str(rows[package])
 
 
+@pytest.mark.parametrize("num_layer", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("preset", PEERS)
-def test_gradients_are_those_of_a_published_implementation(preset, structures_dir):
-    """To both representations and every parameter, through all eight layers."""
+def test_gradients_are_those_of_a_published_implementation(preset, num_layer, structures_dir):
+    """To both representations and every parameter, through all layers."""
     package, run_theirs = PEERS[preset]
     pytest.importorskip("gemmi")
     pytest.importorskip(package)
-    case = parity.make_case(preset, parity.PRESETS[preset](), structure=load_structure(structures_dir / "1gcn.pdb"))
+    config = replace(parity.PRESETS[preset](), num_layer=num_layer)
+    case = parity.make_case(preset, config, structure=load_structure(structures_dir / "1gcn.pdb"))
     valid = {name: x * case.mask.reshape(1, -1, *[1] * (x.ndim - 2)) for name, x in case.cotangents.items()}
     if package == "alphafold":
         valid["act"][:-1] = 0  # it returns the last layer's only
@@ -395,6 +402,7 @@ def move(stage, x, turn, shift):
     return x
 
 
+@pytest.mark.covering("framework")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padding_changes_no_valid_residue(framework, name, dtype):
@@ -528,7 +536,7 @@ def test_the_frameworks_agree_on_the_whole_losss_gradients(name):
     case = odd_case(name) if name in CONFIGS else parity.make_case(name, parity.PRESETS[name]())
     if name == "odd multimer":
         case = replace(case, chain_id=(np.arange(len(case.mask)) > 20).astype(np.int64))
-    (one, ours), (other, theirs) = Jax().loss_and_gradients(case), Torch().loss_and_gradients(case)
+    (one, ours), (other, theirs) = one_of(Jax).loss_and_gradients(case), one_of(Torch).loss_and_gradients(case)
     assert one == pytest.approx(other, rel=1e-12)
     assert set(ours) == set(theirs) == {"single", "pair", "rotation", "translation", *parameter_shapes(case.config)}
     for stage, x in theirs.items():
@@ -566,7 +574,7 @@ def rotation_gradient(framework, case, patched=False):
             start = rigid(rotation, rigids.translation)
             return (apply(params, None, single, pair, aatype, mask, rigids=start).atom14 * cotangent).sum()
 
-        return np.asarray(framework.jit(framework.jax.grad(scalar))(rigids.rotation))
+        return np.asarray(framework.jax.jit(framework.jax.grad(scalar))(rigids.rotation))
 
 
 # Controls: other functions that must be told from ours.
@@ -616,10 +624,11 @@ CONTROLS = (
 )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.__name__)
 def test_controls_are_caught(control, dtype):
-    framework, case = Torch(), odd_case("odd", dtype)
+    framework, case = one_of(Torch), odd_case("odd", dtype)
     from ipa_torch import side_chains
 
     expected = framework.run(odd_case("odd", "float64") if dtype == "float64" else case.astype("float64"))
@@ -642,6 +651,7 @@ def test_controls_are_caught(control, dtype):
 # Dtypes and bad input.
 
 
+@pytest.mark.covering("framework")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["odd", "odd multimer"])
 def test_half_precision_keeps_frames_in_float32(framework, name, dtype):
@@ -722,7 +732,7 @@ def test_start_frames_and_update_masks_that_do_not_fit_are_refused(framework):
 
 
 def test_jax_transforms_are_the_same_function():
-    framework, case = Jax(), odd_case()
+    framework, case = one_of(Jax), odd_case()
     jax = framework.jax
     batch = batch_of(case, replace(case, single=case.single[::-1]))
     params, single, pair, aatype, mask, *_ = framework.arguments(batch, None, None)
@@ -732,18 +742,18 @@ def test_jax_transforms_are_the_same_function():
         return parity.named_layers(jax.tree.map(np.asarray, output))
 
     expected = named(apply(single, pair, aatype, mask))
-    assert_same(named(framework.jit(apply)(single, pair, aatype, mask)), expected)
-    mapped = framework.jit(jax.vmap(apply, out_axes=1))(single, pair, aatype, mask)
+    assert_same(named(framework.jax.jit(apply)(single, pair, aatype, mask)), expected)
+    mapped = framework.jax.jit(jax.vmap(apply, out_axes=1))(single, pair, aatype, mask)
     assert_same(named(mapped), expected)
     scalar = lambda f, x: (f(x, pair[0], aatype[0], mask[0]).atom14 ** 2).sum()  # noqa: E731
     plain, rematerialised = (
-        framework.jit(jax.grad(partial(scalar, f)))(single[0]) for f in (apply, jax.checkpoint(apply))
+        framework.jax.jit(jax.grad(partial(scalar, f)))(single[0]) for f in (apply, jax.checkpoint(apply))
     )
     np.testing.assert_allclose(rematerialised, plain, rtol=1e-10, atol=1e-10 * np.abs(plain).max())
 
 
 def test_jax_dropout_is_explicit_and_only_in_training():
-    framework, case = Jax(), odd_case()
+    framework, case = one_of(Jax), odd_case()
     jax = framework.jax
     params, single, pair, aatype, mask, *_ = framework.arguments(case, None, None)
     apply = framework.package.transform_structure_module(case.config).apply
@@ -766,7 +776,7 @@ def test_jax_dropout_is_explicit_and_only_in_training():
 
 def test_jax_layers_do_not_share_their_dropout():
     """Were one mask used in every layer, identical layers in would be identical layers out."""
-    framework, case = Jax(), odd_case("untied")
+    framework, case = one_of(Jax), odd_case("untied")
     jax, drawn = framework.jax, []
     params, single, pair, aatype, mask, *_ = framework.arguments(case, None, None)
     with pytest.MonkeyPatch.context() as patch:
@@ -779,7 +789,7 @@ def test_jax_layers_do_not_share_their_dropout():
 
 def test_jax_compiles_the_layers_once():
     """One body for eight layers, under AlphaFold's names."""
-    framework = Jax()
+    framework = one_of(Jax)
     jax = framework.jax
     config = StructureModuleConfig.alphafold2()
     apply = framework.package.transform_structure_module(config).apply
@@ -795,7 +805,7 @@ def test_jax_compiles_the_layers_once():
 
 
 def test_torch_dropout_is_only_in_training():
-    framework, case = Torch(), odd_case()
+    framework, case = one_of(Torch), odd_case()
     torch = framework.torch
     inputs = framework.arguments(case, None, None)[:4]
     module = framework.module(case)
@@ -808,9 +818,9 @@ def test_torch_dropout_is_only_in_training():
     assert (first - second).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["odd multimer", "untied"])
+@pytest.mark.parametrize("name", ["untied multimer", pytest.param("odd", marks=pytest.mark.exhaustive)])
 def test_torch_compiles_whole_and_exports(name):
-    framework, case = Torch(), odd_case(name)
+    framework, case = one_of(Torch), odd_case(name)
     torch = framework.torch
     single, pair, aatype, mask, rigids, _ = framework.arguments(case, start_of(case), None)
     module = framework.module(case)
@@ -838,7 +848,7 @@ def test_torch_compiles_whole_and_exports(name):
 
 
 def test_torch_func_vmap():
-    framework, case = Torch(), odd_case()
+    framework, case = one_of(Torch), odd_case()
     torch = framework.torch
     batch = batch_of(case, replace(case, single=case.single[::-1]))
     inputs = framework.arguments(batch, None, None)[:4]
@@ -848,7 +858,7 @@ def test_torch_func_vmap():
 
 
 def test_torch_autocast_keeps_frames_in_float32():
-    framework, case = Torch(), odd_case("odd", "float32")
+    framework, case = one_of(Torch), odd_case("odd", "float32")
     torch = framework.torch
     inputs = framework.arguments(case, None, None)[:4]
     module = framework.module(case)

@@ -72,6 +72,7 @@ def test_state_dict_round_trip_and_deepcopy():
         assert torch.equal(twin(*inputs), module(*inputs))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["monomer", "multimer", "no-pair"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_in_one_graph(name, backend, compiler):
@@ -88,6 +89,7 @@ def test_compiles_in_one_graph(name, backend, compiler):
         judge(actual, expected, "gradient")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["monomer", "no-pair"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_compiles_for_inference(context, name):

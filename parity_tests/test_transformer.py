@@ -6,6 +6,7 @@ import sys
 import types
 import warnings
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -79,33 +80,42 @@ def run(framework: str, config, inputs: dict, *, gradients: bool = False) -> dic
 
 
 def run_jax(config, weights, arrays, gradients):
+    import jax
+
+    arrays = [None if x is None else jax.numpy.asarray(x) for x in arrays]
+    params = jax.tree.map(jax.numpy.asarray, weights.to_haiku())
+    outputs, gradient = compiled_by_jax(config)
+    found = jax.tree.map(np.asarray, outputs(params, *arrays))
+    if gradients:
+        by_module, *by_frames = gradient(params, *arrays)
+        again = Weights.from_haiku(jax.tree.map(np.asarray, by_module), config=config)
+        found |= {f"gradient/{name}": x for name, x in again.arrays.items()}
+        found |= {f"gradient/{x}": np.asarray(y) for x, y in zip(("rotation", "translation"), by_frames, strict=True)}
+    return found
+
+
+@cache
+def compiled_by_jax(config):
+    """Outputs by name, and gradients of their squared sum: kept, since JAX compiles longer than it runs."""
     import haiku as hk
     import jax
 
     import ipa_jax
 
-    single, pair, rotation, translation, mask = (None if x is None else jax.numpy.asarray(x) for x in arrays)
     if isinstance(config, IPATransformerConfig):
         transformed = ipa_jax.transform_ipa_transformer(config)
     else:
         transformed = hk.transform(lambda *xs: ipa_jax.IPABlock(config)(*xs))
 
-    def outputs(params, rotation, translation):
+    def outputs(params, single, pair, rotation, translation, mask):
         found = transformed.apply(params, None, single, pair, ipa_jax.Rigid(rotation, translation), mask)
         if not isinstance(config, IPATransformerConfig):
             return {"act": found}
         named = {"act": found.act, "rotation": found.rigids.rotation, "translation": found.rigids.translation}
         return named | ({} if found.points is None else {"points": found.points})
 
-    params = jax.tree.map(jax.numpy.asarray, weights.to_haiku())
-    found = jax.tree.map(np.asarray, jax.jit(outputs)(params, rotation, translation))
-    if gradients:
-        loss = lambda *xs: sum((x**2).sum() for x in outputs(*xs).values())  # noqa: E731
-        by_module, *by_frames = jax.jit(jax.grad(loss, (0, 1, 2)))(params, rotation, translation)
-        again = Weights.from_haiku(jax.tree.map(np.asarray, by_module), config=config)
-        found |= {f"gradient/{name}": x for name, x in again.arrays.items()}
-        found |= {f"gradient/{x}": np.asarray(y) for x, y in zip(("rotation", "translation"), by_frames, strict=True)}
-    return found
+    loss = lambda *xs: sum((x**2).sum() for x in outputs(*xs).values())  # noqa: E731
+    return jax.jit(outputs), jax.jit(jax.grad(loss, (0, 3, 4)))
 
 
 def run_torch(config, weights, arrays, gradients):
@@ -234,6 +244,7 @@ def package(monkeypatch):
     return found
 
 
+@pytest.mark.covering("each")
 @pytest.mark.parametrize("each", FRAMEWORKS)
 @pytest.mark.parametrize("post_norm", [True, False])
 @pytest.mark.parametrize("paired", [True, False])
@@ -257,6 +268,7 @@ def test_their_block_is_ours(package, each, post_norm, paired):
     assert_close(run(framework(each), config, inputs), expected, inputs["mask"], "float64")
 
 
+@pytest.mark.covering("each")
 @pytest.mark.parametrize("each", FRAMEWORKS)
 @pytest.mark.parametrize("predict_points", [True, False])
 @pytest.mark.parametrize("detach_rotations", [True, False])
@@ -486,6 +498,7 @@ def test_torch_compiles_and_checkpoints():
     torch.testing.assert_close(exported(single, pair, rigids, mask).act, eager.act, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
 @pytest.mark.parametrize("name", [*BLOCKS, *TRANSFORMERS])
 def test_files_round_trip(name, suffix, tmp_path):

@@ -1,6 +1,6 @@
 """What the kernels take of a GPU, by compiling them for one: registers, spills and shared memory. No GPU is needed.
 
-python -m ipa_bridge.kernels.resources [--target sm_80 sm_90] [--json]
+python -m ipa_bridge.kernels.resources [--target sm_80 sm_90] [--pair-channel 32 64 128 256] [--json]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
 
 
-def every(targets: list[str]) -> list[Resources]:
+def every(targets: list[str], pair_channels: Sequence[int] = PAIR_CHANNELS) -> list[Resources]:
     """All kernels for AlphaFold's sizes, those of the pair for every kind of it, the others for wide heads."""
     found = []
     for target in targets:
@@ -114,7 +115,7 @@ def every(targets: list[str]) -> list[Resources]:
             if "pair" not in kernel:
                 found += [measure(kernel, target, None, sizes) for sizes in (ALPHAFOLD, WIDEST)]
                 continue
-            pairs = [(dtype, width) for dtype in PAIR_DTYPES for width in PAIR_CHANNELS]
+            pairs = [(dtype, width) for dtype in PAIR_DTYPES for width in pair_channels]
             for dtype, width in [*pairs, (None, 0)]:
                 found.append(measure(kernel, target, dtype, ALPHAFOLD._replace(pair_channel=width)))
     return found
@@ -135,11 +136,12 @@ def main() -> None:
     """Compiles and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", default=list(SHARED_MEMORY), help="compute capabilities")
+    parser.add_argument("--pair-channel", nargs="+", type=int, default=PAIR_CHANNELS, help="widths of the pair")
     parser.add_argument("--json", action="store_true", help="for machines")
     args = parser.parse_args()
     if INTERPRETED:
         raise SystemExit("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
-    found: list[Any] = every(args.target)
+    found: list[Any] = every(args.target, args.pair_channel)
     print(json.dumps([x._asdict() for x in found], indent=1) if args.json else table(found))
 
 
