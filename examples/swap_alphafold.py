@@ -16,8 +16,10 @@ What is measured is the monomer's structure module, eight layers, before and aft
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import haiku as hk
@@ -28,9 +30,11 @@ from alphafold.model import folding, modules_multimer
 from alphafold.model.config import model_config
 
 import ipa_jax
-from benchmarks.before_and_after import arguments, same, table
 from ipa_bridge import StructureModuleConfig, Weights
 from ipa_bridge.residues import ATOM14_MASK, ATOM37_MASK, ATOM37_TO_ATOM14
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from before_and_after import arguments, same, table
 
 
 def small_alphafold() -> hk.Transformed:

@@ -7,13 +7,17 @@ In a model of your own the same line finds every block: `ipa_torch.replace_ipa(m
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 import ipa_torch
-from benchmarks.before_and_after import arguments, same, table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from before_and_after import arguments, same, table
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,14 +13,18 @@ What is measured is the structure module, eight layers on one set of weights, be
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import EsmConfig, EsmForProteinFolding
 from transformers.models.esm.configuration_esm import get_default_vocab_list
 
 import ipa_torch
-from benchmarks.before_and_after import arguments, same, table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from before_and_after import arguments, same, table
 
 
 def small_esmfold(seed: int = 0) -> EsmForProteinFolding:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +32,34 @@ def examples(monkeypatch):
 @pytest.fixture
 def backbones(examples):
     return importlib.import_module("backbones")
+
+
+SHORT = {
+    "denoise_backbone": ["--steps", "2", "--out", "out"],
+    "denoise_backbone_jax": ["--steps", "2", "--out", "out"],
+    "handoff": ["--steps", "4", "--at", "2", "--out", "out"],
+    "swap_alphafold": ["--residues", "20", "--repeats", "1"],
+    "swap_block": ["--residues", "20", "--repeats", "1", "--backward"],
+    "swap_esmfold": ["--residues", "20", "--repeats", "1"],
+}
+"""Every example, and arguments with which it runs for seconds."""
+
+
+@pytest.mark.parametrize("short", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["help", "short"])
+@pytest.mark.parametrize("name", SHORT)
+def test_every_example_runs_from_another_folder(name, short, tmp_path):
+    """As the README tells users to run it; of this project it sees only what is installed, and its own folder."""
+    programs = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
+    assert programs == set(SHORT)
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    for package in ("ipa_bridge", "ipa_jax", "ipa_torch", "ipa_parity"):
+        (tmp_path / "installed" / package).parent.mkdir(exist_ok=True)
+        (tmp_path / "installed" / package).symlink_to(EXAMPLES.parent / package)
+    command = [sys.executable, "-P", str(tmp_path / "examples" / f"{name}.py"), *(SHORT[name] if short else ["--help"])]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "Error" not in run.stderr
 
 
 @pytest.mark.parametrize("name", ["denoise_backbone", "denoise_backbone_jax"])

@@ -1,7 +1,7 @@
-"""Whether a model computes the same after a layer was swapped, in how much less time and memory: for the examples.
+"""Measures a model before and after its attention was swapped: the same outputs, seconds and MiB. For the examples.
 
-Times are taken in turn in one process, for only neighbours in time are comparable on a machine with other users; peak
-memory in a process of its own, which Linux tells.
+Times are taken in turn in one process, since only neighbours in time are comparable on a machine with other users. Peak
+memory is taken in a process of its own, and on Linux only.
 """
 
 from __future__ import annotations
@@ -10,22 +10,28 @@ import argparse
 import ctypes
 import gc
 import multiprocessing
+import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.clock import seconds as seconds_of
-from benchmarks.resident import forget_peak, status
 from ipa_parity.report import compare
 
 Prepare = Callable[[int, bool, bool], Callable[[], object]]
-"""Of so many residues, with gradients or not, with the layer swapped or not: a call that is ready."""
+"""Makes a call that is ready, of so many residues, with gradients or not, with the layer swapped or not."""
+
+SHORTEST_TURN = 0.2
+"""Seconds; shorter calls are repeated."""
+
+STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+"""Where Linux tells a process's memory, and where it forgets the peak so far."""
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """Those of every example that swaps."""
+    """The command line of every example that swaps."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--residues", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--repeats", type=int, default=3, help="turns of each; medians are shown (default: 3)")
@@ -34,14 +40,14 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 
 def same(before: np.ndarray, after: np.ndarray, stage: str, what: str) -> str:
-    """How far apart two outputs in float32 are, in words.
+    """A sentence that tells how far apart two outputs in float32 are.
 
     Raises:
-        SystemExit: further than the tolerance table allows; there is no speed to speak of then.
+        SystemExit: they are further apart than the tolerance table allows, so that no speed would mean anything.
     """
     found = compare(after, before, case=what, stage=stage, dtype="float32", subject="after", reference="before")
     if not found.passed:
-        raise SystemExit(f"{found}: there is no speed to speak of")
+        raise SystemExit(f"{found}: the outputs differ, so nothing was measured")
     return f"{what}: after is {found.error:.1f} eps of float32 from before, {found.bound:.0f} are allowed"
 
 
@@ -54,17 +60,29 @@ def table(prepare: Prepare, residues: list[int], repeats: int, *, backward: bool
     cases = [(number, gradients) for number in residues for gradients in ((False, True) if backward else (False,))]
     for number, gradients in tqdm(cases, desc="measuring", leave=False):
         calls = {name: prepare(number, gradients, name == "after") for name in ("before", "after")}
-        turns = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats + 1)][1:]
+        turns = [{name: _seconds(call) for name, call in calls.items()} for _ in range(repeats + 1)][1:]
         seconds = {name: median(turn[name] for turn in turns) for name in calls}
         ratio = median(turn["after"] / turn["before"] for turn in turns)
         del calls
-        mib = {name: _in_a_process(prepare, number, gradients, name == "after") for name in ("before", "after")}
-        direction = "forward + backward" if gradients else "forward"
-        lines.append(
-            f"{number:8}  {direction:18} {seconds['before']:10.2f} s {seconds['after']:6.2f} s {ratio:6.2f} "
-            f"{mib['before']:11.0f} MiB {mib['after']:4.0f} MiB {mib['after'] / mib['before']:6.3f}"
+        line = (
+            f"{number:8}  {'forward + backward' if gradients else 'forward':18} {seconds['before']:10.2f} s "
+            f"{seconds['after']:6.2f} s {ratio:6.2f} "
         )
+        if PEAK.exists():
+            mib = {name: _in_a_process(prepare, number, gradients, name == "after") for name in ("before", "after")}
+            line += f"{mib['before']:11.0f} MiB {mib['after']:4.0f} MiB {mib['after'] / mib['before']:6.3f}"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Wall-clock time of a call; the median where it is so short that it is repeated."""
+    times: list[float] = []
+    while sum(times) < SHORTEST_TURN:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return median(times)
 
 
 def _in_a_process(prepare: Prepare, number: int, gradients: bool, swapped: bool) -> float:
@@ -73,16 +91,24 @@ def _in_a_process(prepare: Prepare, number: int, gradients: bool, swapped: bool)
 
 
 def peak(prepare: Prepare, number: int, gradients: bool, swapped: bool) -> float:
-    """MiB above what is resident before the call, inputs included; a small one has loaded what libraries load."""
+    """MiB above what is resident before the call, inputs included.
+
+    A call on 16 residues first loads what libraries load when they are first used.
+    """
     prepare(16, gradients, swapped)()
     call = prepare(number, gradients, swapped)
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # what lies free in the heap would be used again, and not be seen
         trim(0)
-    forget_peak()
-    before = status("VmRSS")
+    PEAK.write_text("5")
+    before = _resident("VmRSS")
     result = call()
-    after = status("VmHWM")
+    after = _resident("VmHWM")
     del result
-    return (after - before) / 2**20
+    return (after - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """KiB, a line of the process's status."""
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
