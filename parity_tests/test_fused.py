@@ -465,20 +465,19 @@ assert out[0].shape == (3, 2, 4) and "haiku" not in sys.modules
 
 @interpreted
 @needs_triton
-def test_the_gpu_benchmark(tmp_path):
+@pytest.mark.parametrize("pairs", [("none",), pytest.param(("float32", "none"), marks=pytest.mark.exhaustive)])
+def test_the_gpu_benchmark(pairs, tmp_path):
     """Its command on a CPU, where its figures mean nothing: gate, table, JSON."""
     pytest.importorskip("torch")
     pytest.importorskip("jax")
     systems = ["torch, fused", "torch, scaled_dot_product_attention", "JAX, streamed (jit)", "ipa_torch"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--residues", "6", "--repeats", "1"]
-    options = ["--pair", "float32", "none", "--save", str(tmp_path / "gpu.json"), "--system", *systems]
+    options = ["--pair", *pairs, "--save", str(tmp_path / "gpu.json"), "--system", *systems]
     run = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert not run.returncode, run.stderr
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     measured = {(row["system"], row["pair"], row["direction"]) for row in rows if row["seconds"]}
-    every = {
-        (x, pair, way) for x in systems for pair in ("float32", "none") for way in ("forward", "forward + backward")
-    }
+    every = {(x, pair, way) for x in systems for pair in pairs for way in ("forward", "forward + backward")}
     assert measured == every - {x for x in every if "scaled" in x[0] and x[1] == "float32"}
     assert all(name in run.stdout for name in systems)
     run = subprocess.run([*command[:3], "--residues", "6"], capture_output=True, text=True, check=False)

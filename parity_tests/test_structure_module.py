@@ -273,7 +273,7 @@ def test_the_frameworks_agree(name, dtype):
     judge_frameworks(odd_case(name), dtype)
 
 
-@pytest.mark.parametrize("preset", ["alphafold2", "alphafold-multimer"])
+@pytest.mark.parametrize("preset", ["alphafold2", pytest.param("alphafold-multimer", marks=pytest.mark.exhaustive)])
 def test_the_frameworks_agree_on_a_real_protein(preset, structures_dir):
     pytest.importorskip("gemmi")
     structure = load_structure(structures_dir / "1gcn.pdb")
@@ -530,7 +530,7 @@ def test_hard_cases_have_finite_gradients(framework, kind):
     assert all(np.isfinite(x).all() for x in gradients.values())
 
 
-@pytest.mark.parametrize("name", ["odd", "odd multimer", "alphafold2"])
+@pytest.mark.parametrize("name", ["odd", "odd multimer", pytest.param("alphafold2", marks=pytest.mark.exhaustive)])
 def test_the_frameworks_agree_on_the_whole_losss_gradients(name):
     """To representations, start frames and every parameter; in multimer, of chains."""
     case = odd_case(name) if name in CONFIGS else parity.make_case(name, parity.PRESETS[name]())
