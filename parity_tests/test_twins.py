@@ -46,7 +46,7 @@ ONLY_IN_ONE = {
         for name in (
             *("Keys", "Keys.of", "Rows", "Rows.read", "Rows.write", "Rows.of_pair", "Rows.fresh", "starts", "einsum"),
             *("logits_and_distance2", "instantiate"),
-            *("number_of_examples", "over_batch", "RowGradients", "gradients_by_rows"),
+            *("number_of_examples", "over_batch", "in_reverse_mode_only", "RowGradients", "gradients_by_rows"),
         )
     },
     **{

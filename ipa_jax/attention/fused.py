@@ -26,6 +26,7 @@ from ipa_jax.attention.streamed import (
     Rows,
     einsum,
     gradients_by_rows,
+    in_reverse_mode_only,
     instantiate,
     logits_and_distance2,
     number_of_examples,
@@ -120,7 +121,7 @@ def _attend_forward(size: int, primals: Any) -> tuple[tuple[Any, Any, Any], Any]
     inputs = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
     # Whether the pair wants a gradient, told by structure: residuals are arrays.
     wanted = () if primals.pair is not None and primals.pair.perturbed else None
-    outputs = _attend_by_rows(size, inputs)
+    outputs = _attend_by_rows(size, jax.tree.map(in_reverse_mode_only, inputs))
     return outputs, (inputs, outputs, wanted)
 
 

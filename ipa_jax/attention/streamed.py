@@ -84,7 +84,7 @@ def over_batch(attend: Callable, inputs: Inputs, axes: int) -> tuple[Any, Any, A
     for _ in range(axes):
         attend = jax.vmap(attend, (batched,))
     try:
-        return attend(jax.tree.map(_in_reverse_mode_only, inputs))
+        return attend(jax.tree.map(in_reverse_mode_only, inputs))
     except TypeError as error:  # of several tangents at once, as `jax.jacfwd` has them, JAX finds out here
         if "forward-mode" in str(error):
             raise NotImplementedError(ONLY_REVERSE_MODE) from error
@@ -192,7 +192,8 @@ def _attend_forward(block_size: int, with_attention: bool, primals: Any) -> tupl
     inputs = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
     # Whether the pair wants a gradient, told by structure: residuals are arrays.
     wanted = () if primals.pair is not None and primals.pair.perturbed else None
-    return _attend_by_rows(block_size, with_attention, inputs), (inputs, wanted)
+    outputs = _attend_by_rows(block_size, with_attention, jax.tree.map(in_reverse_mode_only, inputs))
+    return outputs, (inputs, wanted)
 
 
 def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cotangents: Any) -> tuple[Inputs]:
@@ -398,14 +399,16 @@ def einsum(subscripts: str, *arrays: Array) -> Array:
 
 
 @jax.custom_jvp
-def _in_reverse_mode_only(x: Array) -> Array:
+def in_reverse_mode_only(x: Array) -> Array:
     """The array, whose tangents may be transposed but not computed."""
     return x
 
 
-@_in_reverse_mode_only.defjvp
+@in_reverse_mode_only.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _in_reverse_mode_only(*primals), _tangent.bind(*tangents)
+    # The array itself, and not another that is kept beside it for backward. Who differentiates once more comes by the
+    # forward rules, which ask for reverse mode again.
+    return *primals, _tangent.bind(*tangents)
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
