@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ipa_bridge.checks import check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
-from ipa_jax.dtypes import at_least_float32
+from ipa_jax.dtypes import at_least_float32, varying_alike
 from ipa_jax.invariant_point_attention import InvariantPointAttention
 from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout
 from ipa_jax.rigid import Rigid
@@ -180,7 +180,10 @@ class StructureModule(hk.Module):
             return (act, rigids.stop_rotation_gradient()), (act, rigids, *angles)  # line 20
 
         if c.tied_layers:
-            _, outputs = hk.scan(lambda carry, key: fold(layers[0], carry, key), (act, rigids), keys, c.num_layer)
+            (fold_iteration,) = layers
+            reads = (pair, initial_act, mask, update_mask, keys, fold_iteration.params_dict())
+            carry = varying_alike((act, rigids), reads)
+            _, outputs = hk.scan(lambda carry, key: fold(fold_iteration, carry, key), carry, keys, c.num_layer)
         else:
             carry, each = (act, rigids), []
             for i, layer in enumerate(layers):

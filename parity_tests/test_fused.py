@@ -28,6 +28,8 @@ RAGGED = {
     "wide heads": {"shape": (1, 5), "heads": 2, "width": 32, "widths": (40, 30, 9, 11)},
     "one residue": {"shape": (1, 1), "heads": 2, "width": 32},
     "none": {"shape": (1, 0), "heads": 2, "width": 32},
+    "no example": {"shape": (0, 5), "heads": 2, "width": 32},
+    "no example, no pair": {"shape": (2, 0, 5), "heads": 2, "width": None},
 }
 ON_GPU = {
     "float32": {"shape": (1, 300), "heads": 12, "width": 128, "widths": (16, 16, 4, 8)},
@@ -299,6 +301,28 @@ def test_torch_operators_are_sound():
     torch._dynamo.reset()
     with pytest.raises(NotImplementedError, match="first derivatives in reverse mode only"):
         torch.autograd.grad(torch.autograd.grad(loss(*leaves), leaves, create_graph=True)[0].sum(), leaves)
+
+
+@interpreted
+@pytest.mark.parametrize("transform", ["jvp", "jvp in jit", "gradient of a gradient", "the same in jit"])
+def test_jax_other_derivatives_name_the_reference(transform):
+    framework = Jax()
+    jax = framework.jax
+    arrays, _ = arrays_of((1, 3), 2, 32)
+    with jax.enable_x64(False):
+        arrays = {name: jax.numpy.asarray(x) for name, x in arrays.items()}
+
+        def scalar(q):
+            return (framework.attend(**arrays | {"q": q}, implementation="fused")[0] ** 2).sum()
+
+        transformed = {
+            "jvp": lambda x: jax.jvp(scalar, (x,), (x,)),
+            "gradient of a gradient": jax.grad(lambda x: jax.grad(scalar)(x).sum()),
+        }
+        transformed |= {"jvp in jit": jax.jit(transformed["jvp"])}
+        transformed |= {"the same in jit": jax.jit(transformed["gradient of a gradient"])}
+        with pytest.raises(NotImplementedError, match="implementation='reference' has all others"):
+            transformed[transform](arrays["q"])
 
 
 @interpreted

@@ -64,6 +64,27 @@ assert not heavy, heavy
 """
 
 
+HIDDEN = """
+import importlib.util, sys
+found, importlib.util.find_spec = importlib.util.find_spec, lambda name: None if name == "haiku" else found(name)
+"""
+
+MISCOMPILING_JAXLIB = """
+import importlib
+import jax  # which compares its own version with jaxlib's
+import jaxlib.version
+jaxlib.version.__version__ = "0.10.2"
+for name in ["ipa_jax", "ipa_jax.attention", "ipa_parity.attention"]:
+    try:
+        package = importlib.import_module(name)
+        getattr(package, "jax_point_attention", lambda: None)()
+    except ImportError as error:
+        assert "gradients" in str(error) and "0.10.2" in str(error) and "jaxlib==0.10.1" in str(error), error
+    else:
+        raise AssertionError(f"{name} was imported")
+"""
+
+
 def run(script: str, absent: tuple[str, ...] = ()) -> None:
     """Runs a script in a fresh interpreter, warnings being errors; torch's own import aside, which warns itself."""
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning:torch", "-c"]
@@ -80,6 +101,16 @@ def test_the_ground_floor_is_numpy_only():
 def test_haiku_without_torch():
     pytest.importorskip("jax")
     run(TINY_JAX, absent=("torch", "gemmi", "safetensors"))
+
+
+@pytest.mark.parametrize("absent", [(), ("haiku",)], ids=["with Haiku", "without"])
+def test_a_jaxlib_with_wrong_gradients_is_refused(absent):
+    pytest.importorskip("jax")
+    script = MISCOMPILING_JAXLIB
+    if absent:  # then the attention alone can be had, in a process of its own
+        script = script.replace('"ipa_jax", "ipa_jax.attention", ', "")
+        script = HIDDEN + script
+    run(script)
 
 
 def test_torch_without_jax():

@@ -75,3 +75,39 @@ def test_outputs_come_in_the_values_dtypes(framework):
     dtypes = [str(x.dtype).removeprefix("torch.") for x in (o, o_points, o_pair, attention)]
     assert dtypes == ["bfloat16", "float32", "bfloat16", "float32"]
     assert len(ipa.point_attention(*arrays.values(), **options)) == 3
+
+
+@pytest.mark.parametrize("implementation", ["reference", "streamed", "fused"])
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_the_mask_is_a_constant(framework, implementation):
+    """A float mask has no gradient, even where it lies so close to 1 that all keys are seen."""
+    ipa, array, numpy = package(framework)
+    if implementation == "fused":
+        from ipa_bridge import kernels
+
+        if not kernels.INTERPRETED:
+            pytest.skip("kernels run on a GPU, and are not interpreted")
+        if framework == "torch":
+            pytest.importorskip("triton")
+    rng = np.random.default_rng(0)
+    shapes = [(1, 4, 2, 3)] * 3 + [(1, 4, 2, 2, 3)] * 3 + [(1, 4, 4, 32), (32, 2), (2,), (1, 4)]
+    *arrays, bias, weights, mask = (rng.random(shape, "float32") for shape in shapes)
+    mask = np.float32(1) - np.float32(2e-5) * mask
+    q, *others = map(array, arrays)
+    options = {"pair_bias_weight": array(bias), "point_weights": array(weights), "implementation": implementation}
+
+    def scalar(q, mask):
+        return sum((x**2).sum() for x in ipa.point_attention(q, *others, **options, mask=mask))
+
+    if framework == "jax":
+        import jax
+
+        with jax.enable_x64(False):
+            to_q, to_mask = jax.grad(scalar, (0, 1))(q, array(mask))
+    else:
+        import torch
+
+        leaves = [q.requires_grad_(), array(mask).requires_grad_()]
+        to_q, to_mask = torch.autograd.grad(scalar(*leaves), leaves, allow_unused=True, materialize_grads=True)
+    assert np.abs(numpy(to_q)).max() > 0
+    assert (numpy(to_mask) == 0).all()

@@ -752,6 +752,45 @@ def test_jax_transforms_are_the_same_function():
     np.testing.assert_allclose(rematerialised, plain, rtol=1e-10, atol=1e-10 * np.abs(plain).max())
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("split", ["proteins", "start frames", "parameters", "one layer's parameters"])
+def test_jax_under_shard_map(split, check_vma):
+    """Devices have proteins of their own, or start frames of one protein, or parameters; they share the rest."""
+    framework, case = Jax(), odd_case()
+    jax, jnp = framework.jax, framework.jax.numpy
+    params, single, pair, aatype, mask, rigids, _ = framework.arguments(case, start_of(case), None)
+    inputs = {
+        "parameters": params,
+        "proteins": (single[:3], pair[:3, :3], aatype[:3], mask[:3]),
+        "start frames": jax.tree.map(lambda x: x[:3], rigids) if split == "start frames" else None,
+    }
+    structure_module = framework.package.transform_structure_module(case.config)
+    own, shared = jax.sharding.PartitionSpec("devices"), jax.sharding.PartitionSpec()
+    specs = {name: own if name == split else shared for name in inputs}
+    if split.startswith("one"):
+        specs["parameters"] = {name: own if "fold_iteration" in name else shared for name in params}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
+
+    def scalar(inputs):
+        """Without side chains, which take long to compile."""
+        output = structure_module.apply(
+            inputs["parameters"],
+            jax.random.key(0),
+            *inputs["proteins"],
+            rigids=inputs["start frames"],
+            is_training=True,
+        )
+        return (jnp.sum(output.act**2) + jnp.sum(output.rigids.translation**2))[None]
+
+    mapped = jax.shard_map(scalar, mesh=mesh, in_specs=(specs,), out_specs=own, check_vma=check_vma)
+    gradients = [jax.grad(lambda xs, f=f: f(inputs | {"parameters": xs}).sum()) for f in (mapped, scalar)]
+    if split != "proteins" or not check_vma:  # types that do not fit are found before anything is compiled
+        jax.eval_shape(gradients[0], params)
+        return
+    found, expected = (framework.jit(gradient)(params) for gradient in gradients)
+    jax.tree.map(lambda x, e: np.testing.assert_allclose(x, e, rtol=1e-8, atol=1e-8), found, expected)
+
+
 def test_jax_dropout_is_explicit_and_only_in_training():
     framework, case = one_of(Jax), odd_case()
     jax = framework.jax

@@ -23,6 +23,10 @@ ONLY_IN_ONE = {
     "layers.weight_initializer": "haiku takes an initialiser to get_parameter …",
     "layers.initialize_weight": "… torch fills a parameter in place",
     "dtypes.without_autocast": "JAX has no autocast",
+    "dtypes.MISCOMPILING_JAXLIB": "torch's are not known to return wrong gradients",
+    "dtypes.refuse_miscompiling_jaxlib": "torch's are not known to return wrong gradients",
+    "dtypes.Tree": "the type of a tree of arrays",
+    "dtypes.varying_alike": "the types of torch's tensors know no axes of devices",
     "layers.take": "JAX has take_along_axis",
     "replace.replace_ipa": "a torch model is an object whose layers can be swapped …",
     "replace.restore_ipa": "… and given back",
@@ -42,7 +46,7 @@ ONLY_IN_ONE = {
         for name in (
             *("Keys", "Keys.of", "Rows", "Rows.read", "Rows.write", "Rows.of_pair", "Rows.fresh", "starts", "einsum"),
             *("logits_and_distance2", "instantiate"),
-            *("over_batch", "RowGradients", "gradients_by_rows"),
+            *("number_of_examples", "over_batch", "in_reverse_mode_only", "RowGradients", "gradients_by_rows"),
         )
     },
     **{

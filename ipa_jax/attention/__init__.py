@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Shaped
 
 from ipa_bridge.checks import check_point_attention_inputs
@@ -64,6 +65,7 @@ def point_attention(
         pair_bias_weight: its projection to one bias per head (the bias's own bias cancels in the softmax).
         point_weights: w_h ≥ 0, that is softplus(γ_h), not yet scaled by √(2/9P).
         mask: 1 or True where a residue is valid. A valid query ignores masked keys; a masked query attends to all.
+            A constant: its gradient is zero, that of a float mask too.
         implementation: one of `IMPLEMENTATIONS`; None chooses as `choose_implementation` says.
         block_size: query rows at a time, for implementations that work in blocks; None for a size that suits N.
         return_attention: also return the attention weights, (*B, H, N, N).
@@ -87,7 +89,7 @@ def point_attention(
         pair,
         pair_bias_weight=None if pair_bias_weight is None else pair_bias_weight.astype(dtype),
         point_weights=point_weights.astype(dtype),
-        mask=None if mask is None else mask.astype(dtype),
+        mask=None if mask is None else jax.lax.stop_gradient(mask.astype(dtype)),
     )
     o_pair = None if o_pair is None else o_pair.astype(v.dtype)
     outputs = (o.astype(v.dtype), o_points.astype(v_points.dtype), o_pair)
@@ -101,8 +103,8 @@ def choose_implementation(
 
     None stands for "streamed" from `STREAMED_FROM` residues or with a block_size, else for "reference", as it does for
     a symbolic length of `jax.export`.
-    Forward mode and derivatives of derivatives are the reference's alone, and asked for by its name. So is "fused": its
-    kernels have not been measured on a GPU yet.
+    Forward mode is the reference's alone, and asked for by its name. So is "fused": its kernels have not been measured
+    on a GPU yet.
 
     Raises:
         ValueError: no implementation of that name, or a block_size below 1.

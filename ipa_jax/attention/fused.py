@@ -7,7 +7,6 @@ With TRITON_INTERPRET=1 the kernels are interpreted, on any device, for tests.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,12 +26,15 @@ from ipa_jax.attention.streamed import (
     Rows,
     einsum,
     gradients_by_rows,
+    in_reverse_mode_only,
     instantiate,
     logits_and_distance2,
+    number_of_examples,
     over_batch,
     starts,
     unpacked,
 )
+from ipa_jax.dtypes import varying_alike
 
 
 def point_attention(
@@ -61,13 +63,17 @@ def point_attention(
     *batch, number, heads, channels = q.shape
     coordinates, values = 3 * q_points.shape[-2], v.shape[-1] + 3 * v_points.shape[-2]
     width = 0 if pair is None else pair.shape[-1]
-    sizes = Sizes(math.prod(batch), number, heads, channels, coordinates, values, width)
+    examples = number_of_examples(batch)
+    sizes = Sizes(1, number, heads, channels, coordinates, values, width)
     reason = unsupported(sizes, q.dtype.name, None if pair is None else pair.dtype.name) or _no_place_to_run()
     if reason:
         raise NotImplementedError(f"implementation='fused': {reason}; implementation='streamed' has no such limit")
     inputs = Inputs.of(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
-    size = next((max(1, chunk.rows // max(1, sizes.examples)) for chunk in chunks(sizes._replace(examples=1))), 1)
-    o, o_pair, _ = over_batch(partial(_attend, size), inputs, len(batch))
+    size = next((max(1, chunk.rows // examples) for chunk in chunks(sizes)), 1)
+    if any(isinstance(length, int) and not length for length in batch):  # on which no kernel can be launched
+        o, o_pair = jnp.zeros_like(inputs.values), None if pair is None else jnp.zeros((*q.shape[:-1], width), q.dtype)
+    else:
+        o, o_pair, _ = over_batch(partial(_attend, size), inputs, len(batch))
     return *unpacked(o, v, v_points), o_pair, None
 
 
@@ -77,14 +83,21 @@ def _no_place_to_run() -> str | None:
     return None if INTERPRETED or device == "gpu" else f"a CUDA device was expected as JAX's default; got {device}"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
 def _attend(size: int, inputs: Inputs) -> tuple[Any, Any, Any]:
     """One example's o (H, N, Cv), o_pair (N, H, c_z) or None, and log Σ exp of the logits (H, N)."""
+    return _attend_by_rows(size, varying_alike(inputs))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_by_rows(size: int, inputs: Inputs) -> tuple[Any, Any, Any]:
+    """`_attend` of inputs that vary alike."""
     heads, number, _ = inputs.queries.shape
+    zeros = partial(jnp.zeros_like, inputs.values)
     room: tuple[Any, Any, Any] = (
-        jnp.zeros_like(inputs.values),
-        None if inputs.pair is None else jnp.zeros((number, heads, inputs.pair.shape[-1]), inputs.queries.dtype),
-        jnp.zeros((heads, number), inputs.queries.dtype),
+        zeros(),
+        None if inputs.pair is None else zeros(shape=(number, heads, inputs.pair.shape[-1])),
+        zeros(shape=(heads, number)),
     )
     keys = Keys.of(inputs)
 
@@ -108,16 +121,16 @@ def _attend_forward(size: int, primals: Any) -> tuple[tuple[Any, Any, Any], Any]
     inputs = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
     # Whether the pair wants a gradient, told by structure: residuals are arrays.
     wanted = () if primals.pair is not None and primals.pair.perturbed else None
-    outputs = _attend(size, inputs)
+    outputs = _attend_by_rows(size, jax.tree.map(in_reverse_mode_only, inputs))
     return outputs, (inputs, outputs, wanted)
 
 
 def _attend_backward(size: int, residuals: Any, cotangents: Any) -> tuple[Inputs]:
-    inputs, (o, o_pair, log_sum), wanted = residuals
+    (inputs, (o, o_pair, log_sum)), wanted = jax.tree.map(_differentiated_once, residuals[:2]), residuals[2]
     number = inputs.queries.shape[1]
     if not number:
         return (jax.tree.map(jnp.zeros_like, inputs),)
-    d_o, d_o_pair, _ = (instantiate(x) for x in cotangents)
+    d_o, d_o_pair, _ = jax.tree.map(_differentiated_once, [instantiate(x) for x in cotangents])
     keys = Keys.of(inputs)
 
     def chunk(rows: Rows, gradients: Inputs) -> RowGradients:
@@ -143,7 +156,20 @@ def _attend_backward(size: int, residuals: Any, cotangents: Any) -> tuple[Inputs
     return gradients_by_rows(inputs, keys, size, wanted, chunk)
 
 
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+_attend_by_rows.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def _differentiated_once(x: Array) -> Array:
+    """The array, which has no derivative."""
+    return x
+
+
+@_differentiated_once.defjvp
+def _(*_: Any) -> Any:
+    raise NotImplementedError(
+        "this implementation has first derivatives only; implementation='reference' has all others"
+    )
 
 
 class _OfRows(NamedTuple):

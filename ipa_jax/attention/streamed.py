@@ -3,22 +3,26 @@
 Softmax runs over whole rows, so nothing is approximated; backward computes each block's attention anew. Squared
 distances lose nothing to cancellation: they are sums of squared differences.
 
-Forward-mode and higher derivatives are refused: the reference has them.
+Forward mode is refused: the reference has it. So does it have derivatives of derivatives; in reverse mode this one has
+them too, but they hold as much in memory as the reference.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from ipa_bridge.kernels import CHUNK_BYTES
+from ipa_jax.dtypes import varying_alike
 
 BLOCK_BYTES = 4 << 20
 """Of the pair in one block; between 2 and 8 MB the optimum is flat, where a block stays in cache."""
@@ -30,7 +34,7 @@ LANES = 8
 """XLA's products on CPU run at their full rate where the last axis of their output is a multiple of this."""
 
 ONLY_REVERSE_MODE = (
-    "this implementation has first derivatives in reverse mode only; implementation='reference' has all others"
+    "this implementation has derivatives in reverse mode only; implementation='reference' has all others"
 )
 
 
@@ -59,24 +63,29 @@ def point_attention(
     inputs = Inputs.of(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
     width = 0 if pair is None else pair.shape[-1]
     on_gpu = jax.default_backend() == "gpu"
-    size = block_size or default_block_size(number, heads, width, on_gpu=on_gpu) // max(1, math.prod(batch))
+    size = block_size or default_block_size(number, heads, width, on_gpu=on_gpu) // number_of_examples(batch)
     size = max(1, min(size, number))
     o, o_pair, attention = over_batch(partial(_attend, size, return_attention), inputs, len(batch))
     return *unpacked(o, v, v_points), o_pair, attention
+
+
+def number_of_examples(batch: Sequence[Any]) -> int:
+    """The product of the batch axes, at least 1; an axis whose length `jax.export` leaves open counts as 1."""
+    return max(1, math.prod(length for length in batch if isinstance(length, int)))
 
 
 def over_batch(attend: Callable, inputs: Inputs, axes: int) -> tuple[Any, Any, Any]:
     """One example's function on all of them.
 
     Raises:
-        NotImplementedError: it is asked for a forward-mode derivative.
+        NotImplementedError: it is asked for a forward-mode derivative; in `jax.jit`, JAX finds out when it compiles.
     """
     batched = jax.tree.map(lambda _: 0, inputs)._replace(weights=None, bias=None)
     for _ in range(axes):
         attend = jax.vmap(attend, (batched,))
     try:
-        return attend(inputs)
-    except TypeError as error:
+        return attend(jax.tree.map(in_reverse_mode_only, inputs))
+    except TypeError as error:  # of several tangents at once, as `jax.jacfwd` has them, JAX finds out here
         if "forward-mode" in str(error):
             raise NotImplementedError(ONLY_REVERSE_MODE) from error
         raise
@@ -143,14 +152,24 @@ class Inputs(NamedTuple):
         )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1))
 def _attend(block_size: int, with_attention: bool, inputs: Inputs) -> tuple[Any, Any, Any]:
-    """One example's o (H, N, Cv); o_pair (N, H, c_z) and attention (H, N, N), or None."""
+    """One example's o (H, N, Cv); o_pair (N, H, c_z) and attention (H, N, N), or None.
+
+    Compiled as a whole, outside `jax.jit` too: there `jax.shard_map` knows no symbolic zeros.
+    """
+    return _attend_by_rows(block_size, with_attention, varying_alike(inputs))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_by_rows(block_size: int, with_attention: bool, inputs: Inputs) -> tuple[Any, Any, Any]:
+    """`_attend` of inputs that vary alike."""
     heads, number, _ = inputs.queries.shape
+    zeros = partial(jnp.zeros_like, inputs.values)
     room: tuple[Any, Any, Any] = (
-        jnp.zeros_like(inputs.values),
-        None if inputs.pair is None else jnp.zeros((number, heads, inputs.pair.shape[-1]), inputs.queries.dtype),
-        jnp.zeros((heads, number, number), inputs.queries.dtype) if with_attention else None,
+        zeros(),
+        None if inputs.pair is None else zeros(shape=(number, heads, inputs.pair.shape[-1])),
+        zeros(shape=(heads, number, number)) if with_attention else None,
     )
     keys = Keys.of(inputs)
 
@@ -173,7 +192,8 @@ def _attend_forward(block_size: int, with_attention: bool, primals: Any) -> tupl
     inputs = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
     # Whether the pair wants a gradient, told by structure: residuals are arrays.
     wanted = () if primals.pair is not None and primals.pair.perturbed else None
-    return _attend(block_size, with_attention, inputs), (inputs, wanted)
+    outputs = _attend_by_rows(block_size, with_attention, jax.tree.map(in_reverse_mode_only, inputs))
+    return outputs, (inputs, wanted)
 
 
 def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cotangents: Any) -> tuple[Inputs]:
@@ -217,7 +237,7 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
     return gradients_by_rows(inputs, keys, block_size, wanted, block)
 
 
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+_attend_by_rows.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 class Keys(NamedTuple):
@@ -376,6 +396,32 @@ def _offsets(inputs: Inputs, keys: Keys, rows: Rows) -> list[Float[Array, "H b N
 def einsum(subscripts: str, *arrays: Array) -> Array:
     """In full precision, whatever the default."""
     return jnp.einsum(subscripts, *arrays, precision=Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def in_reverse_mode_only(x: Array) -> Array:
+    """The array, whose tangents may be transposed but not computed."""
+    return x
+
+
+@in_reverse_mode_only.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # The array itself, and not another that is kept beside it for backward. Who differentiates once more comes by the
+    # forward rules, which ask for reverse mode again.
+    return *primals, _tangent.bind(*tangents)
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    """Called where a tangent is computed: at once, or when JAX compiles."""
+    raise NotImplementedError(ONLY_REVERSE_MODE)
+
+
+_tangent = Primitive("tangent_in_reverse_mode_only")
+_tangent.def_impl(_refuse)
+_tangent.def_abstract_eval(lambda x: x)
+ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
+batching.defvectorized(_tangent)
+mlir.register_lowering(_tangent, _refuse)
 
 
 def _heads_first(x: Float[Array, "*B N H D"]) -> Float[Array, "*B H N D"]:

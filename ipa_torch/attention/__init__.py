@@ -66,6 +66,7 @@ def point_attention(
         pair_bias_weight: its projection to one bias per head (the bias's own bias cancels in the softmax).
         point_weights: w_h ≥ 0, that is softplus(γ_h), not yet scaled by √(2/9P).
         mask: 1 or True where a residue is valid. A valid query ignores masked keys; a masked query attends to all.
+            A constant: its gradient is zero, that of a float mask too.
         implementation: one of `IMPLEMENTATIONS`; None chooses as `choose_implementation` says.
         block_size: query rows at a time, for implementations that work in blocks; None for a size that suits N.
         return_attention: also return the attention weights, (*B, H, N, N).
@@ -90,7 +91,7 @@ def point_attention(
             pair,
             pair_bias_weight=None if pair_bias_weight is None else pair_bias_weight.to(dtype),
             point_weights=point_weights.to(dtype),
-            mask=None if mask is None else mask.to(dtype),
+            mask=None if mask is None else mask.detach().to(dtype),
         )
     o_pair = None if o_pair is None else o_pair.to(v.dtype)
     outputs = (o.to(v.dtype), o_points.to(v_points.dtype), o_pair)
