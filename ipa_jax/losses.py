@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ipa_bridge import residues
 from ipa_bridge.checks import check_shape
+from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.rigid import Rigid
 from ipa_jax.side_chains import atom37_to_atom14, atom37_to_frames, atom37_to_torsion_angles, lookup
@@ -26,6 +27,7 @@ _AMBIGUOUS_SLOTS = np.argsort(~residues.ATOM14_IS_AMBIGUOUS, axis=-1, kind="stab
 """The slots of a residue's ambiguous atoms, four at the most; other slots where there are fewer."""
 
 
+@by_name
 class RenamedAtoms(NamedTuple):
     """A true structure under the atom names that fit a prediction better."""
 
@@ -34,6 +36,7 @@ class RenamedAtoms(NamedTuple):
     alternative_is_better: Bool[Array, "*B N"]
 
 
+@by_name
 class BondViolations(NamedTuple):
     """Peptide bonds: mean losses of C–N (Å) and of the cosines of CA–C–N and C–N–CA; each residue's own."""
 
@@ -44,6 +47,7 @@ class BondViolations(NamedTuple):
     violation_per_residue: Bool[Array, "*B N"]
 
 
+@by_name
 class ClashViolations(NamedTuple):
     """Overlaps between residues: the mean over pairs of atoms, each atom's sum (Å), and whether it has any."""
 
@@ -52,6 +56,7 @@ class ClashViolations(NamedTuple):
     violation_per_atom: Bool[Array, "*B N 14"]
 
 
+@by_name
 class WithinResidueViolations(NamedTuple):
     """Distances within residues out of their bounds: each atom's sum (Å), and whether it has any."""
 
@@ -59,6 +64,7 @@ class WithinResidueViolations(NamedTuple):
     violation_per_atom: Bool[Array, "*B N 14"]
 
 
+@by_name
 class StructuralViolations(NamedTuple):
     """All violations of a structure, and which residues have any."""
 
@@ -68,6 +74,7 @@ class StructuralViolations(NamedTuple):
     per_residue: Bool[Array, "*B N"]
 
 
+@by_name
 class ViolationMetrics(NamedTuple):
     """Fractions of neighbours whose Cα lie too far apart, and of residues with a violation of each kind."""
 
@@ -78,6 +85,7 @@ class ViolationMetrics(NamedTuple):
     per_residue: Float[Array, "*B"]
 
 
+@by_name
 class StructureTarget(NamedTuple):
     """A true structure; positions in Å, masks 1 or True where an atom, frame or torsion is known."""
 
@@ -96,6 +104,7 @@ class StructureTarget(NamedTuple):
     chain_id: Shaped[Array, "*B N"] | None = None
 
 
+@by_name
 class StructureModuleLoss(NamedTuple):
     """The weighted sum, and its terms before weighting; `fape` is the last layer's."""
 
@@ -835,14 +844,14 @@ def structure_module_loss(
     true_frames = rename_ambiguous_frames(target.group_frames, target.aatype, renamed.alternative_is_better)
     backbone, fape = backbone_loss(
         output.rigids,
-        Rigid(target.group_frames.rotation[..., 0, :, :], target.group_frames.translation[..., 0, :]),
+        target.group_frames[..., 0],
         target.group_mask[..., 0],
         use_clamped_fape=use_clamped_fape,
         chain_id=target.chain_id,
         chunk_size=chunk_size,
     )
     sidechain_fape = sidechain_loss(
-        Rigid(output.frames.rotation[-1], output.frames.translation[-1]),
+        output.frames[-1],
         true_frames,
         target.group_mask,
         atom14,
@@ -892,7 +901,7 @@ def _local(
     rotation: Float[Array, "F *B 3 3"], translation: Float[Array, "F *B 3"], points: Float[Array, "*B P 3"]
 ) -> Float[Array, "F *B P 3"]:
     """Every point in every frame."""
-    return Rigid(rotation[..., None, :, :], translation[..., None, :]).apply_inverse(points[None])
+    return Rigid(rotation, translation)[..., None].apply_inverse(points[None])
 
 
 def _norm(vectors: Float[Array, "*B D"], epsilon: float) -> Float[Array, "*B"]:

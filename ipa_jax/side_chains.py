@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from ipa_bridge import residues
 from ipa_bridge.checks import check_per_atom, check_shape
 from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.layers import Initializer, Linear
 from ipa_jax.rigid import SMALLEST_LENGTH, Rigid
@@ -22,6 +23,7 @@ SMALLEST_ANGLE_LENGTH = 1e-6
 """A predicted (sin, cos) shorter than this is divided by it instead of its length."""
 
 
+@by_name
 class GroupFrames(NamedTuple):
     """Rigid groups of residues whose atoms are known, (*B, N, 8), in the global frame and Å.
 
@@ -35,6 +37,7 @@ class GroupFrames(NamedTuple):
     mask: Shaped[Array, "*B N 8"]
 
 
+@by_name
 class TorsionAngles(NamedTuple):
     """(sin, cos) of pre-ω, φ, ψ and χ1–χ4 of residues whose atoms are known.
 
@@ -91,11 +94,11 @@ def torsion_angles_to_frames(rigids: Rigid, angles: Float[Array, "*B N 7 2"], aa
     x, y, z = jnp.moveaxis(at_rest, -1, 0)
     turned = jnp.stack([jnp.broadcast_to(x, (cosine * y).shape), cosine * y + sine * z, cosine * z - sine * y], -1)
     groups = Rigid(turned, lookup(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
-    chain = [_group(groups, group) for group in range(residues.NUM_GROUP)]
+    chain = [groups[..., group] for group in range(residues.NUM_GROUP)]
     for group in (5, 6, 7):  # χ2–χ4 turn with the χ before
         chain[group] = chain[group - 1].compose(chain[group])
     to_backbone = Rigid(jnp.stack([g.rotation for g in chain], -3), jnp.stack([g.translation for g in chain], -2))
-    return Rigid(rigids.rotation[..., None, :, :], rigids.translation[..., None, :]).compose(to_backbone)
+    return rigids[..., None].compose(to_backbone)
 
 
 def frames_to_atom14(frames: Rigid, aatype: Int[Array, "*B N"]) -> Float[Array, "*B N 14 3"]:
@@ -204,10 +207,6 @@ def atom37_to_torsion_angles(
     angles = _unit(jnp.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.astype(dtype))[..., None]
     other = 1 - 2 * lookup(residues.TORSION_PI_PERIODIC, aatype, dtype)
     return TorsionAngles(angles, angles * other[..., None], mask)
-
-
-def _group(groups: Rigid, group: int) -> Rigid:
-    return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
 
 
 def _unit(vectors: Float[Array, "*B D"], smallest_length: float) -> Float[Array, "*B D"]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ipa_bridge.checks import check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.invariant_point_attention import InvariantPointAttention
 from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout
@@ -18,6 +19,7 @@ from ipa_jax.rigid import Rigid
 from ipa_jax.side_chains import MultiRigidSidechain, frames_to_atom14, torsion_angles_to_frames
 
 
+@by_name
 class StructureModuleOutput(NamedTuple):
     """What every layer predicts, layers stacked first; the last is the prediction.
 

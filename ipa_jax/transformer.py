@@ -11,12 +11,14 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ipa_bridge.checks import check_tokens
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
+from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.invariant_point_attention import InvariantPointAttention
 from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout
 from ipa_jax.rigid import Rigid
 
 
+@by_name
 class IPATransformerOutput(NamedTuple):
     """What the last layer predicts.
 

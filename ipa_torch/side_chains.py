@@ -14,6 +14,7 @@ from ipa_bridge import residues
 from ipa_bridge.checks import check_per_atom, check_shape
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
+from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.layers import Initializer, Linear, take
 from ipa_torch.rigid import SMALLEST_LENGTH, Rigid
@@ -22,6 +23,7 @@ SMALLEST_ANGLE_LENGTH = 1e-6
 """A predicted (sin, cos) shorter than this is divided by it instead of its length."""
 
 
+@by_name
 class GroupFrames(NamedTuple):
     """Rigid groups of residues whose atoms are known, (*B, N, 8), in the global frame and Å.
 
@@ -35,6 +37,7 @@ class GroupFrames(NamedTuple):
     mask: Shaped[Tensor, "*B N 8"]
 
 
+@by_name
 class TorsionAngles(NamedTuple):
     """(sin, cos) of pre-ω, φ, ψ and χ1–χ4 of residues whose atoms are known.
 
@@ -97,11 +100,11 @@ def torsion_angles_to_frames(rigids: Rigid, angles: Float[Tensor, "*B N 7 2"], a
     x, y, z = at_rest.unbind(-1)
     turned = torch.stack([x.expand_as(cosine * y), cosine * y + sine * z, cosine * z - sine * y], -1)
     groups = Rigid(turned, lookup(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
-    chain = [_group(groups, group) for group in range(residues.NUM_GROUP)]
+    chain = [groups[..., group] for group in range(residues.NUM_GROUP)]
     for group in (5, 6, 7):  # χ2–χ4 turn with the χ before
         chain[group] = chain[group - 1].compose(chain[group])
     to_backbone = Rigid(torch.stack([g.rotation for g in chain], -3), torch.stack([g.translation for g in chain], -2))
-    return Rigid(rigids.rotation[..., None, :, :], rigids.translation[..., None, :]).compose(to_backbone)
+    return rigids[..., None].compose(to_backbone)
 
 
 def frames_to_atom14(frames: Rigid, aatype: Int[Tensor, "*B N"]) -> Float[Tensor, "*B N 14 3"]:
@@ -210,10 +213,6 @@ def atom37_to_torsion_angles(
     angles = _unit(torch.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.to(dtype))[..., None]
     other = 1 - 2 * lookup(residues.TORSION_PI_PERIODIC, aatype, dtype)
     return TorsionAngles(angles, angles * other[..., None], mask)
-
-
-def _group(groups: Rigid, group: int) -> Rigid:
-    return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
 
 
 def _unit(vectors: Float[Tensor, "*B D"], smallest_length: float) -> Float[Tensor, "*B D"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ipa_bridge.checks import check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
+from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
 from ipa_torch.layers import Initializer, LayerNorm, Linear
@@ -19,6 +20,7 @@ from ipa_torch.rigid import Rigid
 from ipa_torch.side_chains import MultiRigidSidechain, frames_to_atom14, torsion_angles_to_frames
 
 
+@by_name
 class StructureModuleOutput(NamedTuple):
     """What every layer predicts, layers stacked first; the last is the prediction.
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from ipa_bridge.checks import check_tokens
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
 from ipa_bridge.parameters import numbered
+from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
 from ipa_torch.layers import Initializer, LayerNorm, Linear
 from ipa_torch.rigid import Rigid
 
 
+@by_name
 class IPATransformerOutput(NamedTuple):
     """What the last layer predicts.
 

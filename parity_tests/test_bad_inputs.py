@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -131,3 +133,26 @@ def test_core(framework, changes, error, message):
     first = [arrays.pop(name) for name in ("q", "k", "v", "q_points", "k_points", "v_points", "pair")]
     with pytest.raises(error, match=message):
         framework.package.point_attention(*first, **arrays, **options)
+
+
+def test_outputs_are_taken_by_name(framework):
+    """`prediction[-1]`, by analogy with `prediction.atom14[-1]`, was the last field; unpacking is by position."""
+    package = framework.package
+    kinds = named_tuples(package)
+    assert {"StructureModuleOutput", "IPATransformerOutput", "StructureTarget", "TorsionAngles"} <= set(kinds)
+    for name, kind in kinds.items():
+        output = kind(*kind._fields)
+        for index in (-1, 0, slice(1), ...):
+            with pytest.raises(
+                TypeError, match=f"{name} has fields, not items: take one of {', '.join(kind._fields)} by"
+            ):
+                output[index]
+        first, *_ = output
+        assert first == kind._fields[0] == output._replace()._asdict()[first]
+        assert pickle.loads(pickle.dumps(output)) == kind._make(output) == output
+
+
+def named_tuples(package):
+    """The public ones that hold results, by name."""
+    public = (getattr(package, name) for name in package.__all__)
+    return {x.__name__: x for x in public if isinstance(x, type) and issubclass(x, tuple) and x is not package.Rigid}
