@@ -17,7 +17,7 @@ from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
 from ipa_torch.layers import Initializer, LayerNorm, Linear
 from ipa_torch.rigid import Rigid
-from ipa_torch.side_chains import MultiRigidSidechain, frames_to_atom14, torsion_angles_to_frames
+from ipa_torch.side_chains import MultiRigidSidechain, check_aatype, frames_to_atom14, torsion_angles_to_frames
 
 
 @by_name
@@ -155,16 +155,17 @@ class StructureModule(nn.Module):
         Args:
             single: single representation.
             pair: pair representation.
-            aatype: 0–19 in AlphaFold's order, or 20 for unknown.
+            aatype: 0–19 in AlphaFold's order, or 20 for unknown; anything where the mask is 0.
             mask: 1 or True where a residue is valid; valid residues ignore all others.
             rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, all at the origin.
             update_mask: 1 or True where a residue's frame may change, elsewhere it stays; None for everywhere.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other, or an aatype that is no integer.
+            ValueError: shapes that do not fit the config or each other, or an aatype not among 0–20.
         """
         c = self.config
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
+        check_aatype(aatype, mask)
         initial_act = self.single_layer_norm(single)  # line 1
         pair = self.pair_layer_norm(pair)  # line 2
         act = self.initial_projection(initial_act)  # line 3, in the parameters' dtype
@@ -182,6 +183,6 @@ class StructureModule(nn.Module):
         act, rotation, translation, angles, unnormalized_angles = (torch.stack(xs) for xs in zip(*each, strict=True))
         rigids = Rigid(rotation, translation).scale_translation(c.position_scale)
         aatype = aatype.expand(c.num_layer, *aatype.shape)
-        frames = torsion_angles_to_frames(rigids, angles, aatype)  # Alg. 24
-        atom14 = frames_to_atom14(frames, aatype)
+        frames = torsion_angles_to_frames(rigids, angles, aatype, mask=mask)  # Alg. 24
+        atom14 = frames_to_atom14(frames, aatype, mask=mask)
         return StructureModuleOutput(rigids, frames, angles, unnormalized_angles, atom14, act)

@@ -1083,6 +1083,7 @@ def test_padding_does_not_count(structures_dir, framework):
     padding = ~p.mask
     assert padding.any()
     spoiled = p._replace(
+        aatype=np.where(padding, -1, p.aatype),
         atom14=np.where(padding[:, None, None], 7.0, p.atom14),
         unnormalized=np.where(padding[:, None, None], 7.0, p.unnormalized),
         backbone=p.backbone._replace(translation=np.where(padding[:, None], 7.0, p.backbone.translation)),
