@@ -166,7 +166,7 @@ class StructureModule(hk.Module):
         initial_act = LayerNorm(name="single_layer_norm")(single)  # line 1
         pair = LayerNorm(name="pair_layer_norm")(pair)  # line 2
         act = Linear(c.num_channel, name="initial_projection")(initial_act)  # line 3, in the parameters' dtype
-        dtype = at_least_float32(*(x.dtype for x in (single, pair, act, *(rigids or ()))))
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # whatever the start frames' is
         act = act.astype(single.dtype)
         rigids = Rigid.identity(aatype.shape, dtype=dtype) if rigids is None else rigids.astype(dtype)
         rigids = rigids.scale_translation(1 / c.position_scale)

@@ -143,7 +143,7 @@ class IPATransformer(hk.Module):
                 c.num_token, c.num_channel, w_init=hk.initializers.RandomNormal(), name="token_embedding"
             )
             act = embedding(single)
-        dtype = at_least_float32(*(x.dtype for x in (act, *(rigids or ()))))
+        dtype = at_least_float32(act.dtype)  # whatever the start frames' is
         rigids = Rigid.identity(act.shape[:-1], dtype=dtype) if rigids is None else rigids.astype(dtype)
         initializer: Initializer = "zeros" if c.ipa.zero_init else "linear"
         for _ in range(c.num_layer):

@@ -169,7 +169,7 @@ class StructureModule(nn.Module):
         initial_act = self.single_layer_norm(single)  # line 1
         pair = self.pair_layer_norm(pair)  # line 2
         act = self.initial_projection(initial_act)  # line 3, in the parameters' dtype
-        dtype = at_least_float32(*(x.dtype for x in (single, pair, act, *(rigids or ()))))
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # whatever the start frames' is
         act = act.to(single.dtype)
         if rigids is None:
             rigids = Rigid.identity(aatype.shape, dtype=dtype, device=single.device)

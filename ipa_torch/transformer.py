@@ -137,7 +137,7 @@ class IPATransformer(nn.Module):
         c = self.config
         check_tokens(c, single)
         act = single if c.num_token is None else self.token_embedding(single)
-        dtype = at_least_float32(*(x.dtype for x in (act, *(rigids or ()))))
+        dtype = at_least_float32(act.dtype)  # whatever the start frames' is
         if rigids is None:
             rigids = Rigid.identity(act.shape[:-1], dtype=dtype, device=act.device)
         rigids = rigids.astype(dtype)

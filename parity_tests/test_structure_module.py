@@ -687,6 +687,15 @@ def test_float32_representations_and_float64_parameters(framework, name):
     assert_same(arrays, framework.run(case), "float32", rows=case.mask)
 
 
+def test_start_frames_do_not_decide_the_dtype(framework):
+    """Those of a protein come in float64; a model in float32 stays in it."""
+    case = odd_case("odd", "float32")
+    rotation, translation = start_of(case)
+    exact = framework.run(case, rigids=(rotation.astype(np.float64), translation.astype(np.float64)))
+    assert {x.dtype.name for x in exact.values()} == {"float32"}
+    assert_same(exact, framework.run(case, rigids=(rotation, translation)), "float32", rows=case.mask)
+
+
 def test_masks_of_any_dtype(framework):
     case = odd_case()
     expected = framework.run(case)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import numpy as np
 
 import ipa_torch
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, IPATransformerConfig
 from ipa_bridge.parameters import ipa_parameters
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
@@ -189,6 +189,35 @@ def test_half_precision_activations_with_float32_parameters():
     exact = module(single.float(), pair.float(), rigids.astype(torch.float32), mask)
     assert out.dtype == torch.bfloat16
     judge(out, exact, "out", "bfloat16")
+
+
+@pytest.mark.parametrize("activations", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("frames", ["float16", "float32", "float64"])
+def test_frames_do_not_decide_the_dtype(activations, frames):
+    """The activations do, at least float32: a protein's frames come in float64."""
+    case = CATALOGUE["monomer"]()
+    module, (single, pair, rigids, mask) = model(case, activations), arguments(case, activations)
+    rigids = rigids.astype(getattr(torch, frames))
+    seen = []
+    module.output_projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    out, attention = module(single, pair, rigids, mask, return_attention=True)
+    at_least_float32 = torch.float64 if activations == "float64" else torch.float32
+    assert (out.dtype, attention.dtype, *seen) == (single.dtype, at_least_float32, at_least_float32)
+
+
+def test_far_frames_keep_their_bits_until_they_are_centred():
+    case = CATALOGUE["monomer"]()
+    module, (single, pair, rigids, mask) = model(case), arguments(case)
+    near = rigids.astype(torch.float64)
+    far = near._replace(translation=near.translation + 1e6)
+    judge(module(single, pair, far, mask), module(single, pair, near, mask))
+
+
+def test_frames_of_a_transformer_have_its_activations_dtype():
+    config = IPATransformerConfig.lucidrains(8, depth=1, heads=2, require_pairwise_repr=False)
+    act, rigids = torch.randn(5, 8), ipa_torch.Rigid.random((5,), dtype=torch.float64)
+    moved = ipa_torch.IPATransformer(config)(act, None, rigids).rigids
+    assert {x.dtype for x in moved} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["alphafold2", "spread-50", "offset-1000", "multimer"])
