@@ -20,5 +20,5 @@ def by_name(kind: Tuple) -> Tuple:
             f"as in .{self._fields[-1]}[…], or unpack all of them; got [{index!r}]"
         )
 
-    kind.__getitem__ = refuse
+    kind.__getitem__ = refuse  # type: ignore[index]
     return kind

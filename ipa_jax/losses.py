@@ -862,14 +862,14 @@ def structure_module_loss(
     )
     backbone, fape = backbone_loss(
         output.rigids,
-        target.group_frames[..., 0],
+        Rigid(target.group_frames.rotation[..., 0, :, :], target.group_frames.translation[..., 0, :]),
         target.group_mask[..., 0],
         use_clamped_fape=use_clamped_fape,
         chain_id=target.chain_id,
         chunk_size=chunk_size,
     )
     sidechain_fape = sidechain_loss(
-        output.frames[-1],
+        Rigid(output.frames.rotation[-1], output.frames.translation[-1]),
         true_frames,
         target.group_mask,
         atom14,
@@ -919,7 +919,7 @@ def _local(
     rotation: Float[Array, "F *B 3 3"], translation: Float[Array, "F *B 3"], points: Float[Array, "*B P 3"]
 ) -> Float[Array, "F *B P 3"]:
     """Every point in every frame."""
-    return Rigid(rotation, translation)[..., None].apply_inverse(points[None])
+    return Rigid(rotation[..., None, :, :], translation[..., None, :]).apply_inverse(points[None])
 
 
 def _norm(vectors: Float[Array, "*B D"], epsilon: float) -> Float[Array, "*B"]:

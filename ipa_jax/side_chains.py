@@ -122,11 +122,11 @@ def torsion_angles_to_frames(
     x, y, z = jnp.moveaxis(at_rest, -1, 0)
     turned = jnp.stack([jnp.broadcast_to(x, (cosine * y).shape), cosine * y + sine * z, cosine * z - sine * y], -1)
     groups = Rigid(turned, lookup(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
-    chain = [groups[..., group] for group in range(residues.NUM_GROUP)]
+    chain = [_group(groups, group) for group in range(residues.NUM_GROUP)]
     for group in (5, 6, 7):  # χ2–χ4 turn with the χ before
         chain[group] = chain[group - 1].compose(chain[group])
     to_backbone = Rigid(jnp.stack([g.rotation for g in chain], -3), jnp.stack([g.translation for g in chain], -2))
-    return rigids[..., None].compose(to_backbone)
+    return Rigid(rigids.rotation[..., None, :, :], rigids.translation[..., None, :]).compose(to_backbone)
 
 
 def frames_to_atom14(
@@ -248,6 +248,10 @@ def atom37_to_torsion_angles(
     angles = _unit(jnp.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.astype(dtype))[..., None]
     other = 1 - 2 * lookup(residues.TORSION_PI_PERIODIC, aatype, dtype)
     return TorsionAngles(angles, angles * other[..., None], mask)
+
+
+def _group(groups: Rigid, group: int) -> Rigid:
+    return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
 
 
 def _at_hand(x: Shaped[Array, "..."] | None) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipa_bridge import residues
 from ipa_bridge.checks import check_per_atom, check_residue_types, check_shape
@@ -16,7 +16,7 @@ from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
-from ipa_torch.layers import Initializer, Linear, take
+from ipa_torch.layers import Initializer, Linear, Module, take
 from ipa_torch.rigid import SMALLEST_LENGTH, Rigid
 
 SMALLEST_ANGLE_LENGTH = 1e-6
@@ -82,7 +82,7 @@ def check_aatype(aatype: Int[Tensor, "*B N"], mask: Shaped[Tensor, "*B N"] | Non
         check_residue_types(aatype, types.expand_as(outside)[outside].tolist())
 
 
-class MultiRigidSidechain(nn.Module):
+class MultiRigidSidechain(Module):
     """Torsion angles from activations, by a small residual network (Suppl. Alg. 20, lines 11–14)."""
 
     def __init__(self, config: StructureModuleConfig) -> None:
@@ -136,11 +136,11 @@ def torsion_angles_to_frames(
     x, y, z = at_rest.unbind(-1)
     turned = torch.stack([x.expand_as(cosine * y), cosine * y + sine * z, cosine * z - sine * y], -1)
     groups = Rigid(turned, lookup(residues.GROUP_TRANSLATION, aatype, dtype))  # makeRotX, Alg. 25
-    chain = [groups[..., group] for group in range(residues.NUM_GROUP)]
+    chain = [_group(groups, group) for group in range(residues.NUM_GROUP)]
     for group in (5, 6, 7):  # χ2–χ4 turn with the χ before
         chain[group] = chain[group - 1].compose(chain[group])
     to_backbone = Rigid(torch.stack([g.rotation for g in chain], -3), torch.stack([g.translation for g in chain], -2))
-    return rigids[..., None].compose(to_backbone)
+    return Rigid(rigids.rotation[..., None, :, :], rigids.translation[..., None, :]).compose(to_backbone)
 
 
 def frames_to_atom14(
@@ -262,6 +262,10 @@ def atom37_to_torsion_angles(
     angles = _unit(torch.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.to(dtype))[..., None]
     other = 1 - 2 * lookup(residues.TORSION_PI_PERIODIC, aatype, dtype)
     return TorsionAngles(angles, angles * other[..., None], mask)
+
+
+def _group(groups: Rigid, group: int) -> Rigid:
+    return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
 
 
 def _on_cpu(x: Tensor | None) -> bool:

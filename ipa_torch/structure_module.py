@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipa_bridge.checks import check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
@@ -15,7 +15,7 @@ from ipa_bridge.parameters import numbered
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
-from ipa_torch.layers import Initializer, LayerNorm, Linear
+from ipa_torch.layers import Initializer, LayerNorm, Linear, Module
 from ipa_torch.rigid import Rigid
 from ipa_torch.side_chains import MultiRigidSidechain, check_aatype, frames_to_atom14, torsion_angles_to_frames
 
@@ -41,7 +41,7 @@ class StructureModuleOutput(NamedTuple):
     act: Float[Tensor, "L *B N c_s"]
 
 
-class FoldIteration(nn.Module):
+class FoldIteration(Module):
     """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14)."""
 
     def __init__(self, config: StructureModuleConfig, *, implementation: str | None = None) -> None:
@@ -108,7 +108,7 @@ class FoldIteration(nn.Module):
         return F.dropout(act, self.config.dropout, self.training)
 
 
-class QuatRigid(nn.Module):
+class QuatRigid(Module):
     """The six numbers of a backbone update, under AlphaFold-Multimer's name."""
 
     def __init__(self, num_channel: int, *, initializer: Initializer = "zeros") -> None:
@@ -120,7 +120,7 @@ class QuatRigid(nn.Module):
         return self.rigid(act)
 
 
-class StructureModule(nn.Module):
+class StructureModule(Module):
     """From representations to frames, torsions and atoms, layer by layer (Alg. 20).
 
     Submodules carry AlphaFold's haiku names, so its published parameters load by a rule. Frames stay in at least

@@ -15,7 +15,7 @@ from ipa_bridge.parameters import numbered
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
-from ipa_torch.layers import Initializer, LayerNorm, Linear
+from ipa_torch.layers import Initializer, LayerNorm, Linear, Module
 from ipa_torch.rigid import Rigid
 
 
@@ -34,7 +34,7 @@ class IPATransformerOutput(NamedTuple):
     points: Float[Tensor, "*B N 3"] | None
 
 
-class IPABlock(nn.Module):
+class IPABlock(Module):
     """Attention and transition, each with a residual connection and a layer norm (Suppl. Alg. 20, lines 6–9).
 
     With the parameters' names of AlphaFold's fold iteration. Invariant: moving all frames alike changes nothing.
@@ -93,7 +93,7 @@ class IPABlock(nn.Module):
         return getattr(self, numbered("transition", last))(hidden).to(act.dtype)
 
 
-class IPATransformer(nn.Module):
+class IPATransformer(Module):
     """Blocks with weights of their own, after each of which every residue's frame moves.
 
     Equivariant: where the frames that come in are moved alike, those that come out move with them.
