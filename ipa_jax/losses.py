@@ -310,6 +310,9 @@ def sidechain_loss(
     The target's ambiguous atoms and frames should be renamed before: `rename_ambiguous_atoms`,
     `rename_ambiguous_frames`.
 
+    Unknown residues (aatype 20) whose backbone is known count with the frame that `torsion_angles_to_frames` gives
+    their backbone. AlphaFold differs there: its frames of unknown residues have rotations of zeros.
+
     Args:
         predicted_frames: (*B, N, 8), Å.
         target_frames: (*B, N, 8), Å.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from ipa_bridge import residues
 from ipa_bridge.checks import check_shape
@@ -309,6 +310,9 @@ def sidechain_loss(
 
     The target's ambiguous atoms and frames should be renamed before: `rename_ambiguous_atoms`,
     `rename_ambiguous_frames`.
+
+    Unknown residues (aatype 20) whose backbone is known count with the frame that `torsion_angles_to_frames` gives
+    their backbone. AlphaFold differs there: its frames of unknown residues have rotations of zeros.
 
     Args:
         predicted_frames: (*B, N, 8), Å.
@@ -894,6 +898,24 @@ def structure_module_loss(
         + violation_weight * violation
     )
     return StructureModuleLoss(loss, backbone, fape, sidechain_fape, chi, angle_norm, violation)
+
+
+def _collate(batch: Sequence[StructureTarget], *, collate_fn_map: Any = None) -> StructureTarget:
+    """Targets of one length as a batch, where all have a chain_id or none has."""
+    without_chains = [target.chain_id is None for target in batch]
+    if any(without_chains) and not all(without_chains):
+        raise ValueError(
+            f"chain_id must be given in all targets of a batch or in none; {sum(without_chains)} of {len(batch)} have "
+            "none: pass structure_target(…, chain_id=) equal numbers for a single chain"
+        )
+    fields = (
+        None if each[0] is None else collate(each, collate_fn_map=collate_fn_map) for each in zip(*batch, strict=True)
+    )
+    return StructureTarget._make(fields)
+
+
+# torch.utils.data.default_collate, and with it DataLoader, refuses None, which chain_id may be.
+default_collate_fn_map[StructureTarget] = _collate
 
 
 def _by_rows(

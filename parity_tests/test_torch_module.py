@@ -161,7 +161,7 @@ PROJECTIONS = [
     (config, name)
     for config in ("monomer", "multimer")
     for name, x in ipa_torch.InvariantPointAttention(CATALOGUE[config]().config).named_modules()
-    if isinstance(x, torch.nn.Linear)
+    if isinstance(x, ipa_torch.Linear)
 ]
 
 
