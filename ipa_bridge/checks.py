@@ -68,8 +68,7 @@ def check_structure_module_inputs(
     """
     if len(single.shape) < 2 or single.shape[-1] != config.num_channel:
         raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
-    if "int" not in str(aatype.dtype):
-        raise ValueError(f"aatype must hold integers, 0–19 or 20 for unknown; got {aatype.dtype}")
+    check_residue_types(aatype)
     residues = tuple(single.shape[:-1])
     rotation, translation = (None, None) if rigids is None else rigids
     _check_shapes(
@@ -108,6 +107,26 @@ def check_shape(name: str, array: Shaped, shape: Sequence[int], beside: str) -> 
     """
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name} must be {tuple(shape)} to fit {beside}; got {tuple(array.shape)}")
+
+
+def check_residue_types(aatype: Shaped, outside: Sequence[int] = ()) -> None:
+    """Residue types are integers, of which none lies outside 0–20 at a valid residue.
+
+    Args:
+        aatype: residue types.
+        outside: those found at valid residues that are none of 0–20.
+
+    Raises:
+        ValueError: they are no integers, or there are such types.
+    """
+    if "int" not in str(aatype.dtype):
+        raise ValueError(f"aatype must hold integers, 0–19 or 20 for unknown; got {aatype.dtype}")
+    if len(outside):
+        found = ", ".join(map(str, sorted(set(outside))))
+        raise ValueError(
+            f"aatype must be 0–19, or 20 for unknown, where a residue is valid; got {found}: give unknown residues 20, "
+            "and padding, which may hold anything, a mask of 0"
+        )
 
 
 def check_per_atom(name: str, atoms: Shaped, slots: int, aatype: Shaped) -> None:

@@ -34,9 +34,12 @@ refuse_miscompiling_jaxlib(jaxlib.version.__version__)
 
 
 def widest_dtype(*dtypes: DTypeLike) -> np.dtype:
-    """The dtype that holds all of these, by JAX's standard promotion whatever the user's setting."""
+    """The dtype that holds all of these, by JAX's standard promotion whatever the user's setting.
+
+    Where JAX has no float64, that of numpy arrays counts as float32.
+    """
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jnp.result_type(*(jax.dtypes.canonicalize_dtype(dtype) for dtype in dtypes))
 
 
 def at_least_float32(*dtypes: DTypeLike) -> np.dtype:

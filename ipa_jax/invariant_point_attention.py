@@ -54,7 +54,7 @@ class InvariantPointAttention(hk.Module):
             pair: pair representation; None where config.pair_channel is None.
             rigids: frames of the residues, (*B, N), in the unit the weights were trained for divided by
                 config.position_scale (AlphaFold's: 10 or 20 Å; FrameDiff's, by its preset: 1 Å). The output does not
-                change when all are moved alike.
+                change when all are moved alike. Read in the dtype of single and pair, float32 at the least.
             mask: 1 or True where a residue is valid. Valid residues ignore masked ones, whose own rows attend
                 to everything; the inputs of masked residues must be finite all the same.
             return_attention: also return the attention weights, heads first.
@@ -63,8 +63,8 @@ class InvariantPointAttention(hk.Module):
             ValueError: shapes that do not fit the config or each other.
         """
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
-        rigids = rigids.astype(at_least_float32(*(x.dtype for x in (single, pair, *rigids) if x is not None)))
-        rigids = centre(rigids, mask)
+        dtype = at_least_float32(*(x.dtype for x in (single, pair) if x is not None))
+        rigids = centre(rigids.astype(at_least_float32(dtype, *(x.dtype for x in rigids))), mask).astype(dtype)
         if self.config.position_scale != 1:
             rigids = rigids.scale_translation(1 / self.config.position_scale)
         pair_bias_weight, point_weights = self.logit_weights(single.dtype)

@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ipa_bridge import residues
 from ipa_bridge.checks import check_shape
+from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.rigid import Rigid
-from ipa_jax.side_chains import atom37_to_atom14, atom37_to_frames, atom37_to_torsion_angles, lookup
+from ipa_jax.side_chains import atom37_to_atom14, atom37_to_frames, atom37_to_torsion_angles, check_aatype, lookup
 from ipa_jax.structure_module import StructureModuleOutput
 
 _N, _CA, _C, _SG = (residues.ATOM14_NAMES[residues.RESTYPES.index("C")].index(name) for name in ("N", "CA", "C", "SG"))
@@ -26,6 +27,7 @@ _AMBIGUOUS_SLOTS = np.argsort(~residues.ATOM14_IS_AMBIGUOUS, axis=-1, kind="stab
 """The slots of a residue's ambiguous atoms, four at the most; other slots where there are fewer."""
 
 
+@by_name
 class RenamedAtoms(NamedTuple):
     """A true structure under the atom names that fit a prediction better."""
 
@@ -34,6 +36,7 @@ class RenamedAtoms(NamedTuple):
     alternative_is_better: Bool[Array, "*B N"]
 
 
+@by_name
 class BondViolations(NamedTuple):
     """Peptide bonds: mean losses of C–N (Å) and of the cosines of CA–C–N and C–N–CA; each residue's own."""
 
@@ -44,6 +47,7 @@ class BondViolations(NamedTuple):
     violation_per_residue: Bool[Array, "*B N"]
 
 
+@by_name
 class ClashViolations(NamedTuple):
     """Overlaps between residues: the mean over pairs of atoms, each atom's sum (Å), and whether it has any."""
 
@@ -52,6 +56,7 @@ class ClashViolations(NamedTuple):
     violation_per_atom: Bool[Array, "*B N 14"]
 
 
+@by_name
 class WithinResidueViolations(NamedTuple):
     """Distances within residues out of their bounds: each atom's sum (Å), and whether it has any."""
 
@@ -59,6 +64,7 @@ class WithinResidueViolations(NamedTuple):
     violation_per_atom: Bool[Array, "*B N 14"]
 
 
+@by_name
 class StructuralViolations(NamedTuple):
     """All violations of a structure, and which residues have any."""
 
@@ -68,6 +74,7 @@ class StructuralViolations(NamedTuple):
     per_residue: Bool[Array, "*B N"]
 
 
+@by_name
 class ViolationMetrics(NamedTuple):
     """Fractions of neighbours whose Cα lie too far apart, and of residues with a violation of each kind."""
 
@@ -78,6 +85,7 @@ class ViolationMetrics(NamedTuple):
     per_residue: Float[Array, "*B"]
 
 
+@by_name
 class StructureTarget(NamedTuple):
     """A true structure; positions in Å, masks 1 or True where an atom, frame or torsion is known."""
 
@@ -96,6 +104,7 @@ class StructureTarget(NamedTuple):
     chain_id: Shaped[Array, "*B N"] | None = None
 
 
+@by_name
 class StructureModuleLoss(NamedTuple):
     """The weighted sum, and its terms before weighting; `fape` is the last layer's."""
 
@@ -137,6 +146,7 @@ def structure_target(
     check_shape("residue_index", residue_index, residue, "mask")
     if chain_id is not None:
         check_shape("chain_id", chain_id, residue, "mask")
+    check_aatype(aatype, mask)
     known = atom37_mask.astype(bool) & mask.astype(bool)[..., None]
     atom37 = jnp.where(known[..., None], atom37, jnp.zeros((), atom37.dtype))
     groups, torsions = atom37_to_frames(atom37, known, aatype), atom37_to_torsion_angles(atom37, known, aatype)
@@ -146,8 +156,8 @@ def structure_target(
         residue_index=residue_index,
         group_frames=groups.frames,
         group_mask=groups.mask,
-        atom14=atom37_to_atom14(atom37, aatype),
-        atom14_mask=atom37_to_atom14(known, aatype),
+        atom14=atom37_to_atom14(atom37, aatype, mask=mask),
+        atom14_mask=atom37_to_atom14(known, aatype, mask=mask),
         chi=torsions.angles[..., 3:, :],
         chi_mask=torsions.mask[..., 3:],
         chain_id=chain_id,
@@ -300,6 +310,9 @@ def sidechain_loss(
     The target's ambiguous atoms and frames should be renamed before: `rename_ambiguous_atoms`,
     `rename_ambiguous_frames`.
 
+    Unknown residues (aatype 20) whose backbone is known count with the frame that `torsion_angles_to_frames` gives
+    their backbone. AlphaFold differs there: its frames of unknown residues have rotations of zeros.
+
     Args:
         predicted_frames: (*B, N, 8), Å.
         target_frames: (*B, N, 8), Å.
@@ -356,6 +369,7 @@ def rename_ambiguous_atoms(
     check_shape("predicted_atom14", predicted_atom14, (*mask.shape, 3), "mask")
     check_shape("true_atom14", true_atom14, (*mask.shape, 3), "mask")
     check_shape("aatype", aatype, mask.shape[:-1], "mask")
+    check_aatype(aatype, mask.astype(bool).any(-1))
     dtype = at_least_float32(predicted_atom14.dtype, true_atom14.dtype)
     swap = lookup(residues.ATOM14_SWAP, aatype)
     other_atom14 = jnp.take_along_axis(true_atom14, swap[..., None], -2)
@@ -390,12 +404,21 @@ def rename_ambiguous_atoms(
 
 
 def rename_ambiguous_frames(
-    frames: Rigid, aatype: Int[Array, "*B N"], alternative_is_better: Bool[Array, "*B N"]
+    frames: Rigid,
+    aatype: Int[Array, "*B N"],
+    alternative_is_better: Bool[Array, "*B N"],
+    *,
+    mask: Shaped[Array, "*B N"] | None = None,
 ) -> Rigid:
     """True frames (*B, N, 8) under the other naming of their atoms, where it is better (Suppl. Alg. 26 line 7).
 
-    The frame of the last χ of such a residue then points the other way round its x-axis.
+    The frame of the last χ of such a residue then points the other way round its x-axis. Where the mask is 0, aatype
+    may hold anything; None for a mask of ones.
+
+    Raises:
+        ValueError: residue types that are none of 0–20.
     """
+    check_aatype(aatype, mask)
     turned = lookup(residues.GROUP_IS_AMBIGUOUS, aatype) & alternative_is_better.astype(bool)[..., None]
     half_turn = jnp.asarray([1, -1, -1], frames.rotation.dtype)
     return Rigid(jnp.where(turned[..., None, None], frames.rotation * half_turn, frames.rotation), frames.translation)
@@ -420,6 +443,7 @@ def supervised_chi_loss(
     """
     check_shape("true_chi", true_chi, (*chi_mask.shape, 2), "chi_mask")
     check_shape("aatype", aatype, chi_mask.shape[:-1], "chi_mask")
+    check_aatype(aatype, chi_mask.astype(bool).any(-1))
     check_shape("angles", angles, (*angles.shape[:1], *chi_mask.shape[:-1], 7, 2), "chi_mask")
     dtype = at_least_float32(angles.dtype, true_chi.dtype)
     chi, true_chi, weight = angles[..., 3:, :].astype(dtype), true_chi.astype(dtype), chi_mask.astype(dtype)
@@ -473,6 +497,7 @@ def between_residue_bond_loss(
         ValueError: shapes that do not fit each other.
     """
     _check_structure(atom14, mask, residue_index, aatype, chain_id)
+    check_aatype(aatype, mask.astype(bool).any(-1))
     dtype = at_least_float32(atom14.dtype)
     atom14, mask = atom14.astype(dtype), mask.astype(dtype)
     this_ca, this_c = (atom14[..., :-1, slot, :] for slot in (_CA, _C))
@@ -540,6 +565,7 @@ def between_residue_clash_loss(
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
     """
     _check_structure(atom14, mask, residue_index, aatype, chain_id)
+    check_aatype(aatype, mask.astype(bool).any(-1))
     dtype = at_least_float32(atom14.dtype)
     atom14, mask = atom14.astype(dtype), mask.astype(dtype)
     radius = lookup(residues.ATOM14_RADIUS, aatype, dtype)
@@ -591,6 +617,7 @@ def within_residue_violations(
         ValueError: shapes that do not fit each other.
     """
     _check_structure(atom14, mask, aatype, aatype, None)
+    check_aatype(aatype, mask.astype(bool).any(-1))
     dtype = at_least_float32(atom14.dtype)
     atom14, mask = atom14.astype(dtype), mask.astype(dtype)
     lower, upper = (lookup(x, aatype).astype(dtype) for x in _distance_bounds(tolerance_factor, overlap_tolerance))
@@ -825,6 +852,7 @@ def structure_module_loss(
     Raises:
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
     """
+    check_aatype(target.aatype, target.mask)
     atom14 = output.atom14[-1]
     target = target._replace(
         group_frames=target.group_frames.astype(atom14.dtype),
@@ -832,7 +860,9 @@ def structure_module_loss(
         chi=target.chi.astype(atom14.dtype),
     )
     renamed = rename_ambiguous_atoms(atom14, target.atom14, target.atom14_mask, target.aatype, chunk_size=chunk_size)
-    true_frames = rename_ambiguous_frames(target.group_frames, target.aatype, renamed.alternative_is_better)
+    true_frames = rename_ambiguous_frames(
+        target.group_frames, target.aatype, renamed.alternative_is_better, mask=target.mask
+    )
     backbone, fape = backbone_loss(
         output.rigids,
         Rigid(target.group_frames.rotation[..., 0, :, :], target.group_frames.translation[..., 0, :]),

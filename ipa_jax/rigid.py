@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,24 @@ SMALLEST_LENGTH = 1e-8
 class Rigid(NamedTuple):
     """Frames x_global = rotation · x_local + translation, column-vector convention.
 
-    A pytree of two arrays: jit, vmap, scan and grad pass through it. Nothing checks that `rotation` is
-    orthogonal; any 3×3 matrix is accepted, and inverses then use its transpose, as AlphaFold does.
+    A pytree of two arrays: jit, vmap, scan and grad pass through it. It unpacks into rotation and translation, while
+    an index is that of the frames: `rigids[-1]` is the last frame, or all frames of the last layer. Nothing checks that
+    `rotation` is orthogonal; any 3×3 matrix is accepted, and inverses then use its transpose, as AlphaFold does.
     """
 
     rotation: Float[Array, "*B 3 3"]
     translation: Float[Array, "*B 3"]
+
+    def __getitem__(self, index: Any) -> Rigid:  # type: ignore[override]
+        """Some of the frames: the index runs over the batch axes of both fields, as their own indices would.
+
+        Raises:
+            IndexError: more indices than batch axes.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        if not any(i is ... for i in index):
+            index = (*index, ...)
+        return Rigid(self.rotation[(*index, slice(None), slice(None))], self.translation[(*index, slice(None))])
 
     @classmethod
     def identity(cls, shape: Sequence[int] = (), *, dtype: DTypeLike = jnp.float32) -> Rigid:

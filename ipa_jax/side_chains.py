@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from ipa_bridge import residues
-from ipa_bridge.checks import check_per_atom, check_shape
+from ipa_bridge.checks import check_per_atom, check_residue_types, check_shape
 from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.layers import Initializer, Linear
 from ipa_jax.rigid import SMALLEST_LENGTH, Rigid
@@ -22,6 +23,7 @@ SMALLEST_ANGLE_LENGTH = 1e-6
 """A predicted (sin, cos) shorter than this is divided by it instead of its length."""
 
 
+@by_name
 class GroupFrames(NamedTuple):
     """Rigid groups of residues whose atoms are known, (*B, N, 8), in the global frame and Å.
 
@@ -35,6 +37,7 @@ class GroupFrames(NamedTuple):
     mask: Shaped[Array, "*B N 8"]
 
 
+@by_name
 class TorsionAngles(NamedTuple):
     """(sin, cos) of pre-ω, φ, ψ and χ1–χ4 of residues whose atoms are known.
 
@@ -48,8 +51,25 @@ class TorsionAngles(NamedTuple):
 
 
 def lookup(table: np.ndarray, aatype: Int[Array, "*B N"], dtype: DTypeLike | None = None) -> Shaped[Array, "*B N *T"]:
-    """The rows of a table of `ipa_bridge.residues` for residue types."""
-    return jnp.asarray(table, dtype)[aatype]
+    """The rows of a table of `ipa_bridge.residues` for residue types; all outside 0–20 have the unknown residue's."""
+    unknown = (aatype < 0) | (aatype > residues.UNKNOWN_AATYPE)
+    return jnp.asarray(table, dtype)[jnp.where(unknown, residues.UNKNOWN_AATYPE, aatype)]
+
+
+def check_aatype(aatype: Int[Array, "*B N"], mask: Shaped[Array, "*B N"] | None = None) -> None:
+    """Residue types are 0–20 where the mask is 1, if their values are at hand: on CPU and not in a trace or `vmap`.
+
+    Where they are not, `lookup` takes all others for unknown residues.
+
+    Raises:
+        ValueError: they are no integers, or others than 0–20 at a valid residue.
+    """
+    check_residue_types(aatype)
+    if all(_at_hand(x) for x in (aatype, mask)):
+        types = np.asarray(aatype)
+        outside = (types < 0) | (types > residues.UNKNOWN_AATYPE)
+        outside = outside if mask is None else outside & (np.asarray(mask) != 0)
+        check_residue_types(aatype, np.broadcast_to(types, outside.shape)[outside].tolist())
 
 
 class MultiRigidSidechain(hk.Module):
@@ -75,14 +95,25 @@ class MultiRigidSidechain(hk.Module):
         return _unit(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
 
 
-def torsion_angles_to_frames(rigids: Rigid, angles: Float[Array, "*B N 7 2"], aatype: Int[Array, "*B N"]) -> Rigid:
+def torsion_angles_to_frames(
+    rigids: Rigid,
+    angles: Float[Array, "*B N 7 2"],
+    aatype: Int[Array, "*B N"],
+    *,
+    mask: Shaped[Array, "*B N"] | None = None,
+) -> Rigid:
     """Frames of the eight rigid groups of every residue, (*B, N, 8) (Alg. 24, lines 1–10).
 
     Args:
         rigids: backbone frames, (*B, N), in Å.
         angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4.
         aatype: 0–19, or 20 for an unknown residue, whose groups all lie on its backbone.
+        mask: 1 or True where a residue is valid, elsewhere aatype may hold anything; None for everywhere.
+
+    Raises:
+        ValueError: residue types that `check_aatype` refuses.
     """
+    check_aatype(aatype, mask)
     dtype = at_least_float32(rigids.translation.dtype, angles.dtype)
     rigids, angles = rigids.astype(dtype), angles.astype(dtype)
     still = jnp.broadcast_to(jnp.asarray([0, 1], dtype), (*angles.shape[:-2], 1, 2))
@@ -98,15 +129,18 @@ def torsion_angles_to_frames(rigids: Rigid, angles: Float[Array, "*B N 7 2"], aa
     return Rigid(rigids.rotation[..., None, :, :], rigids.translation[..., None, :]).compose(to_backbone)
 
 
-def frames_to_atom14(frames: Rigid, aatype: Int[Array, "*B N"]) -> Float[Array, "*B N 14 3"]:
+def frames_to_atom14(
+    frames: Rigid, aatype: Int[Array, "*B N"], *, mask: Shaped[Array, "*B N"] | None = None
+) -> Float[Array, "*B N 14 3"]:
     """Atoms in the frames of their rigid groups, (*B, N, 8), in the frames' unit of Å (Alg. 24, line 11).
 
-    Slots without an atom are zero.
+    Slots without an atom are zero. Where the mask is 0, aatype may hold anything; None for a mask of ones.
 
     Raises:
-        ValueError: frames that do not fit aatype.
+        ValueError: frames that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_shape("frames.translation", frames.translation, (*aatype.shape, residues.NUM_GROUP, 3), "aatype")
+    check_aatype(aatype, mask)
     group = lookup(residues.ATOM14_GROUP, aatype)
     of_atom = Rigid(
         jnp.take_along_axis(frames.rotation, group[..., None, None], -3),
@@ -117,23 +151,31 @@ def frames_to_atom14(frames: Rigid, aatype: Int[Array, "*B N"]) -> Float[Array, 
     return atoms * lookup(residues.ATOM14_MASK, aatype, dtype)[..., None]
 
 
-def atom14_to_atom37(atom14: Shaped[Array, "*B N 14 *D"], aatype: Int[Array, "*B N"]) -> Shaped[Array, "*B N 37 *D"]:
+def atom14_to_atom37(
+    atom14: Shaped[Array, "*B N 14 *D"], aatype: Int[Array, "*B N"], *, mask: Shaped[Array, "*B N"] | None = None
+) -> Shaped[Array, "*B N 37 *D"]:
     """Positions, masks or the like per atom, from slots by residue to slots by name; absent atoms are zero.
 
+    Where the mask of residues is 0, aatype may hold anything; None for a mask of ones.
+
     Raises:
-        ValueError: atoms that do not fit aatype.
+        ValueError: atoms that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_per_atom("atom14", atom14, 14, aatype)
+    check_aatype(aatype, mask)
     return _gather(atom14, residues.ATOM37_TO_ATOM14, residues.ATOM37_MASK, aatype)
 
 
-def atom37_to_atom14(atom37: Shaped[Array, "*B N 37 *D"], aatype: Int[Array, "*B N"]) -> Shaped[Array, "*B N 14 *D"]:
+def atom37_to_atom14(
+    atom37: Shaped[Array, "*B N 37 *D"], aatype: Int[Array, "*B N"], *, mask: Shaped[Array, "*B N"] | None = None
+) -> Shaped[Array, "*B N 14 *D"]:
     """The way back; what belongs to no atom of the residue type is dropped.
 
     Raises:
-        ValueError: atoms that do not fit aatype.
+        ValueError: atoms that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_per_atom("atom37", atom37, 37, aatype)
+    check_aatype(aatype, mask)
     return _gather(atom37, residues.ATOM14_TO_ATOM37, residues.ATOM14_MASK, aatype)
 
 
@@ -148,10 +190,11 @@ def atom37_to_frames(
         aatype: 0–19, or 20 for an unknown residue, which has a backbone and a ψ.
 
     Raises:
-        ValueError: atoms or a mask that do not fit aatype.
+        ValueError: atoms or a mask that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_shape("atom37", atom37, (*aatype.shape, 37, 3), "aatype")
     check_shape("atom37_mask", atom37_mask, (*aatype.shape, 37), "aatype")
+    check_aatype(aatype, atom37_mask.astype(bool).any(-1))
     dtype = at_least_float32(atom37.dtype)
     index = lookup(residues.GROUP_ATOMS, aatype)
     first, origin, in_plane = _pick(atom37.astype(dtype), index)
@@ -184,10 +227,11 @@ def atom37_to_torsion_angles(
             None for all but the first, as in AlphaFold.
 
     Raises:
-        ValueError: atoms or masks that do not fit aatype.
+        ValueError: atoms or masks that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_shape("atom37", atom37, (*aatype.shape, 37, 3), "aatype")
     check_shape("atom37_mask", atom37_mask, (*aatype.shape, 37), "aatype")
+    check_aatype(aatype, atom37_mask.astype(bool).any(-1))
     if bonded is not None:
         check_shape("bonded", bonded, aatype.shape, "aatype")
     dtype = at_least_float32(atom37.dtype)
@@ -208,6 +252,15 @@ def atom37_to_torsion_angles(
 
 def _group(groups: Rigid, group: int) -> Rigid:
     return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
+
+
+def _at_hand(x: Shaped[Array, "..."] | None) -> bool:
+    if isinstance(x, jax.core.Tracer):
+        return False
+    on_devices = isinstance(x, jax.Array) and not (
+        x.is_fully_addressable and {d.platform for d in x.devices()} == {"cpu"}
+    )
+    return not on_devices
 
 
 def _unit(vectors: Float[Array, "*B D"], smallest_length: float) -> Float[Array, "*B D"]:

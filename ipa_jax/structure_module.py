@@ -11,13 +11,15 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ipa_bridge.checks import check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32, varying_alike
 from ipa_jax.invariant_point_attention import InvariantPointAttention
 from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout
 from ipa_jax.rigid import Rigid
-from ipa_jax.side_chains import MultiRigidSidechain, frames_to_atom14, torsion_angles_to_frames
+from ipa_jax.side_chains import MultiRigidSidechain, check_aatype, frames_to_atom14, torsion_angles_to_frames
 
 
+@by_name
 class StructureModuleOutput(NamedTuple):
     """What every layer predicts, layers stacked first; the last is the prediction.
 
@@ -149,21 +151,22 @@ class StructureModule(hk.Module):
         Args:
             single: single representation.
             pair: pair representation.
-            aatype: 0–19 in AlphaFold's order, or 20 for unknown.
+            aatype: 0–19 in AlphaFold's order, or 20 for unknown; anything where the mask is 0.
             mask: 1 or True where a residue is valid; valid residues ignore all others.
             rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, all at the origin.
             update_mask: 1 or True where a residue's frame may change, elsewhere it stays; None for everywhere.
             is_training: apply dropout, with haiku's rng. A Python bool: `jax.jit` wants it among static_argnames.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other, or an aatype that is no integer.
+            ValueError: shapes that do not fit the config or each other, or an aatype not among 0–20.
         """
         c = self.config
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
+        check_aatype(aatype, mask)
         initial_act = LayerNorm(name="single_layer_norm")(single)  # line 1
         pair = LayerNorm(name="pair_layer_norm")(pair)  # line 2
         act = Linear(c.num_channel, name="initial_projection")(initial_act)  # line 3, in the parameters' dtype
-        dtype = at_least_float32(*(x.dtype for x in (single, pair, act, *(rigids or ()))))
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # whatever the start frames' is
         act = act.astype(single.dtype)
         rigids = Rigid.identity(aatype.shape, dtype=dtype) if rigids is None else rigids.astype(dtype)
         rigids = rigids.scale_translation(1 / c.position_scale)
@@ -193,8 +196,8 @@ class StructureModule(hk.Module):
         act, rigids, angles, unnormalized_angles = outputs
         rigids = rigids.scale_translation(c.position_scale)
         aatype = jnp.broadcast_to(aatype, (c.num_layer, *aatype.shape))
-        frames = torsion_angles_to_frames(rigids, angles, aatype)  # Alg. 24
-        atom14 = frames_to_atom14(frames, aatype)
+        frames = torsion_angles_to_frames(rigids, angles, aatype, mask=mask)  # Alg. 24
+        atom14 = frames_to_atom14(frames, aatype, mask=mask)
         return StructureModuleOutput(rigids, frames, angles, unnormalized_angles, atom14, act)
 
 

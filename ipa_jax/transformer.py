@@ -11,12 +11,14 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from ipa_bridge.checks import check_tokens
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
+from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.invariant_point_attention import InvariantPointAttention
 from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout
 from ipa_jax.rigid import Rigid
 
 
+@by_name
 class IPATransformerOutput(NamedTuple):
     """What the last layer predicts.
 
@@ -141,7 +143,7 @@ class IPATransformer(hk.Module):
                 c.num_token, c.num_channel, w_init=hk.initializers.RandomNormal(), name="token_embedding"
             )
             act = embedding(single)
-        dtype = at_least_float32(*(x.dtype for x in (act, *(rigids or ()))))
+        dtype = at_least_float32(act.dtype)  # whatever the start frames' is
         rigids = Rigid.identity(act.shape[:-1], dtype=dtype) if rigids is None else rigids.astype(dtype)
         initializer: Initializer = "zeros" if c.ipa.zero_init else "linear"
         for _ in range(c.num_layer):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipa_bridge.config import PredictedLDDTConfig
 from ipa_torch.dtypes import at_least_float32
-from ipa_torch.layers import LayerNorm, Linear
+from ipa_torch.layers import LayerNorm, Linear, Module
 
 
-class PredictedLDDT(nn.Module):
+class PredictedLDDT(Module):
     """Logits over bins of each residue's lDDT-Cα, with the parameters of AlphaFold's `predicted_lddt_head`."""
 
     def __init__(self, config: PredictedLDDTConfig) -> None:

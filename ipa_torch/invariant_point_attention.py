@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from ipa_bridge.checks import check_ipa_inputs
 from ipa_bridge.config import IPAConfig
 from ipa_torch.attention import point_attention
-from ipa_torch.dtypes import at_least_float32
-from ipa_torch.layers import Linear
+from ipa_torch.dtypes import at_least_float32, without_autocast
+from ipa_torch.layers import Linear, Module
 from ipa_torch.rigid import Rigid
 
 Projections = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """q, k and v, then query, key and value points."""
 
 
-class InvariantPointAttention(nn.Module):
+class InvariantPointAttention(Module):
     """Attention over residues, the pair representation and points in the residues' frames.
 
     Submodules carry AlphaFold's haiku names, so its published parameters load by a rule. Point projections,
@@ -43,9 +43,9 @@ class InvariantPointAttention(nn.Module):
                 c_s, 3 * h * (c.num_point_qk + c.num_point_v), use_bias=c.point_bias, full_precision=True
             )
         else:
-            self.q_scalar_projection = Linear(c_s, (h, c.num_scalar_qk), use_bias=c.scalar_bias)
-            self.k_scalar_projection = Linear(c_s, (h, c.num_scalar_qk), use_bias=c.scalar_bias)
-            self.v_scalar_projection = Linear(c_s, (h, c.num_scalar_v), use_bias=c.scalar_bias)
+            self.q_scalar_projection = Linear(c_s, h * c.num_scalar_qk, use_bias=c.scalar_bias)
+            self.k_scalar_projection = Linear(c_s, h * c.num_scalar_qk, use_bias=c.scalar_bias)
+            self.v_scalar_projection = Linear(c_s, h * c.num_scalar_v, use_bias=c.scalar_bias)
             self.q_point_projection = PointProjection(c_s, h, c.num_point_qk, use_bias=c.point_bias)
             self.k_point_projection = PointProjection(c_s, h, c.num_point_qk, use_bias=c.point_bias)
             self.v_point_projection = PointProjection(c_s, h, c.num_point_v, use_bias=c.point_bias)
@@ -54,6 +54,11 @@ class InvariantPointAttention(nn.Module):
             if c.pair_value_channel is not None:
                 self.down_z = Linear(c.pair_channel, c.pair_value_channel)
         self.output_projection = Linear(c.num_feature, c_s, initializer="zeros" if c.zero_init else "linear")
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters anew, in the order of construction."""
+        nn.init.constant_(self.trainable_point_weights, self.config.point_weight_init)
+        super().reset_parameters()
 
     def forward(
         self,
@@ -71,7 +76,7 @@ class InvariantPointAttention(nn.Module):
             pair: pair representation; None where config.pair_channel is None.
             rigids: frames of the residues, (*B, N), in the unit the weights were trained for divided by
                 config.position_scale (AlphaFold's: 10 or 20 Å; FrameDiff's, by its preset: 1 Å). The output does not
-                change when all are moved alike.
+                change when all are moved alike. Read in the dtype of single and pair, float32 at the least.
             mask: 1 or True where a residue is valid. Valid residues ignore masked ones, whose own rows attend
                 to everything; the inputs of masked residues must be finite all the same.
             return_attention: also return the attention weights, heads first.
@@ -80,20 +85,24 @@ class InvariantPointAttention(nn.Module):
             ValueError: shapes that do not fit the config or each other.
         """
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
-        rigids = rigids.astype(at_least_float32(*(x.dtype for x in (single, pair, *rigids) if x is not None)))
-        rigids = centre(rigids, mask)
+        dtype = at_least_float32(*(x.dtype for x in (single, pair) if x is not None))
+        rigids = centre(rigids.astype(at_least_float32(dtype, *(x.dtype for x in rigids))), mask).astype(dtype)
         if self.config.position_scale != 1:
             rigids = rigids.scale_translation(1 / self.config.position_scale)
         pair_bias_weight, point_weights = self.logit_weights()
+        attended = pair
+        if pair is not None and pair_bias_weight is None:
+            attended, pair_bias_weight = self._with_bias(pair)
         o, o_points, o_pair, *attention = point_attention(
             *self.project(single, rigids),
-            pair,
+            attended,
             pair_bias_weight=pair_bias_weight,
             point_weights=point_weights,
             mask=mask,
             implementation=self.implementation,
             return_attention=return_attention,
         )
+        o_pair = o_pair if attended is pair else o_pair[..., : self.config.pair_channel]
         if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum as before
             o_pair = self.down_z(o_pair)
         read = features(self.config, o, rigids.apply_inverse(o_points), o_pair)
@@ -111,15 +120,27 @@ class InvariantPointAttention(nn.Module):
         return q, k, v, rigids.apply(q_points), rigids.apply(k_points), rigids.apply(v_points)
 
     def logit_weights(self) -> tuple[Float[Tensor, "c_z H"] | None, Float[Tensor, " H"]]:
-        """The pair's projection to a bias per head (line 4; None without a pair) and softplus(γ) (line 7)."""
+        """The pair's projection to a bias per head (line 4) and softplus(γ) (line 7).
+
+        The projection is None without a pair, and where attention_2d was wrapped, replaced or given hooks: then only
+        a call tells what it does.
+        """
         pair_bias_weight = None
-        if self.config.pair_channel is not None:
+        if self.config.pair_channel is not None and _is_as_made(self.attention_2d):
             # Its bias adds the same to a whole row of logits, which the softmax removes; it is a parameter
             # because AlphaFold has it. Times zero it stays in the graph: its gradient is 0, not None, as
             # optimisers and DistributedDataParallel expect.
             pair_bias_weight = self.attention_2d.weight.T + 0 * self.attention_2d.bias  # type: ignore[operator]
         gamma = self.trainable_point_weights
         return pair_bias_weight, F.softplus(gamma.to(at_least_float32(gamma.dtype)))
+
+    def _with_bias(self, pair: Float[Tensor, "*B N N c_z"]) -> tuple[Float[Tensor, "*B N N c"], Float[Tensor, "c H"]]:
+        """The pair with its biases as more channels, in memory of a second pair, and the weight that reads these."""
+        with without_autocast(pair.device.type):
+            bias = self.attention_2d(pair)
+        dtype = at_least_float32(pair.dtype, bias.dtype)
+        heads = torch.eye(bias.shape[-1], dtype=dtype, device=pair.device)
+        return torch.cat([pair.to(dtype), bias.to(dtype)], -1), F.pad(heads, (0, 0, pair.shape[-1], 0))
 
     def _project_monomer(self, single: Float[Tensor, "*B N c_s"]) -> Projections:
         packed = (
@@ -131,27 +152,34 @@ class InvariantPointAttention(nn.Module):
         return unpack_monomer(self.config, *packed)
 
     def _project_multimer(self, single: Float[Tensor, "*B N c_s"]) -> Projections:
+        h = self.config.num_head
         return (
-            self.q_scalar_projection(single),
-            self.k_scalar_projection(single),
-            self.v_scalar_projection(single),
+            self.q_scalar_projection(single).unflatten(-1, (h, -1)),
+            self.k_scalar_projection(single).unflatten(-1, (h, -1)),
+            self.v_scalar_projection(single).unflatten(-1, (h, -1)),
             self.q_point_projection(single),
             self.k_point_projection(single),
             self.v_point_projection(single),
         )
 
 
-class PointProjection(nn.Module):
+class PointProjection(Module):
     """Points of each head in the local frame, in AlphaFold-Multimer's order: per head, coordinate-major."""
 
     def __init__(self, num_channel: int, num_head: int, num_point: int, *, use_bias: bool = True) -> None:
         super().__init__()
-        shape = (num_head, 3 * num_point)
-        self.point_projection = Linear(num_channel, shape, use_bias=use_bias, full_precision=True)
+        self.num_head = num_head
+        self.point_projection = Linear(num_channel, 3 * num_head * num_point, use_bias=use_bias, full_precision=True)
 
     def forward(self, single: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N H P 3"]:
         """Projects the single representation, in at least float32."""
-        return self.point_projection(single).unflatten(-1, (3, -1)).transpose(-1, -2)
+        return self.point_projection(single).unflatten(-1, (self.num_head, 3, -1)).transpose(-1, -2)
+
+
+def _is_as_made(linear: nn.Module) -> bool:
+    """A call would do no more than multiply by the weight, which may be parametrised, and add the bias."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear).forward is Linear.forward and "forward" not in linear.__dict__ and not any(hooks)
 
 
 def unpack_monomer(config: IPAConfig, q: Tensor, kv: Tensor, q_points: Tensor, kv_points: Tensor) -> Projections:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,28 @@ TRUNCATED_NORMAL_STDDEV = 0.87962566103423978
 """Standard deviation of a unit normal truncated at ±2, which an initialiser divides out."""
 
 
-class Linear(nn.Module):
+class Module(nn.Module):
+    """A module whose `reset_parameters` initialises it and all within as its construction did.
+
+    So that after `torch.device("meta")` and `to_empty` nothing is left uninitialised.
+    """
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters anew, in the order of construction."""
+        for child in self.children():
+            cast(Any, child).reset_parameters()
+
+
+class Linear(nn.Linear):
     """x·weightᵀ + bias over the last axis, into one or several output axes.
 
     Runs in the wider of the input's and the weight's dtypes, or as torch.autocast says; with `full_precision` in at
-    least float32, autocast or not. `initializer` is "linear" (truncated-normal LeCun), "relu" (He) or "zeros".
+    least float32, autocast or not. `initializer` is "linear" (truncated-normal LeCun), "relu" (He) or "zeros". An
+    `nn.Linear` for what looks for such, adapters among them; these want a single output axis.
     """
 
     weight: Float[nn.Parameter, "c_out c_in"]
-    bias: Float[nn.Parameter, " c_out"] | None
+    bias: Float[nn.Parameter, " c_out"] | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -39,20 +52,20 @@ class Linear(nn.Module):
         use_bias: bool = True,
         full_precision: bool = False,
     ) -> None:
-        super().__init__()
         self.output_shape = (num_output,) if isinstance(num_output, int) else tuple(num_output)
-        self.initializer = initializer
+        self.initializer: Initializer = initializer  # nn.Linear's own __init__ resets the parameters
         self.full_precision = full_precision
-        width = math.prod(self.output_shape)
-        self.weight = nn.Parameter(torch.empty(width, num_input))
-        self.bias = nn.Parameter(torch.empty(width)) if use_bias else None
-        self.reset_parameters()
+        super().__init__(num_input, math.prod(self.output_shape), bias=use_bias)
 
     def reset_parameters(self) -> None:
         """Draws the weight anew and zeroes the bias."""
         initialize_weight(self.weight, self.initializer)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """What printing shows: the sizes."""
+        return super().extra_repr() + (", full_precision=True" if self.full_precision else "")
 
     def forward(self, inputs: Float[Tensor, "*B c_in"]) -> Float[Tensor, "*B *c_out"]:
         """Projects the last axis."""
@@ -72,8 +85,18 @@ class LayerNorm(nn.Module):
     def __init__(self, num_channel: int, *, epsilon: float = 1e-5) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.ones(num_channel))
-        self.bias = nn.Parameter(torch.zeros(num_channel))
+        self.weight = nn.Parameter(torch.empty(num_channel))
+        self.bias = nn.Parameter(torch.empty(num_channel))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity after normalisation: a weight of ones and a bias of zeros."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """What printing shows: the size."""
+        return f"{len(self.weight)}, epsilon={self.epsilon}"
 
     def forward(self, inputs: Float[Tensor, "*B c"]) -> Float[Tensor, "*B c"]:
         """Normalises the last axis."""

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.fx._pytree import register_pytree_flatten_spec
 
 from ipa_torch.layers import take
 
 SMALLEST_LENGTH = 1e-8
 """Vectors shorter than this (in the coordinates' unit) have no direction; they are divided by it instead."""
 
+# torch.export reads the fields of a named tuple as x[0], x[1], …, which of a Rigid are residues. By iteration it reads
+# the same of all others.
+register_pytree_flatten_spec(namedtuple, lambda x, _: list(x), lambda x, spec: len(x) == spec.num_children)  # type: ignore[arg-type]
+
 
 class Rigid(NamedTuple):
     """Frames x_global = rotation · x_local + translation, column-vector convention.
 
-    A pytree of two tensors: torch.compile, torch.export and torch.func pass through it. Nothing checks that
-    `rotation` is orthogonal; any 3×3 matrix is accepted, and inverses then use its transpose, as AlphaFold does.
+    A pytree of two tensors: torch.compile, torch.export and torch.func pass through it. It unpacks into rotation and
+    translation, while an index is that of the frames: `rigids[-1]` is the last frame, or all frames of the last layer.
+    Nothing checks that `rotation` is orthogonal; any 3×3 matrix is accepted, and inverses then use its transpose, as
+    AlphaFold does.
     """
 
     rotation: Float[Tensor, "*B 3 3"]
     translation: Float[Tensor, "*B 3"]
+
+    def __getitem__(self, index: Any) -> Rigid:  # type: ignore[override]
+        """Some of the frames: the index runs over the batch axes of both fields, as their own indices would.
+
+        Raises:
+            IndexError: more indices than batch axes.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        if not any(i is ... for i in index):
+            index = (*index, ...)
+        return Rigid(self.rotation[(*index, slice(None), slice(None))], self.translation[(*index, slice(None))])
 
     @classmethod
     def identity(

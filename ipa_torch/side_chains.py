@@ -8,20 +8,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipa_bridge import residues
-from ipa_bridge.checks import check_per_atom, check_shape
+from ipa_bridge.checks import check_per_atom, check_residue_types, check_shape
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
+from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
-from ipa_torch.layers import Initializer, Linear, take
+from ipa_torch.layers import Initializer, Linear, Module, take
 from ipa_torch.rigid import SMALLEST_LENGTH, Rigid
 
 SMALLEST_ANGLE_LENGTH = 1e-6
 """A predicted (sin, cos) shorter than this is divided by it instead of its length."""
 
 
+@by_name
 class GroupFrames(NamedTuple):
     """Rigid groups of residues whose atoms are known, (*B, N, 8), in the global frame and Å.
 
@@ -35,6 +37,7 @@ class GroupFrames(NamedTuple):
     mask: Shaped[Tensor, "*B N 8"]
 
 
+@by_name
 class TorsionAngles(NamedTuple):
     """(sin, cos) of pre-ω, φ, ψ and χ1–χ4 of residues whose atoms are known.
 
@@ -48,13 +51,38 @@ class TorsionAngles(NamedTuple):
 
 
 def lookup(
-    table: np.ndarray, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None
+    table: np.ndarray | Tensor, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None
 ) -> Shaped[Tensor, "*B N *T"]:
-    """The rows of a table of `ipa_bridge.residues` for residue types."""
-    return torch.from_numpy(table.copy()).to(aatype.device, dtype)[aatype.long()]
+    """The rows of a table of `ipa_bridge.residues` for residue types; all outside 0–20 have the unknown residue's."""
+    aatype = aatype.long()
+    unknown = (aatype < 0) | (aatype > residues.UNKNOWN_AATYPE)
+    rows = table if isinstance(table, Tensor) else torch.from_numpy(table.copy())
+    return rows.to(aatype.device, dtype)[aatype.masked_fill(unknown, residues.UNKNOWN_AATYPE)]
 
 
-class MultiRigidSidechain(nn.Module):
+def check_aatype(aatype: Int[Tensor, "*B N"], mask: Shaped[Tensor, "*B N"] | None = None) -> None:
+    """Residue types are 0–20 where the mask is 1, if their values are at hand: on CPU and not in a trace or `vmap`.
+
+    Where they are not, `lookup` takes all others for unknown residues.
+
+    Raises:
+        ValueError: they are no integers, or others than 0–20 at a valid residue.
+    """
+    check_residue_types(aatype)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not all(_on_cpu(x) for x in (aatype, mask)):
+        return
+    types = aatype.long()
+    outside = (types < 0) | (types > residues.UNKNOWN_AATYPE)
+    outside = outside if mask is None else outside & (mask != 0)
+    try:
+        found = bool(outside.any())
+    except RuntimeError:  # under vmap, or of tensors without values
+        return
+    if found:
+        check_residue_types(aatype, types.expand_as(outside)[outside].tolist())
+
+
+class MultiRigidSidechain(Module):
     """Torsion angles from activations, by a small residual network (Suppl. Alg. 20, lines 11–14)."""
 
     def __init__(self, config: StructureModuleConfig) -> None:
@@ -81,14 +109,25 @@ class MultiRigidSidechain(nn.Module):
         return _unit(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
 
 
-def torsion_angles_to_frames(rigids: Rigid, angles: Float[Tensor, "*B N 7 2"], aatype: Int[Tensor, "*B N"]) -> Rigid:
+def torsion_angles_to_frames(
+    rigids: Rigid,
+    angles: Float[Tensor, "*B N 7 2"],
+    aatype: Int[Tensor, "*B N"],
+    *,
+    mask: Shaped[Tensor, "*B N"] | None = None,
+) -> Rigid:
     """Frames of the eight rigid groups of every residue, (*B, N, 8) (Alg. 24, lines 1–10).
 
     Args:
         rigids: backbone frames, (*B, N), in Å.
         angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4.
         aatype: 0–19, or 20 for an unknown residue, whose groups all lie on its backbone.
+        mask: 1 or True where a residue is valid, elsewhere aatype may hold anything; None for everywhere.
+
+    Raises:
+        ValueError: residue types that `check_aatype` refuses.
     """
+    check_aatype(aatype, mask)
     dtype = at_least_float32(rigids.translation.dtype, angles.dtype)
     rigids, angles = rigids.astype(dtype), angles.to(dtype)
     still = angles.new_tensor([0, 1]).expand(*angles.shape[:-2], 1, 2)
@@ -104,15 +143,18 @@ def torsion_angles_to_frames(rigids: Rigid, angles: Float[Tensor, "*B N 7 2"], a
     return Rigid(rigids.rotation[..., None, :, :], rigids.translation[..., None, :]).compose(to_backbone)
 
 
-def frames_to_atom14(frames: Rigid, aatype: Int[Tensor, "*B N"]) -> Float[Tensor, "*B N 14 3"]:
+def frames_to_atom14(
+    frames: Rigid, aatype: Int[Tensor, "*B N"], *, mask: Shaped[Tensor, "*B N"] | None = None
+) -> Float[Tensor, "*B N 14 3"]:
     """Atoms in the frames of their rigid groups, (*B, N, 8), in the frames' unit of Å (Alg. 24, line 11).
 
-    Slots without an atom are zero.
+    Slots without an atom are zero. Where the mask is 0, aatype may hold anything; None for a mask of ones.
 
     Raises:
-        ValueError: frames that do not fit aatype.
+        ValueError: frames that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_shape("frames.translation", frames.translation, (*aatype.shape, residues.NUM_GROUP, 3), "aatype")
+    check_aatype(aatype, mask)
     group = lookup(residues.ATOM14_GROUP, aatype)
     of_atom = Rigid(
         take(frames.rotation, group[..., None, None], -3),
@@ -123,23 +165,31 @@ def frames_to_atom14(frames: Rigid, aatype: Int[Tensor, "*B N"]) -> Float[Tensor
     return atoms * lookup(residues.ATOM14_MASK, aatype, dtype)[..., None]
 
 
-def atom14_to_atom37(atom14: Shaped[Tensor, "*B N 14 *D"], aatype: Int[Tensor, "*B N"]) -> Shaped[Tensor, "*B N 37 *D"]:
+def atom14_to_atom37(
+    atom14: Shaped[Tensor, "*B N 14 *D"], aatype: Int[Tensor, "*B N"], *, mask: Shaped[Tensor, "*B N"] | None = None
+) -> Shaped[Tensor, "*B N 37 *D"]:
     """Positions, masks or the like per atom, from slots by residue to slots by name; absent atoms are zero.
 
+    Where the mask of residues is 0, aatype may hold anything; None for a mask of ones.
+
     Raises:
-        ValueError: atoms that do not fit aatype.
+        ValueError: atoms that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_per_atom("atom14", atom14, 14, aatype)
+    check_aatype(aatype, mask)
     return _gather(atom14, residues.ATOM37_TO_ATOM14, residues.ATOM37_MASK, aatype)
 
 
-def atom37_to_atom14(atom37: Shaped[Tensor, "*B N 37 *D"], aatype: Int[Tensor, "*B N"]) -> Shaped[Tensor, "*B N 14 *D"]:
+def atom37_to_atom14(
+    atom37: Shaped[Tensor, "*B N 37 *D"], aatype: Int[Tensor, "*B N"], *, mask: Shaped[Tensor, "*B N"] | None = None
+) -> Shaped[Tensor, "*B N 14 *D"]:
     """The way back; what belongs to no atom of the residue type is dropped.
 
     Raises:
-        ValueError: atoms that do not fit aatype.
+        ValueError: atoms that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_per_atom("atom37", atom37, 37, aatype)
+    check_aatype(aatype, mask)
     return _gather(atom37, residues.ATOM14_TO_ATOM37, residues.ATOM14_MASK, aatype)
 
 
@@ -154,10 +204,11 @@ def atom37_to_frames(
         aatype: 0–19, or 20 for an unknown residue, which has a backbone and a ψ.
 
     Raises:
-        ValueError: atoms or a mask that do not fit aatype.
+        ValueError: atoms or a mask that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_shape("atom37", atom37, (*aatype.shape, 37, 3), "aatype")
     check_shape("atom37_mask", atom37_mask, (*aatype.shape, 37), "aatype")
+    check_aatype(aatype, atom37_mask.bool().any(-1))
     dtype = at_least_float32(atom37.dtype)
     index = lookup(residues.GROUP_ATOMS, aatype)
     first, origin, in_plane = _pick(atom37.to(dtype), index)
@@ -190,10 +241,11 @@ def atom37_to_torsion_angles(
             None for all but the first, as in AlphaFold.
 
     Raises:
-        ValueError: atoms or masks that do not fit aatype.
+        ValueError: atoms or masks that do not fit aatype, or residue types that `check_aatype` refuses.
     """
     check_shape("atom37", atom37, (*aatype.shape, 37, 3), "aatype")
     check_shape("atom37_mask", atom37_mask, (*aatype.shape, 37), "aatype")
+    check_aatype(aatype, atom37_mask.bool().any(-1))
     if bonded is not None:
         check_shape("bonded", bonded, aatype.shape, "aatype")
     dtype = at_least_float32(atom37.dtype)
@@ -214,6 +266,10 @@ def atom37_to_torsion_angles(
 
 def _group(groups: Rigid, group: int) -> Rigid:
     return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
+
+
+def _on_cpu(x: Tensor | None) -> bool:
+    return x is None or x.device.type == "cpu"
 
 
 def _unit(vectors: Float[Tensor, "*B D"], smallest_length: float) -> Float[Tensor, "*B D"]:

@@ -7,18 +7,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipa_bridge.checks import check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
+from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
-from ipa_torch.layers import Initializer, LayerNorm, Linear
+from ipa_torch.layers import Initializer, LayerNorm, Linear, Module
 from ipa_torch.rigid import Rigid
-from ipa_torch.side_chains import MultiRigidSidechain, frames_to_atom14, torsion_angles_to_frames
+from ipa_torch.side_chains import MultiRigidSidechain, check_aatype, frames_to_atom14, torsion_angles_to_frames
 
 
+@by_name
 class StructureModuleOutput(NamedTuple):
     """What every layer predicts, layers stacked first; the last is the prediction.
 
@@ -39,7 +41,7 @@ class StructureModuleOutput(NamedTuple):
     act: Float[Tensor, "L *B N c_s"]
 
 
-class FoldIteration(nn.Module):
+class FoldIteration(Module):
     """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14)."""
 
     def __init__(self, config: StructureModuleConfig, *, implementation: str | None = None) -> None:
@@ -106,7 +108,7 @@ class FoldIteration(nn.Module):
         return F.dropout(act, self.config.dropout, self.training)
 
 
-class QuatRigid(nn.Module):
+class QuatRigid(Module):
     """The six numbers of a backbone update, under AlphaFold-Multimer's name."""
 
     def __init__(self, num_channel: int, *, initializer: Initializer = "zeros") -> None:
@@ -118,7 +120,7 @@ class QuatRigid(nn.Module):
         return self.rigid(act)
 
 
-class StructureModule(nn.Module):
+class StructureModule(Module):
     """From representations to frames, torsions and atoms, layer by layer (Alg. 20).
 
     Submodules carry AlphaFold's haiku names, so its published parameters load by a rule. Frames stay in at least
@@ -153,20 +155,21 @@ class StructureModule(nn.Module):
         Args:
             single: single representation.
             pair: pair representation.
-            aatype: 0–19 in AlphaFold's order, or 20 for unknown.
+            aatype: 0–19 in AlphaFold's order, or 20 for unknown; anything where the mask is 0.
             mask: 1 or True where a residue is valid; valid residues ignore all others.
             rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, all at the origin.
             update_mask: 1 or True where a residue's frame may change, elsewhere it stays; None for everywhere.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other, or an aatype that is no integer.
+            ValueError: shapes that do not fit the config or each other, or an aatype not among 0–20.
         """
         c = self.config
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
+        check_aatype(aatype, mask)
         initial_act = self.single_layer_norm(single)  # line 1
         pair = self.pair_layer_norm(pair)  # line 2
         act = self.initial_projection(initial_act)  # line 3, in the parameters' dtype
-        dtype = at_least_float32(*(x.dtype for x in (single, pair, act, *(rigids or ()))))
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # whatever the start frames' is
         act = act.to(single.dtype)
         if rigids is None:
             rigids = Rigid.identity(aatype.shape, dtype=dtype, device=single.device)
@@ -180,6 +183,6 @@ class StructureModule(nn.Module):
         act, rotation, translation, angles, unnormalized_angles = (torch.stack(xs) for xs in zip(*each, strict=True))
         rigids = Rigid(rotation, translation).scale_translation(c.position_scale)
         aatype = aatype.expand(c.num_layer, *aatype.shape)
-        frames = torsion_angles_to_frames(rigids, angles, aatype)  # Alg. 24
-        atom14 = frames_to_atom14(frames, aatype)
+        frames = torsion_angles_to_frames(rigids, angles, aatype, mask=mask)  # Alg. 24
+        atom14 = frames_to_atom14(frames, aatype, mask=mask)
         return StructureModuleOutput(rigids, frames, angles, unnormalized_angles, atom14, act)

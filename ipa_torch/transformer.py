@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from ipa_bridge.checks import check_tokens
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
 from ipa_bridge.parameters import numbered
+from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
-from ipa_torch.layers import Initializer, LayerNorm, Linear
+from ipa_torch.layers import Initializer, LayerNorm, Linear, Module
 from ipa_torch.rigid import Rigid
 
 
+@by_name
 class IPATransformerOutput(NamedTuple):
     """What the last layer predicts.
 
@@ -32,7 +34,7 @@ class IPATransformerOutput(NamedTuple):
     points: Float[Tensor, "*B N 3"] | None
 
 
-class IPABlock(nn.Module):
+class IPABlock(Module):
     """Attention and transition, each with a residual connection and a layer norm (Suppl. Alg. 20, lines 6–9).
 
     With the parameters' names of AlphaFold's fold iteration. Invariant: moving all frames alike changes nothing.
@@ -91,7 +93,7 @@ class IPABlock(nn.Module):
         return getattr(self, numbered("transition", last))(hidden).to(act.dtype)
 
 
-class IPATransformer(nn.Module):
+class IPATransformer(Module):
     """Blocks with weights of their own, after each of which every residue's frame moves.
 
     Equivariant: where the frames that come in are moved alike, those that come out move with them.
@@ -135,7 +137,7 @@ class IPATransformer(nn.Module):
         c = self.config
         check_tokens(c, single)
         act = single if c.num_token is None else self.token_embedding(single)
-        dtype = at_least_float32(*(x.dtype for x in (act, *(rigids or ()))))
+        dtype = at_least_float32(act.dtype)  # whatever the start frames' is
         if rigids is None:
             rigids = Rigid.identity(act.shape[:-1], dtype=dtype, device=act.device)
         rigids = rigids.astype(dtype)

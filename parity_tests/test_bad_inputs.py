@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ class Jax:
     """Calls the Haiku IPA and core on numpy arrays."""
 
     def __init__(self):
-        self.numpy = pytest.importorskip("jax.numpy")
+        self.jax, self.numpy = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
         pytest.importorskip("haiku")
         import ipa_jax
 
@@ -20,6 +22,20 @@ class Jax:
 
     def array(self, x):
         return None if x is None else self.numpy.asarray(x)
+
+    def at_hand(self, x):
+        return x
+
+    def run(self, function):
+        """Traced only: compiling takes longer than running."""
+        self.jax.eval_shape(function)
+        return []
+
+    def vmap(self, function):
+        return self.jax.vmap(function)
+
+    def transforms(self, *inputs):
+        return (self.jax.jit,)
 
     def ipa(self, case, *inputs):
         return self.package.transform_ipa(case.config).apply(case.weights.to_haiku(), *inputs)
@@ -36,6 +52,26 @@ class Torch:
 
     def array(self, x):
         return None if x is None else self.torch.tensor(x)
+
+    def at_hand(self, x):
+        return self.array(x)
+
+    def run(self, function):
+        """What is no integer of the outputs."""
+        outputs = self.torch.utils._pytree.tree_leaves(function())
+        return [x.numpy() for x in outputs if x is not None and "int" not in str(x.dtype)]
+
+    def vmap(self, function):
+        return self.torch.func.vmap(function)
+
+    def transforms(self, *inputs):
+        """Compiled, and exported."""
+
+        def exported(function):
+            module = type("Module", (self.torch.nn.Module,), {"forward": lambda _, *xs: function(*xs)})()
+            return self.torch.export.export(module, inputs).module()
+
+        return lambda f: self.torch.compile(f, fullgraph=True, backend="eager"), exported
 
     def ipa(self, case, *inputs):
         module = self.package.InvariantPointAttention(case.config)
@@ -131,3 +167,88 @@ def test_core(framework, changes, error, message):
     first = [arrays.pop(name) for name in ("q", "k", "v", "q_points", "k_points", "v_points", "pair")]
     with pytest.raises(error, match=message):
         framework.package.point_attention(*first, **arrays, **options)
+
+
+def test_outputs_are_taken_by_name(framework):
+    """`prediction[-1]`, by analogy with `prediction.atom14[-1]`, was the last field; unpacking is by position."""
+    package = framework.package
+    kinds = named_tuples(package)
+    assert {"StructureModuleOutput", "IPATransformerOutput", "StructureTarget", "TorsionAngles"} <= set(kinds)
+    for name, kind in kinds.items():
+        output = kind(*kind._fields)
+        for index in (-1, 0, slice(1), ...):
+            with pytest.raises(
+                TypeError, match=f"{name} has fields, not items: take one of {', '.join(kind._fields)} by"
+            ):
+                output[index]
+        first, *_ = output
+        assert first == kind._fields[0] == output._replace()._asdict()[first]
+        assert pickle.loads(pickle.dumps(output)) == kind._make(output) == output
+
+
+def named_tuples(package):
+    """The public ones that hold results, by name."""
+    public = (getattr(package, name) for name in package.__all__)
+    return {x.__name__: x for x in public if isinstance(x, type) and issubclass(x, tuple) and x is not package.Rigid}
+
+
+READS_AATYPE = {
+    "torsion_angles_to_frames": lambda p, a, x, m: p.torsion_angles_to_frames(
+        p.Rigid.identity((3,)), x(np.zeros((3, 7, 2), np.float32)), a, mask=m
+    ),
+    "frames_to_atom14": lambda p, a, x, m: p.frames_to_atom14(p.Rigid.identity((3, 8)), a, mask=m),
+    "atom14_to_atom37": lambda p, a, x, m: p.atom14_to_atom37(x(np.zeros((3, 14))), a, mask=m),
+    "atom37_to_atom14": lambda p, a, x, m: p.atom37_to_atom14(x(np.zeros((3, 37))), a, mask=m),
+    "atom37_to_frames": lambda p, a, x, m: p.atom37_to_frames(x(PROTEIN37), m[:, None][:, [0] * 37], a),
+    "atom37_to_torsion_angles": lambda p, a, x, m: p.atom37_to_torsion_angles(x(PROTEIN37), m[:, None][:, [0] * 37], a),
+    "structure_target": lambda p, a, x, m: p.structure_target(
+        x(PROTEIN37), m[:, None][:, [0] * 37], a, m, x(np.arange(3))
+    ),
+    "rename_ambiguous_atoms": lambda p, a, x, m: p.rename_ambiguous_atoms(
+        x(PROTEIN14), x(PROTEIN14), m[:, None][:, [0] * 14], a
+    ),
+    "rename_ambiguous_frames": lambda p, a, x, m: p.rename_ambiguous_frames(p.Rigid.identity((3, 8)), a, m, mask=m),
+    "supervised_chi_loss": lambda p, a, x, m: p.supervised_chi_loss(
+        x(np.ones((1, 3, 7, 2), np.float32)),
+        x(np.zeros((3, 4, 2), np.float32)),
+        m[:, None][:, [0] * 4],
+        a,
+    ),
+    "find_structural_violations": lambda p, a, x, m: p.find_structural_violations(
+        x(PROTEIN14), m[:, None][:, [0] * 14], x(np.arange(3)), a
+    ),
+}
+PROTEIN37, PROTEIN14 = (np.random.default_rng(0).standard_normal((3, n, 3)).astype(np.float32) for n in (37, 14))
+
+
+@pytest.mark.parametrize("reads", READS_AATYPE.values(), ids=READS_AATYPE)
+def test_residue_types_out_of_range(framework, reads):
+    """Refused where a residue is valid; where it is padding they are the unknown residue's."""
+    at_hand = framework.at_hand
+
+    def run(*aatype, valid, dtype=np.int64):
+        mask = at_hand(np.array([True, True, valid]))
+        return framework.run(lambda: reads(framework.package, at_hand(np.array(aatype, dtype)), framework.array, mask))
+
+    expected = run(0, 5, 20, valid=False)
+    for padding in (-1, -2, -100, 21, 127):
+        for actual, wanted in zip(run(0, 5, padding, valid=False, dtype=np.int8), expected, strict=True):
+            np.testing.assert_array_equal(actual, wanted)
+        with pytest.raises(ValueError, match=f"aatype must be 0–19, or 20 .* valid; got {padding}: give unknown"):
+            run(0, 5, padding, valid=True)
+    run(0, 5, 20, valid=True, dtype=np.uint8)
+    with pytest.raises(ValueError, match="aatype must hold integers"):
+        run(0, 5, 20, valid=True, dtype=np.float32)
+
+
+def test_residue_types_that_are_not_at_hand(framework):
+    """Those out of range are the unknown residue's where a function is compiled, exported or mapped."""
+    mask, atom37 = framework.array(np.ones(3, bool)), framework.array(PROTEIN37)
+
+    def target(aatype):
+        return framework.package.atom37_to_atom14(atom37, aatype, mask=mask)
+
+    beyond, unknown = (framework.array(np.array([0, 5, last])) for last in (22, 20))
+    for transform in framework.transforms(beyond):
+        np.testing.assert_array_equal(transform(target)(beyond), target(unknown))
+    np.testing.assert_array_equal(framework.vmap(target)(beyond[None])[0], target(unknown))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ipa_jax
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, IPATransformerConfig
 from ipa_bridge.parameters import ipa_parameters
 from ipa_parity.cases import CATALOGUE, ODD, ODD_MULTIMER, ODD_NO_PAIR, make_case
 from ipa_parity.report import compare
@@ -133,6 +133,38 @@ def test_half_precision_activations_with_float32_parameters():
     exact = apply(params, *(x.astype("float32") for x in (single, pair, rigids)), mask)
     assert out.dtype == jnp.bfloat16
     judge(out.astype("float32"), exact, "out", "bfloat16")
+
+
+@pytest.mark.parametrize("activations", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("frames", ["float16", "float32", "float64"])
+def test_frames_do_not_decide_the_dtype(activations, frames):
+    """The activations do, at least float32: a protein's frames come in float64."""
+    case = CATALOGUE["monomer"]()
+    params, single, pair, rigids, mask = arguments(case, activations)
+    apply = partial(ipa_jax.transform_ipa(case.config).apply, return_attention=True)
+    out, attention = jax.eval_shape(apply, params, single, pair, rigids.astype(frames), mask)
+    assert (out.dtype, attention.dtype) == (activations, "float64" if activations == "float64" else "float32")
+
+
+def test_numpy_frames_in_float64_where_jax_has_none():
+    """As `load_structure` hands them out; a warning would be an error here."""
+    case = CATALOGUE["monomer"]()
+    with jax.enable_x64(False):
+        params, single, pair, _, mask = arguments(case)
+        rigids = ipa_jax.Rigid(case.rotation, case.translation)
+        assert rigids.translation.dtype == "float64"
+        apply = ipa_jax.transform_ipa(case.config).apply
+        out = jax.eval_shape(lambda: apply(params, single, pair, rigids, mask))
+        assert out.dtype == "float32"
+
+
+def test_frames_of_a_transformer_have_its_activations_dtype():
+    config = IPATransformerConfig.lucidrains(8, depth=1, heads=2, require_pairwise_repr=False)
+    init, apply = ipa_jax.transform_ipa_transformer(config)
+    act, rigids = jnp.ones((5, 8), jnp.float32), ipa_jax.Rigid.identity((5,), dtype="float64")
+    params = jax.eval_shape(init, jax.random.key(0), act, None, rigids)
+    moved = jax.eval_shape(apply, params, None, act, None, rigids).rigids
+    assert {x.dtype for x in moved} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("kind", [bool, "int32", "float32", "float16"])

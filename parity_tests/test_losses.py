@@ -1088,6 +1088,7 @@ def test_padding_does_not_count(structures_dir, framework):
     padding = ~p.mask
     assert padding.any()
     spoiled = p._replace(
+        aatype=np.where(padding, -1, p.aatype),
         atom14=np.where(padding[:, None, None], 7.0, p.atom14),
         unnormalized=np.where(padding[:, None, None], 7.0, p.unnormalized),
         backbone=p.backbone._replace(translation=np.where(padding[:, None], 7.0, p.backbone.translation)),
@@ -1129,6 +1130,70 @@ def test_the_target_of_a_real_protein(structures_dir, framework):
         np.testing.assert_array_equal(framework.numpy(again)[6], np.where(atom14_mask[..., None], actual[6], 0))
         assert_close(framework.numpy(again)[3:6], actual[3:6], LOSS)
         assert_close(framework.numpy(again)[8:], actual[8:], LOSS)
+
+
+def target_of(framework, p, *, chains):
+    atom37, mask37 = np.zeros((len(p.mask), 37, 3)), residues.ATOM37_MASK[p.aatype]
+    atom37[mask37] = p.true_atom14[residues.ATOM14_MASK[p.aatype]]  # any atoms will do
+    arrays = map(framework.array, (atom37, mask37, p.aatype, p.mask, p.residue_index))
+    return framework.losses.structure_target(*arrays, chain_id=framework.array(p.chain_id) if chains else None)
+
+
+@pytest.mark.parametrize("chains", [False, True])
+def test_targets_collate(chains):
+    """By torch's DataLoader, alone and within other data; a monomer has no chain_id."""
+    framework = Torch()
+    collate = framework.torch.utils.data.default_collate
+    arrays = lambda target: framework.numpy(target if chains else list(target)[:-1])  # noqa: E731
+    one, other = (target_of(framework, synthetic_problem(seed), chains=chains) for seed in (0, 1))
+    batch = collate([one, other])
+    assert type(batch) is framework.losses.StructureTarget
+    assert (batch.chain_id is not None) == chains
+    assert type(batch.group_frames) is framework.rigid
+    for i, member in enumerate((one, other)):
+        for actual, expected in zip(arrays(batch), arrays(member), strict=True):
+            np.testing.assert_array_equal(actual[i], expected)
+    nested = collate([{"target": one}, {"target": other}])["target"]
+    for actual, expected in zip(arrays(nested), arrays(batch), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_targets_with_and_without_chains_are_no_batch():
+    framework = Torch()
+    targets = [target_of(framework, synthetic_problem(), chains=chains) for chains in (True, False)]
+    with pytest.raises(
+        ValueError, match="chain_id must be given in all targets of a batch or in none; 1 of 2 have none"
+    ):
+        framework.torch.utils.data.default_collate(targets)
+
+
+def test_unknown_residues_have_the_frames_of_their_backbones(framework):
+    """Of whose rotations AlphaFold predicts zeros, so that there a perfect prediction loses."""
+    rng = np.random.default_rng(0)
+    aatype = np.full(4, residues.UNKNOWN_AATYPE, np.int32)
+    rigids, angles = random_frames(rng, (4,)), unit(rng.standard_normal((4, 7, 2)))
+    atoms, known = rng.standard_normal((4, 14, 3)), np.ones((4, 14), bool)
+    backbone = np.tile(np.arange(8) == 0, (4, 1))
+
+    def frames_and_losses(rotation, translation, angles, aatype, backbone, atoms, known):
+        of_module = importlib.import_module(framework.losses.__package__).torsion_angles_to_frames
+        frames = of_module(framework.rigid(rotation, translation), angles, aatype)
+        losses = (
+            framework.losses.sidechain_loss(predicted, frames, backbone, atoms, atoms, known)
+            for predicted in (frames, frames._replace(rotation=0 * frames.rotation))
+        )
+        return frames.rotation, *losses
+
+    jit = framework.jit if isinstance(framework, Jax) else lambda function: function
+    arrays = map(framework.array, (*rigids, angles, aatype, backbone, atoms, known))
+    rotation, ours, theirs = framework.numpy(jit(frames_and_losses)(*arrays))
+    np.testing.assert_array_equal(rotation[:, 0], rigids[0])
+    assert ours == pytest.approx(np.sqrt(1e-4) / 10, rel=1e-3)
+    assert theirs > 0.05
+    if importlib.util.find_spec("alphafold"):
+        from alphafold.common import residue_constants
+
+        assert not residue_constants.restype_rigid_group_default_frame[residues.UNKNOWN_AATYPE].any()
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 
 import numpy as np
@@ -279,6 +281,54 @@ def test_random_and_dtypes(framework):
     assert {str(x.dtype).removeprefix("torch.") for x in rigid.astype(single)} == {"float32"}
 
 
+INDICES = {
+    "last layer": (-1, (5, 7)),
+    "some residues": ((..., slice(2, 5)), (3, 5, 3)),
+    "a residue of a layer": ((0, 1, 2), ()),
+    "known residues": (np.arange(3) != 1, (2, 5, 7)),
+    "residues by number": ((slice(None), 0, np.array([6, 0])), (3, 2)),
+    "a new axis": ((..., None), (3, 5, 7, 1)),
+}
+
+
+@pytest.mark.parametrize(("index", "batch"), INDICES.values(), ids=INDICES)
+def test_an_index_is_the_frames(framework, index, batch):
+    """Not the fields', which unpacking gives: `rigids[-1]` as `atom14[-1]`."""
+    rigid = frames(framework, 10, (3, 5, 7))
+    of_framework = framework.array(index) if isinstance(index, np.ndarray) else index
+    picked = rigid[of_framework]
+    assert type(picked) is framework.Rigid
+    rotation, translation = (framework.numpy(x) for x in rigid)
+    for field in picked:
+        assert field.shape[: len(batch)] == batch
+    whole = index if isinstance(index, tuple) else (index,)
+    whole = whole if any(i is ... for i in whole) else (*whole, ...)
+    np.testing.assert_array_equal(framework.numpy(picked.rotation), rotation[(*whole, slice(None), slice(None))])
+    np.testing.assert_array_equal(framework.numpy(picked.translation), translation[(*whole, slice(None))])
+
+
+def test_an_index_never_reaches_the_coordinates(framework):
+    with pytest.raises(IndexError):
+        frames(framework, 10, (5,))[2, 0]
+    with pytest.raises(IndexError):
+        frames(framework, 10, ())[0]
+
+
+def test_it_stays_a_named_tuple(framework):
+    rigid = frames(framework, 11, (3, 5))
+    rotation, translation = rigid
+    assert rotation is rigid.rotation
+    assert translation is rigid.translation
+    moved = rigid._replace(translation=rigid.translation + 1)
+    assert type(moved) is framework.Rigid
+    assert moved.rotation is rotation
+    assert (rigid._fields, len(rigid)) == (("rotation", "translation"), 2)
+    assert framework.Rigid._make([rotation, translation]).translation is translation
+    for again in (pickle.loads(pickle.dumps(rigid)), copy.deepcopy(rigid)):
+        assert type(again) is framework.Rigid
+        assert_close(framework, again, rigid, 0)
+
+
 def test_jax_pytree():
     jax = Jax().jax
     rigid = frames(Jax(), 9)
@@ -289,6 +339,12 @@ def test_jax_pytree():
     assert_close(Jax(), jax.lax.scan(lambda r, _: (r.invert(), None), rigid, length=2)[0], rigid)
     gradient = jax.grad(lambda r: r.invert().translation.sum())(rigid)
     assert type(gradient) is type(rigid)
+    assert_close(Jax(), jax.jit(lambda r: r[-1])(rigid), rigid[-1], 0)
+    assert_close(Jax(), jax.vmap(lambda r: r, (type(rigid)(0, 0),))(rigid), rigid, 0)
+    _, origins = jax.lax.scan(lambda _, r: (None, r.translation), None, rigid)
+    assert_close(Jax(), [origins], [rigid.translation], 0)
+    to_one = jax.grad(lambda r: r[2].translation.sum())(rigid)
+    assert np.flatnonzero(to_one.translation.any(-1)).tolist() == [2]
 
 
 def test_torch_pytree():
@@ -302,3 +358,26 @@ def test_torch_pytree():
     assert_close(framework, torch.func.vmap(lambda r: r.compose(r))(rigid), rigid.compose(rigid))
     gradient = torch.func.grad(lambda r: r.invert().translation.sum())(rigid)
     assert type(gradient) is type(rigid)
+    collated = torch.utils.data.default_collate([rigid, rigid])
+    assert type(collated) is type(rigid)
+    assert_close(framework, collated[1], rigid, 0)
+    last = torch.compile(lambda r: r[-1], fullgraph=True, backend="aot_eager")
+    assert_close(framework, last(rigid), rigid[-1], 0)
+    layers = torch._higher_order_ops.scan(lambda c, r: (c + 1, r.translation.clone()), torch.zeros(()), rigid)
+    assert_close(framework, layers[1:], [rigid.translation], 0)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_torch_exports_indices_and_fields(strict):
+    """Its modules flatten what they are called with by x[0], x[1], …, which of frames are residues."""
+    framework = Torch()
+
+    class Last(framework.torch.nn.Module):
+        def forward(self, rigids, *, others):
+            return rigids[-1].compose(others["of"])
+
+    rigid, others = frames(framework, 12, (3, 5)), {"of": frames(framework, 13, (5,))}
+    exported = framework.torch.export.export(Last(), (rigid,), {"others": others}, strict=strict).module()
+    composed = exported(rigid, others=others)
+    assert type(composed) is framework.Rigid
+    assert_close(framework, composed, rigid[-1].compose(others["of"]), 0)

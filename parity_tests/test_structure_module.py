@@ -67,6 +67,10 @@ class Jax:
         output = apply(params, None, single, pair, aatype, mask, rigids=rigids, update_mask=update_mask)
         return parity.named_layers(self.jax.tree.map(np.asarray, output))
 
+    def run_eagerly(self, case):
+        params, *inputs, _, _ = self.arguments(case, None, None)
+        return self.package.transform_structure_module(case.config).apply(params, None, *inputs)
+
     def loss_and_gradients(self, case):
         """The whole loss, and its gradients to representations, start frames and every parameter."""
         params, single, pair, aatype, mask, rigids, _ = self.arguments(case, start_of(case), None)
@@ -107,6 +111,9 @@ class Torch:
         with self.torch.no_grad():
             output = self.module(case)(single, pair, aatype, mask, rigids=rigids, update_mask=update_mask)
         return parity.named_layers(self.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
+
+    def run_eagerly(self, case):
+        return self.run(case)
 
     def loss_and_gradients(self, case):
         """The whole loss, and its gradients to representations, start frames and every parameter."""
@@ -690,6 +697,15 @@ def test_float32_representations_and_float64_parameters(framework, name):
     assert_same(arrays, framework.run(case), "float32", rows=case.mask)
 
 
+def test_start_frames_do_not_decide_the_dtype(framework):
+    """Those of a protein come in float64; a model in float32 stays in it."""
+    case = odd_case("odd", "float32")
+    rotation, translation = start_of(case)
+    exact = framework.run(case, rigids=(rotation.astype(np.float64), translation.astype(np.float64)))
+    assert {x.dtype.name for x in exact.values()} == {"float32"}
+    assert_same(exact, framework.run(case, rigids=(rotation, translation)), "float32", rows=case.mask)
+
+
 def test_masks_of_any_dtype(framework):
     case = odd_case()
     expected = framework.run(case)
@@ -717,6 +733,19 @@ def test_what_does_not_fit_is_refused(framework, change, message):
     }
     with pytest.raises(ValueError, match=message):
         framework.run(replace(case, **fits | change))
+
+
+def test_residue_types_of_padding_may_be_anything(framework):
+    """Where a residue is valid and its type is at hand, those that are none are refused."""
+    case = odd_case()
+    assert not case.mask.all()
+    unknown, padded, wrong = (
+        replace(case, aatype=np.where(where, other, case.aatype))
+        for where, other in ((~case.mask, 20), (~case.mask, -100), (case.mask, 21))
+    )
+    assert_same(framework.run(padded), framework.run(unknown))
+    with pytest.raises(ValueError, match="aatype must be 0–19, or 20 for unknown, where a residue is valid; got 21"):
+        framework.run_eagerly(wrong)
 
 
 def test_start_frames_and_update_masks_that_do_not_fit_are_refused(framework):

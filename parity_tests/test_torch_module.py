@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import numpy as np
 
 import ipa_torch
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig
 from ipa_bridge.parameters import ipa_parameters
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
@@ -70,6 +70,147 @@ def test_state_dict_round_trip_and_deepcopy():
     fresh.load_state_dict(module.state_dict(), strict=True)
     for twin in (fresh, copy.deepcopy(module)):
         assert torch.equal(twin(*inputs), module(*inputs))
+
+
+SMALL_MODULE = StructureModuleConfig(ipa=ODD, num_layer=2, tied_layers=False, sidechain_channel=8)
+MODULES = {
+    "attention": lambda: ipa_torch.InvariantPointAttention(ODD),
+    "attention, multimer": lambda: ipa_torch.InvariantPointAttention(replace(ODD_MULTIMER, zero_init=False)),
+    "structure module": lambda: ipa_torch.StructureModule(SMALL_MODULE),
+    "structure module, multimer": lambda: ipa_torch.StructureModule(replace(SMALL_MODULE, ipa=ODD_MULTIMER)),
+    "transformer": lambda: ipa_torch.IPATransformer(
+        IPATransformerConfig.lucidrains(8, depth=2, heads=2, num_tokens=5, predict_points=True)
+    ),
+    "confidence head": lambda: ipa_torch.PredictedLDDT(PredictedLDDTConfig()),
+}
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_reset_parameters_initialises_everything(make):
+    """What was built without memory: at once by the module, or one by one as FSDP does."""
+    torch.manual_seed(0)
+    expected = make().state_dict()
+    with torch.device("meta"):
+        empty = make()
+
+    def spoiled():
+        module = copy.deepcopy(empty).to_empty(device="cpu")
+        return module.apply(lambda m: [x.data.fill_(torch.nan) for x in m.parameters(recurse=False)])
+
+    module = spoiled()
+    torch.manual_seed(0)
+    module.reset_parameters()
+    assert all(torch.equal(x, expected[name]) for name, x in module.state_dict().items())
+    module = spoiled()
+    for each in module.modules():
+        if any(True for _ in each.parameters(recurse=False)):
+            each.reset_parameters()
+    assert all(x.isfinite().all() for x in module.parameters())
+    assert all(hasattr(each, "reset_parameters") for each in module.modules())
+
+
+def test_layers_print_their_sizes():
+    shown = str(MODULES["structure module"]())
+    assert "(q_scalar): Linear(in_features=11, out_features=12, bias=True)" in shown
+    assert "(q_point_local): Linear(in_features=11, out_features=45, bias=True, full_precision=True)" in shown
+    assert "(attention_layer_norm): LayerNorm(11, epsilon=1e-05)" in shown
+
+
+class Adapter(torch.nn.Module):
+    """As adapters of parameter-efficient training wrap a layer."""
+
+    def __init__(self, base, delta):
+        super().__init__()
+        self.base, self.delta = base, delta
+
+    def forward(self, x):
+        return self.base(x) + torch.nn.functional.linear(x, self.delta)
+
+
+class Plus(torch.nn.Module):
+    """A parametrisation."""
+
+    def __init__(self, delta):
+        super().__init__()
+        self.delta = delta
+
+    def forward(self, weight):
+        return weight + self.delta
+
+
+def wrapped(parent, name, delta):
+    setattr(parent, name, Adapter(getattr(parent, name), delta))
+
+
+def parametrised(parent, name, delta):
+    torch.nn.utils.parametrize.register_parametrization(getattr(parent, name), "weight", Plus(delta))
+
+
+def hooked(parent, name, delta):
+    add = lambda _, inputs, output: output + torch.nn.functional.linear(inputs[0], delta)  # noqa: E731
+    getattr(parent, name).register_forward_hook(add)
+
+
+def given_a_forward(parent, name, delta):
+    linear = getattr(parent, name)
+    linear.forward = Adapter(copy.deepcopy(linear), delta).forward
+
+
+CHANGES = (wrapped, parametrised, hooked, given_a_forward)
+PROJECTIONS = [
+    (config, name)
+    for config in ("monomer", "multimer")
+    for name, x in ipa_torch.InvariantPointAttention(CATALOGUE[config]().config).named_modules()
+    if isinstance(x, ipa_torch.Linear)
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("case", "projection"), PROJECTIONS)
+def test_changed_projections_take_effect(change, case, projection):
+    """As if the change were in the weight, forward and gradient, the pair's bias included."""
+    case = CATALOGUE[case]()
+    module, merged, inputs = model(case), model(case), arguments(case)
+    path, _, name = projection.rpartition(".")
+    weight = merged.get_submodule(projection).weight
+    delta = torch.nn.Parameter(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    weight.data += delta.data
+    change(module.get_submodule(path), name, delta)
+    out, expected = module(*inputs), merged(*inputs)
+    judge(out, expected)
+    assert (out - model(case)(*inputs)).abs().max() > 1e-3
+    cotangent = torch_tensor(case.cotangent).float()
+    (gradient,) = torch.autograd.grad((out * cotangent).sum(), delta)
+    judge(gradient, torch.autograd.grad((expected * cotangent).sum(), weight)[0], "gradient")
+
+
+def test_a_wrapped_pair_bias_compiles():
+    case = CATALOGUE["monomer"]()
+    module, inputs = model(case), arguments(case)
+    wrapped(module, "attention_2d", torch.nn.Parameter(torch.ones_like(module.attention_2d.weight)))
+    judge(torch.compile(module, fullgraph=True, backend="eager")(*inputs), module(*inputs))
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+@pytest.mark.parametrize("projection", ["q_scalar", "q_point_local", "attention_2d", "output_projection"])
+def test_quantised_projections_take_effect(projection):
+    """As torch.ao makes them of an nn.Linear with the same weight."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this build of torch has no quantised products")
+    case = CATALOGUE["monomer"]()
+    module, inputs = model(case), arguments(case)
+    exact = module(*inputs)
+    linear = module.get_submodule(projection)
+    plain = torch.nn.Linear(linear.in_features, linear.out_features)
+    plain.load_state_dict(linear.state_dict())
+    quantise = torch.ao.quantization.quantize_dynamic
+    (quantised,) = quantise(torch.nn.Sequential(plain), {torch.nn.Linear})
+    assert type(quantised) is not torch.nn.Linear
+    setattr(module, projection, quantised)
+    with torch.no_grad():
+        error = (module(*inputs) - exact).abs().max() / exact.abs().max()
+    assert 0 < error < 0.2
 
 
 @pytest.mark.covering
@@ -191,6 +332,35 @@ def test_half_precision_activations_with_float32_parameters():
     exact = module(single.float(), pair.float(), rigids.astype(torch.float32), mask)
     assert out.dtype == torch.bfloat16
     judge(out, exact, "out", "bfloat16")
+
+
+@pytest.mark.parametrize("activations", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("frames", ["float16", "float32", "float64"])
+def test_frames_do_not_decide_the_dtype(activations, frames):
+    """The activations do, at least float32: a protein's frames come in float64."""
+    case = CATALOGUE["monomer"]()
+    module, (single, pair, rigids, mask) = model(case, activations), arguments(case, activations)
+    rigids = rigids.astype(getattr(torch, frames))
+    seen = []
+    module.output_projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    out, attention = module(single, pair, rigids, mask, return_attention=True)
+    at_least_float32 = torch.float64 if activations == "float64" else torch.float32
+    assert (out.dtype, attention.dtype, *seen) == (single.dtype, at_least_float32, at_least_float32)
+
+
+def test_far_frames_keep_their_bits_until_they_are_centred():
+    case = CATALOGUE["monomer"]()
+    module, (single, pair, rigids, mask) = model(case), arguments(case)
+    near = rigids.astype(torch.float64)
+    far = near._replace(translation=near.translation + 1e6)
+    judge(module(single, pair, far, mask), module(single, pair, near, mask))
+
+
+def test_frames_of_a_transformer_have_its_activations_dtype():
+    config = IPATransformerConfig.lucidrains(8, depth=1, heads=2, require_pairwise_repr=False)
+    act, rigids = torch.randn(5, 8), ipa_torch.Rigid.random((5,), dtype=torch.float64)
+    moved = ipa_torch.IPATransformer(config)(act, None, rigids).rigids
+    assert {x.dtype for x in moved} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["alphafold2", "spread-50", "offset-1000", "multimer"])

@@ -19,7 +19,15 @@ ONLY_IN_ONE = {
     "transformer.transform_ipa_transformer": "a torch module is called as it is",
     "layers.dropout": "torch has its own",
     "layers.Linear.parameters": "torch modules hold their parameters as attributes",
-    "layers.Linear.reset_parameters": "haiku draws parameters in init",
+    **dict.fromkeys(
+        (
+            *("layers.Module", "layers.Module.reset_parameters"),
+            *("layers.Linear.reset_parameters", "layers.LayerNorm.reset_parameters"),
+            "invariant_point_attention.InvariantPointAttention.reset_parameters",
+        ),
+        "haiku draws parameters in init",
+    ),
+    **dict.fromkeys(("layers.Linear.extra_repr", "layers.LayerNorm.extra_repr"), "a torch module prints itself"),
     "layers.weight_initializer": "haiku takes an initialiser to get_parameter …",
     "layers.initialize_weight": "… torch fills a parameter in place",
     "dtypes.without_autocast": "JAX has no autocast",
