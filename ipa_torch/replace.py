@@ -279,7 +279,7 @@ class _System(NamedTuple):
     output: str
     """That which reads the features."""
     epsilon: str = "eps"
-    """Where its published class tells that of lengths; one of `EPSILONS`."""
+    """Where its published class tells that of lengths; one of `_EPSILONS`."""
     points: str = ""
     """Where in a point projection its linear layer lies."""
     norm_forms: Mapping[str, tuple[NormForm, ...]] = {}
@@ -294,7 +294,7 @@ class _System(NamedTuple):
     """Parameters of some versions that no forward reads, and their shapes."""
 
 
-EPSILONS = ("eps", "config.epsilon")
+_EPSILONS = ("eps", "config.epsilon")
 """Where a layer may tell its epsilon."""
 
 
@@ -319,7 +319,7 @@ def _openfold(**options: Any) -> _System:
 SYSTEMS = {
     "openfold": _openfold(
         points="linear",
-        norm_forms={"multimer": ("clamp", "add")},  # FastFold and the first OpenFold 2, OpenFold 2 since
+        norm_forms={"multimer": ("clamp", "add")},  # OpenFold 2 has a class of each
     ),
     "openfold_v1": _openfold(),
     "esmfold": _openfold(epsilon="config.epsilon"),
@@ -566,7 +566,7 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
     infinity = getattr(module, "inf", getattr(getattr(module, "config", None), "inf", 0))
     if not isinstance(infinity, float | int) or 0 < infinity < LEAST_INFINITY:
         return f"it hides masked keys by {infinity} only; ours hides them altogether"
-    epsilons = {float(x) for x in (_attribute(module, path) for path in EPSILONS) if isinstance(x, float | int)}
+    epsilons = {float(x) for x in (_attribute(module, path) for path in _EPSILONS) if isinstance(x, float | int)}
     if len(epsilons) != 1:
         told = f"tells {len(epsilons)} epsilons" if epsilons else "does not tell its epsilon"
         return f"it {told}, as .eps or .config.epsilon"

@@ -173,7 +173,7 @@ class FlashIPA(FrameDiff):
 
 
 class OpenFoldMultimer(OpenFold):
-    """Later versions of OpenFold 2, where its multimer takes lengths as its monomer does."""
+    """OpenFold 2's monomer class with is_multimer, which takes lengths in another form than its class for multimers."""
 
     def __init__(self, config):
         super().__init__(replace(config, norm_form="add"))
@@ -208,7 +208,7 @@ STAND_INS = {
     "FrameDiff, as published": (PublishedFrameDiff, DOWN_Z),
     "FrameDiff, MultiFlow": (MultiFlow, DOWN_Z),
     "FrameDiff, FlashIPA": (FlashIPA, DOWN_Z),
-    "OpenFold 2 multimer, later": (OpenFoldMultimer, MULTIMER),
+    "OpenFold 2 multimer, by the other class": (OpenFoldMultimer, MULTIMER),
 }
 
 
