@@ -1087,6 +1087,21 @@ def test_it_leaves_the_precision_of_products_alone(switch):
     assert precisions() == start
 
 
+@pytest.mark.skipif(not NEWER, reason="this version of PyTorch has no such switch")
+def test_a_layer_that_reads_the_older_switch():
+    """As lucidrains' does, so that after a newer one was used it cannot run as it is."""
+    pytest.importorskip("invariant_point_attention")
+    matmul, layer = torch.backends.cuda.matmul, peers.lucidrains_module(ODD_NO_BIAS)
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        (row,) = ipa_torch.replace_ipa(layer).replaced
+        assert row.error <= bound("out", "float32")
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("made_there", [False, True])
 def test_in_inference_mode(made_there):
     """Layers made before or in it, at a length that streams."""
