@@ -503,7 +503,8 @@ def _find(model: nn.Module) -> dict[str, _Layer | str]:
     for path in sorted(likely):
         if not any(_within(path, other) or _within(other, path) for other in found):
             found[path] = "its parameters have the names of no system that is known here"
-    return found
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    return {path: found[path] for path in paths if path in found}
 
 
 def _tells_its_way(found: Found, model: nn.Module) -> bool:

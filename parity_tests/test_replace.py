@@ -893,6 +893,16 @@ def test_a_class_or_a_forward_on_top_must_go_first():
     assert [type(x) for x in model.values()] == [OpenFold, OpenFold]
 
 
+def test_the_report_is_in_the_models_order():
+    """Whosever the layers are; and so is what is left alone."""
+    kinds = {"b": OpenFold1, "a": OpenFold, "d": OpenFold1, "c": FrameDiff}
+    model = nn.ModuleDict({name: kind(DOWN_Z if kind is FrameDiff else ONE_WIDTH) for name, kind in kinds.items()})
+    model.update({"z": SomePointAttention(), "y": Unnamed(), "x": OtherCall(ONE_WIDTH)})
+    report = ipa_torch.replace_ipa(model, verify=False)
+    assert [x.path for x in report.replaced] == ["b", "a", "d", "c"]
+    assert list(report.left_alone) == ["z", "y", "x"]
+
+
 def test_a_layer_in_two_places_is_one():
     layer = OpenFold(ONE_WIDTH)
     model = nn.ModuleDict({"a": layer, "b": nn.ModuleDict({"c": layer})})
