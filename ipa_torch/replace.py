@@ -117,14 +117,14 @@ def restore_ipa(model: nn.Module) -> list[str]:
 
 
 class _Argument(NamedTuple):
-    """One that a layer's forward takes."""
+    """An argument that a layer's own forward takes."""
 
     name: str
     default: Any
     """`inspect.Parameter.empty` where there is none."""
     by_name_only: bool
     neutral: tuple[Any, ...] = ()
-    """The value that it must have, in a tuple; empty where every value will do."""
+    """The one value that it must have; empty if it may have any."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Settings:
     takes: tuple[_Argument, ...]
     implementation: str | None = None
     untouched: tuple[tuple[str, type], ...] = ()
-    """Submodules that are not called, or not as the layer called them, and the classes that they had."""
+    """Submodules that our attention does not call, or not as the layer called them, and the classes that they had."""
     points: str = ""
     """Where in a point projection its linear layer lies."""
 
@@ -273,19 +273,19 @@ class _System(NamedTuple):
     takes: tuple[str, ...]
     """The arguments of its forward that are ours too."""
     inputs: Callable[..., dict[str, Any]]
-    """These, of single, pair, rotation, translation, mask and what makes its rigids of two of them."""
+    """Makes these arguments of single, pair, rotation, translation, mask and a function that makes the rigids."""
     bias: str
     """The submodule that projects the pair to one number a head."""
     output: str
     """That which reads the features."""
     epsilon: str = "eps"
-    """Where its published class tells that of lengths; one of `_EPSILONS`."""
+    """The attribute in which its published class holds the epsilon of lengths; one of `_EPSILONS`."""
     points: str = ""
     """Where in a point projection its linear layer lies."""
     norm_forms: Mapping[str, tuple[NormForm, ...]] = {}
-    """By layout, the forms of lengths in which its versions differ; comparing tells which it is."""
+    """By layout, the forms of lengths that its versions compute; the comparison finds which one a layer does."""
     flags: tuple[str, ...] = ()
-    """Arguments of some versions that say how to compute, not what."""
+    """Arguments of some versions that change how the layer computes, but not what."""
     neutral_arguments: Mapping[str, Any] = {}
     """Arguments of some versions, and the value at which each changes nothing."""
     neutral_attributes: Mapping[str, Any] = {}
@@ -295,7 +295,7 @@ class _System(NamedTuple):
 
 
 _EPSILONS = ("eps", "config.epsilon")
-"""Where a layer may tell its epsilon."""
+"""Attributes in which a layer may hold its epsilon."""
 
 
 def _openfold(**options: Any) -> _System:
@@ -508,7 +508,7 @@ def _find(model: nn.Module) -> dict[str, _Layer | str]:
 
 
 def _tells_its_way(found: Found, model: nn.Module) -> bool:
-    """A layer tells its epsilon where that system's published class does: two have the same parameters."""
+    """True if a layer holds its epsilon where that system's class does: two systems have the same parameters."""
     name = found.dialect.name
     return name in SYSTEMS and _attribute(model.get_submodule(found.root), SYSTEMS[name].epsilon) is not None
 
@@ -609,8 +609,8 @@ def _untouched(
 def _verify(layer: _Layer) -> tuple[_Layer, float]:
     """A layer as it is to be replaced, and how far it is from what it was, in epsilons of its dtype.
 
-    What it was is run in wider arithmetic. Where it cannot be, both errors are in the difference, and the bounds twice
-    as wide; its own is taken for ours in that dtype.
+    The reference is what it was, run in wider arithmetic. If that cannot be, the difference holds the errors of both:
+    bounds are twice as wide then, and its own error, which nobody can measure, is taken to be as large as ours.
 
     Raises:
         ValueError: further than rounding explains, or it cannot be told.
@@ -683,7 +683,7 @@ def _reference(layer: _Layer) -> tuple[torch.dtype, tuple[int, ...], _Run]:
 
 
 def _with_nearest_norm(layer: _Layer, truth: _Run, dtype: torch.dtype, batch: tuple[int, ...]) -> _Layer:
-    """A layer with that of its system's forms of lengths which it computes."""
+    """The layer with the form of lengths that it computes, of those that its system's versions do."""
     config = layer.settings.config
     candidates = [
         replace(layer, settings=replace(layer.settings, config=replace(config, norm_form=form)))
@@ -695,7 +695,7 @@ def _with_nearest_norm(layer: _Layer, truth: _Run, dtype: torch.dtype, batch: tu
 
 
 def _own_errors(layer: _Layer, after: _Run, batch: tuple[int, ...]) -> dict[str, float]:
-    """What rounding does to ours, whose own wider arithmetic tells it; nothing where there is none."""
+    """How far ours is from itself in float64, by rounding alone; zeros if it cannot run in that."""
     try:
         return _errors(after, _run(layer, layer.adapted, torch.float64, batch=batch))
     except Exception:
@@ -704,7 +704,7 @@ def _own_errors(layer: _Layer, after: _Run, batch: tuple[int, ...]) -> dict[str,
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Gradients are on, products of float32 matrices are not rounded; afterwards all is as before.
+    """Turns gradients on, and lower precision in float32 matrix products off; afterwards all is as before.
 
     PyTorch's newer switches make the older one raise, and the older one writes into the newer ones.
     """
