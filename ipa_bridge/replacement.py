@@ -33,6 +33,8 @@ class ReplacedLayer:
     """Of its parameters."""
     error: float | None
     """How far it is from the layer before on random input, in epsilons of the dtype; None where nobody looked."""
+    unused: tuple[str, ...] = ()
+    """Names of its parameters that its own forward does not read either."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class ReplacementReport:
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [
+            f"not read, before or after: {', '.join(f'{x.path}.{name}'.lstrip('.') for name in x.unused)}"
+            for x in self.replaced
+            if x.unused
+        ]
         lines += [f"left alone: {path or 'the model itself'}: {reason}" for path, reason in self.left_alone.items()]
         return "\n".join(lines)
 

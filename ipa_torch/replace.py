@@ -11,10 +11,14 @@ import inspect
 import math
 import re
 import sys
+import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, wraps
+from itertools import product
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, NormForm
 from ipa_bridge.dialects import Found, modules
 from ipa_bridge.frames import random_frames
 from ipa_bridge.replacement import RESIDUES, WITHIN, ReplacedLayer, ReplacementReport
@@ -43,14 +47,18 @@ def replace_ipa(model: nn.Module, *, implementation: str | None = None, verify: 
     parameters, the same tensors: optimisers, hooks, `state_dict()`, device and dtype are as before, and a checkpoint
     saved after is one saved before. `restore_ipa` undoes it. Replacing again changes the implementation.
 
-    Of the pair's bias only the weight is read: hooks on it, or another layer in its place, make the call raise. Epsilon
-    is what it is at the swap. Second derivatives and forward mode want `implementation="reference"`.
+    Hooks on the layer, forward and backward, on its projections and on any parameter's tensor are called as before.
+    What our attention does not call as the layer did cannot have any, nor give way to another module: the pair's bias
+    (only its weight is read), `down_z` (called on the sum over the pair), `softmax` and its like. The call raises then.
+    Arguments beyond single, pair, frames and mask must have the values at which they change nothing, else the call
+    raises. Epsilon is what it is at the swap. Second derivatives and forward mode want `implementation="reference"`.
 
     Args:
         model: any module, an attention itself too.
         implementation: of the attention, see `point_attention`.
         verify: compare each layer with what it was, outputs and gradients, on random input, in its dtype and on its
             device. Its output projection is another one there, so that neither a zero nor a large bias hides anything.
+            The reference is the layer in float64, or in float32 where it cannot run in that.
 
     Returns:
         What was replaced and how far before and after are apart, and what looked like an attention and was left alone.
@@ -74,13 +82,14 @@ def replace_ipa(model: nn.Module, *, implementation: str | None = None, verify: 
             f"somewhere in this {type(model).__name__}; there is none" + (f" but these:{reasons}" if reasons else "")
         )
     classes = [layer.adapted for layer in layers]
-    errors = [_verify(layer) if verify else None for layer in layers]
+    verified = [_verify(layer) if verify else (layer, None) for layer in layers]
+    layers, errors = [layer for layer, _ in verified], [error for _, error in verified]
     for layer, adapted in zip(layers, classes, strict=True):
         layer.module.__class__ = adapted
         layer.module._ipa_twins = layer.settings
     return ReplacementReport(
         tuple(
-            ReplacedLayer(x.path, x.title, x.original.__name__, str(x.dtype).removeprefix("torch."), error)
+            ReplacedLayer(x.path, x.title, x.original.__name__, str(x.dtype).removeprefix("torch."), error, x.unused)
             for x, error in zip(layers, errors, strict=True)
         ),
         left_alone,
@@ -107,14 +116,26 @@ def restore_ipa(model: nn.Module) -> list[str]:
     return list(replaced)
 
 
+class _Argument(NamedTuple):
+    """An argument that a layer's own forward takes."""
+
+    name: str
+    default: Any
+    """`inspect.Parameter.empty` where there is none."""
+    by_name_only: bool
+    neutral: tuple[Any, ...] = ()
+    """The one value that it must have; empty if it may have any."""
+
+
 @dataclass(frozen=True)
 class _Settings:
     """What a replaced layer computes, and how."""
 
     config: IPAConfig
+    takes: tuple[_Argument, ...]
     implementation: str | None = None
-    read: tuple[tuple[str, type], ...] = ()
-    """Submodules of which parts are read and not called, and the classes that they had."""
+    untouched: tuple[tuple[str, type], ...] = ()
+    """Submodules that our attention does not call, or not as the layer called them, and the classes that they had."""
     points: str = ""
     """Where in a point projection its linear layer lies."""
 
@@ -136,44 +157,27 @@ class _Adapter(nn.Module):
         return _new, (_adapter(self), _original(self)), *reduced[2:]
 
 
-class _ESMFold(_Adapter):
-    """A layer of ESMFold or FrameDiff, called with its rigids, and with flags that are of no use here."""
+class _OpenFold(_Adapter):
+    """A layer of OpenFold, ESMFold, FrameDiff or their kin, called with its rigids."""
 
-    def forward(
-        self,
-        s: Tensor,
-        z: Tensor | None,
-        r: Any,
-        mask: Tensor,
-        _offload_inference: bool = False,
-        _z_reference_list: Any = None,
-    ) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """The update of the single representation. `z` may come as the only entry of the list, as theirs does."""
-        return _update(self, s, z, r, mask, _z_reference_list)
+        given = _arguments(self, arguments, named)
+        pairs = given.get("_z_reference_list")
+        z = pairs[0] if given["z"] is None and pairs and len(pairs) == 1 else given["z"]
+        return _update(self, given["s"], z, given["r"], given["mask"])
 
 
-class _OpenFold(_ESMFold):
-    """A layer of OpenFold, which has one flag more."""
-
-    def forward(  # type: ignore[override]
-        self, s: Tensor, z: Tensor | None, r: Any, mask: Tensor, inplace_safe: bool = False, *flags: Any, **named: Any
-    ) -> Tensor:
-        """The update of the single representation."""
-        return super().forward(s, z, r, mask, *flags, **named)
-
-
-def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor, z_reference_list: Any) -> Tensor:
+def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor | None) -> Tensor:
     """The forward of OpenFold's kin; frames, mask and pair may have fewer batch axes than the single representation."""
     settings: _Settings = layer._ipa_twins
-    _check_read(layer)
-    if z is None and z_reference_list:
-        (z,) = z_reference_list
+    _check_untouched(layer)
     if z is None:
         raise ValueError("a pair representation was expected, as z or as the entry of _z_reference_list; got None")
     rotation, translation = _frames(r)
     batch = s.shape[:-1]
     rigids = Rigid(rotation.expand(*batch, 3, 3), translation.expand(*batch, 3))
-    z, mask = z.expand(*batch, *z.shape[-2:]), mask.expand(batch)
+    z, mask = z.expand(*batch, *z.shape[-2:]), None if mask is None else mask.expand(batch)
     projections, rigids = _in_frames(_openfold_projections(layer, settings, s), z, rigids, mask)
     o, o_points, o_pair = _attend(settings, projections, z, mask, layer.linear_b, layer.head_weights)
     if settings.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum
@@ -185,26 +189,20 @@ def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor, z_ref
 class _Lucidrains(_Adapter):
     """The package `invariant-point-attention`: row-vector frames, and masked residues that attend to all alike."""
 
-    def forward(
-        self,
-        single_repr: Tensor,
-        pairwise_repr: Tensor | None = None,
-        *,
-        rotations: Tensor,
-        translations: Tensor,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """The update of the single representation."""
-        layer, settings, x = cast(Any, self), self._ipa_twins, single_repr
-        _check_read(layer)
-        pair = None if settings.config.pair_channel is None else pairwise_repr
+        layer, settings = cast(Any, self), self._ipa_twins
+        _check_untouched(layer)
+        given = _arguments(self, arguments, named)
+        x, mask = given["single_repr"], given["mask"]
+        pair = None if settings.config.pair_channel is None else given["pairwise_repr"]
         if settings.config.pair_channel is not None and pair is None:
             raise ValueError("a pair representation was expected as the second argument; got None")
         h = settings.config.num_head
         scalars = (to(x).unflatten(-1, (h, -1)) for to in (layer.to_scalar_q, layer.to_scalar_k, layer.to_scalar_v))
         points = (_points(to, settings, x) for to in (layer.to_point_q, layer.to_point_k, layer.to_point_v))
         local = (*scalars, *(y.unflatten(-1, (h, -1, 3)) for y in points))
-        frames = Rigid(rotations.transpose(-1, -2), translations)
+        frames = Rigid(given["rotations"].transpose(-1, -2), given["translations"])
         projections, rigids = _in_frames(cast(Projections, local), pair, frames, mask)
         linear = None if pair is None else layer.to_pairwise_attn_bias[0]
         o, o_points, o_pair = _attend(settings, projections, pair, mask, linear, layer.point_weights)
@@ -234,89 +232,141 @@ def _openfold_projections(layer: Any, settings: _Settings, s: Tensor) -> Project
     return q, k, v, q_points, k_points, v_points
 
 
+def _arguments(layer: _Adapter, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """What the layer's own forward would take these arguments for, by name.
+
+    Raises:
+        TypeError: it would not take them.
+        ValueError: one that must have the value at which it changes nothing has another.
+    """
+    takes = layer._ipa_twins.takes
+    in_order = [argument for argument in takes if not argument.by_name_only]
+    if len(arguments) > len(in_order):
+        raise TypeError(f"at most {len(in_order)} arguments by position were expected; got {len(arguments)}")
+    given = {argument.name: value for argument, value in zip(in_order, arguments, strict=False)}
+    for name in named:
+        if name in given or all(name != argument.name for argument in takes):
+            raise TypeError(f"{name} was {'given twice' if name in given else 'not expected'}")
+    given.update(named)
+    for argument in takes:
+        name = argument.name
+        if name not in given:
+            if argument.default is inspect.Parameter.empty:
+                raise TypeError(f"{name} is missing")
+            given[name] = argument.default
+        if argument.neutral and not _same(given[name], argument.neutral[0]):
+            raise ValueError(
+                f"{name}={argument.neutral[0]} was expected, at which it changes nothing, since our attention has no "
+                f"such argument; got a {type(given[name]).__name__}: call restore_ipa to use it"
+            )
+    return given
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return value is neutral or (isinstance(value, bool | int | float | str) and value == neutral)
+
+
 class _System(NamedTuple):
     """What is to be known of a system's layers."""
 
-    adapters: dict[tuple[str, ...], type[_Adapter]]
-    """By the arguments that its forward takes."""
+    adapter: type[_Adapter]
+    takes: tuple[str, ...]
+    """The arguments of its forward that are ours too."""
+    inputs: Callable[..., dict[str, Any]]
+    """Makes these arguments of single, pair, rotation, translation, mask and a function that makes the rigids."""
     bias: str
     """The submodule that projects the pair to one number a head."""
     output: str
     """That which reads the features."""
-    epsilon: Callable[[Any], Any]
-    """That of lengths."""
-    call: Callable[..., Tensor]
-    """Its forward on single, pair, rotation, translation, mask and what makes its rigids of two of these."""
+    epsilon: str = "eps"
+    """The attribute in which its published class holds the epsilon of lengths; one of `_EPSILONS`."""
     points: str = ""
     """Where in a point projection its linear layer lies."""
+    norm_forms: Mapping[str, tuple[NormForm, ...]] = {}
+    """By layout, the forms of lengths that its versions compute; the comparison finds which one a layer does."""
+    flags: tuple[str, ...] = ()
+    """Arguments of some versions that change how the layer computes, but not what."""
+    neutral_arguments: Mapping[str, Any] = {}
+    """Arguments of some versions, and the value at which each changes nothing."""
+    neutral_attributes: Mapping[str, Any] = {}
+    """Attributes of some versions, and the value at which each changes nothing."""
+    unused: Mapping[str, tuple[int, ...]] = {}
+    """Parameters of some versions that no forward reads, and their shapes."""
 
 
-def _openfold(epsilon: Callable[[Any], Any], points: str = "") -> _System:
-    plain = ("s", "z", "r", "mask")
-    offloads = ("_offload_inference", "_z_reference_list")
+_EPSILONS = ("eps", "config.epsilon")
+"""Attributes in which a layer may hold its epsilon."""
+
+
+def _openfold(**options: Any) -> _System:
+    """OpenFold's kin."""
     return _System(
-        {plain: _ESMFold, (*plain, *offloads): _ESMFold, (*plain, "inplace_safe", *offloads): _OpenFold},
+        _OpenFold,
+        takes=("s", "z", "r", "mask"),
+        inputs=lambda s, z, rotation, translation, mask, rigids: {
+            "s": s,
+            "z": z,
+            "r": rigids(rotation, translation),
+            "mask": mask,
+        },
         bias="linear_b",
         output="linear_out",
-        epsilon=epsilon,
-        call=lambda layer, s, z, rotation, translation, mask, rigids: type(layer).forward(
-            layer, s, z, rigids(rotation, translation), mask
-        ),
-        points=points,
+        flags=("inplace_safe", "_offload_inference", "_z_reference_list"),
+        **options,
     )
-
-
-def _lucidrains() -> _System:
-    return _System(
-        {("single_repr", "pairwise_repr", "rotations", "translations", "mask"): _Lucidrains},
-        bias="to_pairwise_attn_bias.0",
-        output="to_out",
-        epsilon=_own_epsilon,
-        call=lambda layer, s, z, rotation, translation, mask, _: type(layer).forward(
-            layer,
-            s,
-            z,
-            rotations=rotation.transpose(-1, -2).to(s.dtype),
-            translations=translation.to(s.dtype),
-            mask=mask.bool(),
-        ),
-    )
-
-
-def _own_epsilon(layer: Any) -> Any:
-    return getattr(layer, "eps", None)
-
-
-def _epsilon_of_its_config(layer: Any) -> Any:
-    return getattr(getattr(layer, "config", None), "epsilon", None)
 
 
 SYSTEMS = {
-    "openfold": _openfold(_own_epsilon, points="linear"),
-    "openfold_v1": _openfold(_own_epsilon),
-    "esmfold": _openfold(_epsilon_of_its_config),
-    "framediff": _openfold(_own_epsilon),
-    "lucidrains": _lucidrains(),
+    "openfold": _openfold(
+        points="linear",
+        norm_forms={"multimer": ("clamp", "add")},  # OpenFold 2 has a class of each
+    ),
+    "openfold_v1": _openfold(),
+    "esmfold": _openfold(epsilon="config.epsilon"),
+    "framediff": _openfold(
+        neutral_arguments={
+            "attention_mask": None,  # MultiFlow's
+            "z_factor_1": None,  # FlashIPA's, of its flash mode
+            "z_factor_2": None,
+        },
+        neutral_attributes={"dropout_prob": 0, "use_flash_attn": False},  # MultiFlow's and FlashIPA's
+        unused={"linear_rbf.weight": (1, 20), "linear_rbf.bias": (1,)},  # FrameDiff's own and FoldFlow's
+    ),
+    "lucidrains": _System(
+        _Lucidrains,
+        takes=("single_repr", "pairwise_repr", "rotations", "translations", "mask"),
+        inputs=lambda s, z, rotation, translation, mask, _: {
+            "single_repr": s,
+            "pairwise_repr": z,
+            "rotations": rotation.transpose(-1, -2).to(s.dtype),
+            "translations": translation.to(s.dtype),
+            "mask": mask.bool(),
+        },
+        bias="to_pairwise_attn_bias.0",
+        output="to_out",
+    ),
 }
-"""By dialect, whose layers can be replaced."""
+"""By dialect, whose layers can be replaced, and what of theirs is known to be without effect. All else is refused."""
 
 
-def _check_read(layer: Any) -> None:
-    """Modules that are read and not called must be what they were, with nothing on them that a call would do."""
-    for path, kind in layer._ipa_twins.read:
+def _check_untouched(layer: Any) -> None:
+    """Modules that are not called as they were must be what they were, with nothing on them that a call would do."""
+    for path, kind in layer._ipa_twins.untouched:
         if problem := _altered(layer.get_submodule(path), kind):
             raise NotImplementedError(
-                f"{path} {problem}, which would not be seen: of it our attention reads the weight and calls nothing; "
+                f"{path} {problem}, which would not be seen: our attention does not call it as the layer's own did; "
                 "call restore_ipa before it is changed"
             )
 
 
 def _altered(module: Any, kind: type[Any]) -> str:
-    """What stands between a module and what its class does with its weight."""
+    """What stands between a module and what its class does."""
     if module.__class__ is not kind:
         return f"is a {type(module).__name__} where a {kind.__name__} was"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "has backward hooks"
     return "has a forward of its own" if "forward" in vars(module) else ""
 
 
@@ -330,7 +380,8 @@ def _points(projection: Any, settings: _Settings, s: Tensor) -> Tensor:
 def _frames(r: Any) -> tuple[Tensor, Tensor]:
     """Rotation matrices and translations of OpenFold's `Rigid` or its multimer's `Rigid3Array`, or of their like."""
     if hasattr(r, "get_rots"):
-        return r.get_rots().get_rot_mats(), r.get_trans()
+        rotations = r.get_rots()  # in tFold's the matrices themselves
+        return rotations if isinstance(rotations, Tensor) else rotations.get_rot_mats(), r.get_trans()
     return tuple(x if isinstance(x, Tensor) else x.to_tensor() for x in (r.rotation, r.translation))  # type: ignore[return-value]
 
 
@@ -376,10 +427,13 @@ class _Layer:
     title: str
     module: Any
     system: _System
-    adapter: type[_Adapter]
     settings: _Settings
     infinity: float
     """What it subtracts from the logits of masked keys; 0 for a layer that fills them."""
+    unused: tuple[str, ...] = ()
+    """Parameters that no forward reads."""
+    callers: tuple[type, ...] = ()
+    """Classes of the modules that it lies in, the innermost first."""
 
     @property
     def original(self) -> Any:
@@ -387,7 +441,7 @@ class _Layer:
 
     @property
     def adapted(self) -> Any:
-        return _adapted(cast(Any, self.adapter), self.original)
+        return _adapted(cast(Any, self.system.adapter), self.original)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -401,7 +455,12 @@ class _Layer:
 @cache
 def _adapted(adapter: Any, original: Any) -> Any:
     """The class of a replaced layer."""
-    namespace = {"__doc__": adapter.__doc__, "_ipa_twins_classes": (adapter, original)}
+
+    @wraps(original.forward)
+    def forward(self: Any, *arguments: Any, **named: Any) -> Tensor:
+        return adapter.forward(self, *arguments, **named)
+
+    namespace = {"__doc__": adapter.__doc__, "_ipa_twins_classes": (adapter, original), "forward": forward}
     return type(f"IPATwins{original.__name__}", (adapter, original), namespace)
 
 
@@ -424,12 +483,18 @@ def _find(model: nn.Module) -> dict[str, _Layer | str]:
     shapes = {name: tuple(x.shape) for name, x in model.named_parameters(remove_duplicate=False)}
     found: dict[str, _Layer | str] = {}
     seen: set[int] = set()
-    for candidate in modules(shapes, haiku=False):
-        if candidate.kind is not IPAConfig or isinstance(found.get(candidate.root), _Layer):
+    attentions = [candidate for candidate in modules(shapes, haiku=False) if candidate.kind is IPAConfig]
+    attentions.sort(key=lambda candidate: not _tells_its_way(candidate, model))
+    for candidate in attentions:
+        if isinstance(found.get(candidate.root), _Layer):
             continue
         module = model.get_submodule(candidate.root)
         if id(module) not in seen:
-            found[candidate.root] = layer = _recognise(candidate, module, shapes)
+            layer = _recognise(candidate, module, shapes)
+            if isinstance(layer, _Layer):
+                layer = replace(layer, callers=_callers(model, candidate.root))
+                found[candidate.root] = layer
+            found.setdefault(candidate.root, layer)
             seen |= {id(module)} if isinstance(layer, _Layer) else set()
     # Ends of names that only such an attention has.
     ends = re.compile(r"(?<![^.])(head_weights|point_weights|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$")
@@ -438,7 +503,26 @@ def _find(model: nn.Module) -> dict[str, _Layer | str]:
     for path in sorted(likely):
         if not any(_within(path, other) or _within(other, path) for other in found):
             found[path] = "its parameters have the names of no system that is known here"
-    return found
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    return {path: found[path] for path in paths if path in found}
+
+
+def _tells_its_way(found: Found, model: nn.Module) -> bool:
+    """True if a layer holds its epsilon where that system's class does: two systems have the same parameters."""
+    name = found.dialect.name
+    return name in SYSTEMS and _attribute(model.get_submodule(found.root), SYSTEMS[name].epsilon) is not None
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _callers(model: nn.Module, path: str) -> tuple[type, ...]:
+    """The classes of the modules around one, the innermost first."""
+    steps = path.split(".") if path else []
+    return tuple(type(model.get_submodule(".".join(steps[:n]))) for n in reversed(range(len(steps))))
 
 
 def _within(inner: str, outer: str) -> bool:
@@ -456,44 +540,77 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
         expected = {theirs: transform.their_shape for theirs, transform in found.dialect.names(config).values()}
     except ValueError as error:
         return f"its parameters are not {title}'s: {error}"
+    unused = {name: shape for name, shape in system.unused.items() if name in names and name not in expected}
+    expected |= unused
     strange = {name for name in expected if name in names and shapes[names[name]] != expected[name]}
     strange |= set(expected) ^ set(names)
     if strange:
         return f"its parameters are not {title}'s: missing, misshapen or of another are {', '.join(sorted(strange))}"
+    if config.pair_channel is None and all(form.pair_required for form in found.dialect.forms.values()):
+        return f"it has no {system.bias}, and {title}'s attention without a pair is not known here"
     if isinstance(module, _Adapter) and type(module) is not _adapted(_adapter(module), _original(module)):
         return f"a class was put on top of it since it was replaced: {type(module).__name__}"
     replaced = [path for path, x in module.named_modules() if "forward" in vars(x)]
     if replaced:
         where = replaced[0] or "itself"
         return f"the forward of {where} was replaced on that very object, as hooks that move layers between devices do"
-    takes = tuple(inspect.signature(_original(module).forward).parameters)[1:]
-    if takes not in system.adapters:
-        known = "; or ".join(", ".join(x) for x in system.adapters)
-        return f"its forward takes {', '.join(takes)}, and not {known}"
-    read: list[tuple[str, type]] = []
-    if config.pair_channel is not None:
-        linear = module.get_submodule(system.bias)
-        read += [(system.bias, type(linear) if isinstance(linear, nn.Linear) else nn.Linear)]
-    if system.points:
-        read += [(path, type(x)) for path, x in module.named_children() if hasattr(x, system.points)]
-    for path, kind in read:
+    takes = _takes(system, _original(module))
+    if isinstance(takes, str):
+        return takes
+    for name, neutral in system.neutral_attributes.items():
+        if not _same(value := getattr(module, name, neutral), neutral):
+            return f"its {name} is {value}, and only at {neutral} it computes what ours does"
+    untouched = _untouched(module, system, {name.rpartition(".")[0] for name in expected}, unused)
+    for path, kind in untouched:
         if problem := _altered(module.get_submodule(path), kind):
-            return f"its {path} {problem}, and only the weight of it would be read"
+            return f"its {path} {problem}, which would not be seen: ours does not call it as it is called there"
     infinity = getattr(module, "inf", getattr(getattr(module, "config", None), "inf", 0))
     if not isinstance(infinity, float | int) or 0 < infinity < LEAST_INFINITY:
         return f"it hides masked keys by {infinity} only; ours hides them altogether"
-    epsilon = system.epsilon(module)
-    if not isinstance(epsilon, float | int):
-        return "it does not tell its epsilon, as .eps or .config.epsilon"
+    epsilons = {float(x) for x in (_attribute(module, path) for path in _EPSILONS) if isinstance(x, float | int)}
+    if len(epsilons) != 1:
+        told = f"tells {len(epsilons)} epsilons" if epsilons else "does not tell its epsilon"
+        return f"it {told}, as .eps or .config.epsilon"
     try:
-        settings = _Settings(replace(config, norm_epsilon=float(epsilon)), read=tuple(read), points=system.points)
+        ours = replace(config, norm_epsilon=epsilons.pop())
     except ValueError as error:
         return str(error)
-    return _Layer(found.root, title, module, system, system.adapters[takes], settings, infinity)
+    settings = _Settings(ours, takes, untouched=untouched, points=system.points)
+    return _Layer(found.root, title, module, system, settings, infinity, tuple(sorted(unused)))
 
 
-def _verify(layer: _Layer) -> float:
-    """How far a layer is from what it was, run in wider arithmetic, in epsilons of its dtype.
+def _takes(system: _System, original: Any) -> tuple[_Argument, ...] | str:
+    """The arguments of a layer's own forward, or why they are not those of its system."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters]
+    harmless = (*system.flags, *system.neutral_arguments)
+    plain = all(x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY) for x in parameters)
+    if not plain or set(names) - set(harmless) != set(system.takes):
+        beside = f", beside them at most {', '.join(harmless)}" if harmless else ""
+        return f"its forward takes {', '.join(names)}, and not {', '.join(system.takes)}{beside}"
+    neutral = {name: (value,) for name, value in system.neutral_arguments.items()}
+    return tuple(_Argument(x.name, x.default, x.kind is x.KEYWORD_ONLY, neutral.get(x.name, ())) for x in parameters)
+
+
+def _untouched(
+    module: nn.Module, system: _System, with_parameters: Iterable[str], unused: Iterable[str]
+) -> tuple[tuple[str, type], ...]:
+    """Submodules that ours does not call as the layer does, but for those that its own forward does not call either."""
+    differently = (system.bias, "down_z")
+    called = set(with_parameters) - set(differently)
+    ignored = {name.rpartition(".")[0] for name in unused}
+    return tuple(
+        (path, nn.Linear if path in differently and not isinstance(x, nn.Linear) else type(x))
+        for path, x in module.named_modules()
+        if path and not any(_within(path, other) for other in (called | ignored) - {""})
+    )
+
+
+def _verify(layer: _Layer) -> tuple[_Layer, float]:
+    """A layer as it is to be replaced, and how far it is from what it was, in epsilons of its dtype.
+
+    The reference is what it was, run in wider arithmetic. If that cannot be, the difference holds the errors of both:
+    bounds are twice as wide then, and its own error, which nobody can measure, is taken to be as large as ours.
 
     Raises:
         ValueError: further than rounding explains, or it cannot be told.
@@ -505,25 +622,27 @@ def _verify(layer: _Layer) -> float:
             f"{layer.where}: floating-point parameters on a device were expected, to compare before and after; they "
             f"are {dtype} on {device}: pass verify=False to replace it unseen"
         )
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    precision = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("highest")
-        truth = _run(layer, layer.original, wide)
-        training = _run(layer, layer.original, wide, training=True)
-        after = _run(layer, layer.adapted, dtype)
-        own = _errors(_run(layer, layer.original, dtype), truth)
-        if not all(map(math.isfinite, own.values())):  # float16 cannot hold what hides masked keys
-            nobody = {kind: _run(layer, layer.original, kind, masked=False) for kind in (wide, dtype)}
-            own = _errors(nobody[dtype], nobody[wide])
-            own["masked"] = own["out"]
+        with _full_precision():
+            wide, batch, truth = _reference(layer)
+            layer = _with_nearest_norm(layer, truth, wide, batch)
+            training = _run(layer, layer.original, wide, batch=batch, training=True)
+            after = _run(layer, layer.adapted, dtype, batch=batch)
+            wider = torch.finfo(wide).eps < torch.finfo(dtype).eps
+            if wider or dtype is torch.float64:
+                own = _errors(_run(layer, layer.original, dtype, batch=batch), truth)
+            else:
+                own = _own_errors(layer, after, batch)
+            if not all(map(math.isfinite, own.values())):  # float16 cannot hold what hides masked keys
+                nobody = {x: _run(layer, layer.original, x, batch=batch, masked=False) for x in (wide, dtype)}
+                own = _errors(nobody[dtype], nobody[wide])
+                own["masked"] = own["out"]
     except Exception as error:
         raise ValueError(
             f"{layer.where}: it was run on random input, to compare before and after, and said {type(error).__name__}: "
             f"{error}; pass verify=False to replace it unseen"
         ) from error
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    sides = 1 if wider or dtype is torch.float64 else 2
     eps = torch.finfo(dtype).eps
     # Subtracting a large number from all logits of a masked row has rounded them, in the truth too.
     rounded = layer.infinity * torch.finfo(wide).eps / eps
@@ -536,7 +655,8 @@ def _verify(layer: _Layer) -> float:
     wrong = "outputs in training are others" if _apart(training.out, truth.out) else ""
     errors = _errors(after, truth)
     for what, (part, within) in parts.items():
-        now, bound = errors[part] / eps, max(within, 2 * own[part] / eps)  # large weights put the layer itself off
+        now = errors[part] / eps
+        bound = sides * max(within, 2 * own[part] / eps)  # large weights put the layer itself off
         if not (wrong or now <= bound):
             wrong = f"{what} are {now:.3g} eps of {name} apart on random input, where rounding explains {bound:.3g}"
     if wrong:
@@ -544,7 +664,75 @@ def _verify(layer: _Layer) -> float:
             f"{layer.where}: this {layer.original.__name__} has the parameters of {layer.title}'s attention but "
             f"computes another function: {wrong}; nothing was replaced"
         )
-    return errors["out"] / eps
+    return layer, errors["out"] / eps
+
+
+def _reference(layer: _Layer) -> tuple[torch.dtype, tuple[int, ...], _Run]:
+    """The widest arithmetic that a layer runs in as it is, the batch axes that it takes, and what it computes."""
+    device = layer.module.get_submodule(layer.system.output).weight.device
+    dtypes = [torch.float64] if layer.dtype is torch.float64 else [torch.float64, torch.float32]
+    if device.type == "mps":
+        dtypes = [torch.float32]
+    errors: list[Exception] = []
+    for dtype, batch in product(dtypes, ((1,), ())):
+        try:
+            return dtype, batch, _run(layer, layer.original, dtype, batch=batch)
+        except Exception as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _with_nearest_norm(layer: _Layer, truth: _Run, dtype: torch.dtype, batch: tuple[int, ...]) -> _Layer:
+    """The layer with the form of lengths that it computes, of those that its system's versions do."""
+    config = layer.settings.config
+    candidates = [
+        replace(layer, settings=replace(layer.settings, config=replace(config, norm_form=form)))
+        for form in layer.system.norm_forms.get(config.layout, ())
+    ]
+    if not candidates:
+        return layer
+    return min(candidates, key=lambda x: _apart(_run(x, x.adapted, dtype, batch=batch).out, truth.out))
+
+
+def _own_errors(layer: _Layer, after: _Run, batch: tuple[int, ...]) -> dict[str, float]:
+    """How far ours is from itself in float64, by rounding alone; zeros if it cannot run in that."""
+    try:
+        return _errors(after, _run(layer, layer.adapted, torch.float64, batch=batch))
+    except Exception:
+        return dict.fromkeys(_Run._fields, 0.0)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Turns gradients on, and lower precision in float32 matrix products off; afterwards all is as before.
+
+    PyTorch's newer switches make the older one raise, and the older one writes into the newer ones.
+    """
+    switches = [
+        x.matmul
+        for x in (torch.backends.cuda, torch.backends.mkldnn)
+        if hasattr(getattr(x, "matmul", None), "fp32_precision")
+    ]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        precision = None
+    try:
+        if precision is None:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+        else:
+            torch.set_float32_matmul_precision("highest")
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = "none"  # as the switch above it says
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
 
 
 class _Run(NamedTuple):
@@ -558,13 +746,21 @@ class _Run(NamedTuple):
     """Empty without a pair."""
 
 
-def _run(layer: _Layer, kind: Any, dtype: torch.dtype, *, training: bool = False, masked: bool = True) -> _Run:
+def _run(
+    layer: _Layer,
+    kind: Any,
+    dtype: torch.dtype,
+    *,
+    batch: tuple[int, ...],
+    training: bool = False,
+    masked: bool = True,
+) -> _Run:
     """A copy of a layer as a class, on random input that its own dtype can hold, in a dtype."""
     config, system = layer.settings.config, layer.system
     copied = _bare_copy(layer.module, dtype).train(training)
     copied.__class__ = kind
     copied._ipa_twins = layer.settings
-    rng, number = np.random.default_rng(0), RESIDUES
+    rng, shape = np.random.default_rng(0), (*batch, RESIDUES)
     device = copied.get_submodule(system.output).weight.device
 
     def tensor(x: np.ndarray) -> Tensor:
@@ -580,19 +776,24 @@ def _run(layer: _Layer, kind: Any, dtype: torch.dtype, *, training: bool = False
     draw(system.output)
     if config.pair_channel is not None and not cast(Any, copied.get_submodule(system.bias)).weight.any():
         draw(system.bias)
-    placed = (
-        torch.from_numpy(x).to(device, at_least_float32(dtype)) for x in random_frames(rng, (1, number), spread=1.5)
-    )
-    valid = (rng.random((1, number)) > 0.1) | (not masked)
-    single = tensor(rng.standard_normal((1, number, config.num_channel))).requires_grad_()
+    for name in layer.unused:  # so that it would show if they were used
+        owner, _, leaf = name.rpartition(".")
+        parameter = getattr(copied.get_submodule(owner), leaf)
+        drawn = tensor(rng.standard_normal(tuple(parameter.shape)))
+        setattr(copied.get_submodule(owner), leaf, nn.Parameter(drawn, requires_grad=False))
+    placed = (torch.from_numpy(x).to(device, at_least_float32(dtype)) for x in random_frames(rng, shape, spread=1.5))
+    valid = (rng.random(shape) > 0.1) | (not masked)
+    single = tensor(rng.standard_normal((*shape, config.num_channel))).requires_grad_()
     pair = None
     if config.pair_channel is not None:
-        pair = tensor(rng.standard_normal((1, number, number, config.pair_channel))).requires_grad_()
+        pair = tensor(rng.standard_normal((*shape, RESIDUES, config.pair_channel))).requires_grad_()
     cotangent = tensor(rng.standard_normal(single.shape) * valid[..., None])
     inputs = [single] if pair is None else [single, pair]
-    with torch.enable_grad(), without_autocast(device.type), warnings.catch_warnings():
+    given = system.inputs(single, pair, *placed, tensor(valid), _rigids_of(layer))
+    needed = {x.name: next(iter(x.neutral), None) for x in layer.settings.takes if x.default is inspect.Parameter.empty}
+    with without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = system.call(copied, single, pair, *placed, tensor(valid), _rigids_of(layer))
+        out = type(copied).forward(copied, **(needed | given))
         gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
     to_single, *to_pair = (
         _numpy(torch.zeros_like(x) if g is None else g) for g, x in zip(gradients, inputs, strict=True)
@@ -624,28 +825,72 @@ def _bare_copy(module: Any, dtype: torch.dtype) -> Any:
     for name, value in vars(module).items():
         if "hooks" in name and isinstance(value, dict):
             vars(copied)[name] = type(value)()
+
+    def plain(x: Tensor) -> Tensor:
+        """Those made in inference mode take no part in gradients elsewhere."""
+        return x.clone() if x.is_inference() else x
+
     copied._parameters = {
-        name: None if x is None else nn.Parameter(x.detach().to(dtype), requires_grad=False)
+        name: None if x is None else nn.Parameter(plain(x.detach().to(dtype)), requires_grad=False)
         for name, x in module._parameters.items()
     }
-    copied._buffers = dict(module._buffers)
+    copied._buffers = {name: None if x is None else plain(x) for name, x in module._buffers.items()}
     copied._modules = {name: None if x is None else _bare_copy(x, dtype) for name, x in module._modules.items()}
     return copied
 
 
 def _rigids_of(layer: _Layer) -> Callable[[Tensor, Tensor], Any]:
-    """What makes the rigids that a layer is called with, by the classes that its package has."""
-    if layer.adapter is _Lucidrains:
+    """What makes the rigids that a layer is called with, of rotations and translations.
+
+    Their class is the one that its forward is annotated with, or else one of the usual name that lies beside the layer,
+    or beside a module that it lies in, which must make them to call it.
+    """
+    if layer.system.adapter is _Lucidrains:
         return Rigid
-    classes = ("Rigid", "Rotation", "Rigid3Array")
-    namespaces = [vars(sys.modules[x.__module__]) for x in layer.original.__mro__ if x.__module__ in sys.modules]
-    known = {name: space[name] for space in reversed(namespaces) for name in classes if name in space}
-    if layer.settings.config.layout == "multimer" and "Rigid3Array" in known:
-        return lambda rotation, translation: known["Rigid3Array"].from_tensor_4x4(_homogeneous(rotation, translation))
-    if "Rigid" in known:
-        rotations = known.get("Rotation") or vars(sys.modules[known["Rigid"].__module__])["Rotation"]
-        return lambda rotation, translation: known["Rigid"](rotations(rot_mats=rotation, quats=None), translation)
-    raise ValueError(f"there is no {' or '.join(classes)} beside {layer.original.__name__} in its module")
+    kinds = _annotated_rigids(layer.original) or _rigids_beside((layer.original, *layer.callers))
+    if not kinds:
+        around = " or ".join(dict.fromkeys(x.__name__ for x in (layer.original, *layer.callers)))
+        raise ValueError(
+            f"a forward whose r is annotated with the class of its rigids, or a Rigid or Rigid3Array in the module "
+            f"that defines {around}, was expected; there is none"
+        )
+    arrays = [kind for kind in kinds if not hasattr(kind, "get_rots") and hasattr(kind, "from_tensor_4x4")]
+    if arrays and (layer.settings.config.layout == "multimer" or arrays == kinds):
+        return lambda rotation, translation: arrays[0].from_tensor_4x4(_homogeneous(rotation, translation))
+    rigid = next((kind for kind in kinds if kind not in arrays), kinds[0])
+    rotations = vars(sys.modules[rigid.__module__]).get("Rotation")
+    if rotations is None:
+        raise ValueError(
+            f"a Rotation was expected in {rigid.__module__}, which {rigid.__name__} is made of; there is none"
+        )
+    return lambda rotation, translation: rigid(rotations(rot_mats=rotation, quats=None), translation)
+
+
+def _annotated_rigids(original: Any) -> list[Any]:
+    """The classes that a forward's `r` may be of, by its annotation."""
+    try:
+        annotation = inspect.signature(original.forward, eval_str=True).parameters["r"].annotation
+    except Exception:  # some name that only type checkers import
+        return []
+    named = typing.get_args(annotation) or (annotation,)
+    return [x for x in named if isinstance(x, type) and _is_rigid(x)]
+
+
+def _is_rigid(kind: type) -> bool:
+    return hasattr(kind, "get_rots") or hasattr(kind, "from_tensor_4x4")
+
+
+def _rigids_beside(kinds: Iterable[type]) -> list[Any]:
+    """Classes called `Rigid` or `Rigid3Array` in the modules that define these, or in what those import as modules."""
+    names = [x.__module__ for kind in kinds for x in kind.__mro__]
+    for name in dict.fromkeys(x for x in names if x in sys.modules):
+        own = vars(sys.modules[name])
+        imported = [vars(x) for x in own.values() if isinstance(x, ModuleType)]
+        for spaces in ([own], imported):
+            found = [space[x] for x in ("Rigid", "Rigid3Array") for space in spaces if x in space]
+            if rigids := [x for x in found if isinstance(x, type) and _is_rigid(x)]:
+                return rigids
+    return []
 
 
 def _homogeneous(rotation: Tensor, translation: Tensor) -> Tensor:

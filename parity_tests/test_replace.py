@@ -8,8 +8,11 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,13 +118,12 @@ class OpenFold(nn.Module):
             rotation, translation = r.rotation.to_tensor(), r.translation.to_tensor()
         else:
             rotation, translation = r.get_rots().get_rot_mats(), r.get_trans()
-        p = {name: x.detach().double().numpy() for name, x in self.named_parameters()}
+        state = {name: x for name, x in self.state_dict().items() if not name.startswith("linear_rbf")}
+        p = {name: x.double().numpy() for name, x in state.items()}
         arrays = (x.detach().double().numpy()[0] for x in (s, z, rotation, translation, mask))
         out = torch.from_numpy(semantics.attention(self.dialect, p, self.function, *arrays))[None].to(s.dtype)
         ours = ipa_torch.InvariantPointAttention(self.function).to(s.dtype)
-        ours.load_state_dict(
-            Weights.from_torch(self.state_dict(), dialect=self.dialect, config=self.function).to_torch()
-        )
+        ours.load_state_dict(Weights.from_torch(state, dialect=self.dialect, config=self.function).to_torch())
         linked = ours(s, z, ipa_torch.Rigid(rotation, translation), mask)
         return out + (linked - linked.detach())
 
@@ -137,6 +139,65 @@ class FrameDiff(OpenFold):
         return super().forward(s, z, r, mask)
 
 
+class PublishedFrameDiff(FrameDiff):
+    """FrameDiff's and FoldFlow's classes, whose checkpoints hold a layer that no forward calls."""
+
+    def __init__(self, config, width=20):
+        super().__init__(config)
+        self.linear_rbf = nn.Linear(width, 1)
+
+
+class MultiFlow(FrameDiff):
+    """MultiFlow's call; its softmax and its dropout are modules."""
+
+    def __init__(self, config, dropout=0.0):
+        super().__init__(config)
+        self.softmax, self.dropout, self.dropout_prob = nn.Softmax(-1), nn.Dropout(dropout), dropout
+
+    def forward(self, s, z, r, mask, attention_mask=None, _offload_inference=False, _z_reference_list=None):
+        assert attention_mask is None
+        return super().forward(s, z, r, mask)
+
+
+class FlashIPA(FrameDiff):
+    """FlashIPA's call, where what only its flash mode takes comes before the frames."""
+
+    def __init__(self, config, use_flash_attn=False):
+        super().__init__(config)
+        self.use_flash_attn = use_flash_attn
+
+    def forward(self, s, z, z_factor_1, z_factor_2, r, mask, _offload_inference=False, _z_reference_list=None):
+        assert z_factor_1 is None
+        assert z_factor_2 is None
+        return super().forward(s, z, r, mask)
+
+
+class OpenFoldMultimer(OpenFold):
+    """OpenFold 2's monomer class with is_multimer, which takes lengths in another form than its class for multimers."""
+
+    def __init__(self, config):
+        super().__init__(replace(config, norm_form="add"))
+
+
+class TFold(OpenFold1):
+    """tFold's call; float32 frames do not multiply float64 points."""
+
+    def forward(self, s, z=None, r=None, mask=None):
+        if s.dtype is torch.float64:
+            raise RuntimeError("expected scalar type Float but found Double")
+        return super().forward(s, z, r, torch.ones(s.shape[:-1]) if mask is None else mask)
+
+
+class FastFold(OpenFold1):
+    """FastFold's call, which takes no batch axis, nor float64."""
+
+    def forward(self, s, z, r, mask):
+        if s.ndim != 2 or s.dtype is torch.float64:
+            raise RuntimeError("number of dimensions in the tensor input does not match")
+        batched = Rigid(Rotation(r.get_rots().get_rot_mats()[None]), r.get_trans()[None])
+        return super().forward(s[None], z[None], batched, mask[None])[0]
+
+
 DOWN_Z = replace(ONE_WIDTH, pair_channel=8, pair_value_channel=2)
 MULTIMER = replace(ONE_WIDTH, layout="multimer", scalar_bias=False, norm_form="clamp")
 STAND_INS = {
@@ -144,6 +205,10 @@ STAND_INS = {
     "OpenFold 2 multimer": (OpenFold, MULTIMER),
     "OpenFold 1": (OpenFold1, ONE_WIDTH),
     "FrameDiff": (FrameDiff, DOWN_Z),
+    "FrameDiff, as published": (PublishedFrameDiff, DOWN_Z),
+    "FrameDiff, MultiFlow": (MultiFlow, DOWN_Z),
+    "FrameDiff, FlashIPA": (FlashIPA, DOWN_Z),
+    "OpenFold 2 multimer, by the other class": (OpenFoldMultimer, MULTIMER),
 }
 
 
@@ -157,7 +222,8 @@ def stand_in(which: str, dtype=np.float32):
     kind, config = STAND_INS[which]
     case = make_case(which, config, (1, 7)).astype(np.dtype(dtype).name)
     layer = kind(config).to(torch.from_numpy(case.single).dtype)
-    layer.load_state_dict(case.weights.to_torch(dialect=kind.dialect))
+    layer.load_state_dict(case.weights.to_torch(dialect=kind.dialect), strict=kind is not PublishedFrameDiff)
+    config = layer.function
     ours = ipa_torch.InvariantPointAttention(config).to(layer.head_weights.dtype)
     ours.load_state_dict(case.weights.to_torch())
     return layer, ours, case
@@ -171,12 +237,14 @@ def test_layers_of_openfold_and_framediff(which, implementation):
     layer, ours, case = stand_in(which, np.float64)
     before = copy.deepcopy(layer)
     report = ipa_torch.replace_ipa(layer, implementation=implementation)
-    assert [(x.path, x.system) for x in report.replaced] == [("", which.removesuffix(" multimer"))]
+    assert [(x.path, x.system) for x in report.replaced] == [("", which.partition(",")[0].removesuffix(" multimer"))]
     assert report.replaced[0].error <= bound("out", "float64")
     assert not report.left_alone
     single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
-    arguments = (single, pair, rigids(case), mask.double())
-    judge(layer(*arguments), before(*arguments), case.mask)
+    arguments = {"s": single, "z": pair, "r": rigids(case), "mask": mask.double()}
+    if isinstance(before, FlashIPA):
+        arguments |= {"z_factor_1": None, "z_factor_2": None}
+    judge(layer(**arguments), before(**arguments), case.mask)
 
     inputs = [single.requires_grad_(), pair.requires_grad_()]
     frames = ipa_torch.Rigid(*(torch.from_numpy(x) for x in (case.rotation, case.translation)))
@@ -187,17 +255,16 @@ def test_layers_of_openfold_and_framediff(which, implementation):
     expected = torch.autograd.grad(
         (ours(*inputs, frames.astype(torch.float64), mask) * cotangent).sum(), [*inputs, *ours.parameters()]
     )
-    actual = torch.autograd.grad(
-        (layer(single, pair, *arguments[2:]) * cotangent).sum(), [*inputs, *layer.parameters()]
-    )
+    read = {name: x for name, x in layer.named_parameters() if not name.startswith("linear_rbf")}
+    actual = torch.autograd.grad((layer(**arguments) * cotangent).sum(), [*inputs, *read.values()])
     canonical = {name: x.numpy() for (name, _), x in zip(ours.named_parameters(), expected[2:], strict=True)}
-    theirs = {name: x.numpy() for (name, _), x in zip(layer.named_parameters(), actual[2:], strict=True)}
+    theirs = {name: x.numpy() for name, x in zip(read, actual[2:], strict=True)}
     ported = Weights.from_torch(
         {name: torch.from_numpy(x) for name, x in canonical.items()}, dialect="ipa_torch", config=case.config
     ).to_torch(dialect=layer.dialect)
     for x, y in zip(actual[:2], expected[:2], strict=True):
         judge(x, y, None, "gradient/input")
-    assert set(ported) == set(theirs)
+    assert set(ported) - {"linear_rbf.weight", "linear_rbf.bias"} == set(theirs)
     for name, x in theirs.items():
         if name == "linear_b.bias":
             assert not x.any()
@@ -211,6 +278,56 @@ def judge(actual, expected, mask, stage="out", dtype="float64", **options):
     names = {"case": "replaced", "stage": stage, "dtype": dtype, "subject": "after", "reference": "before"}
     row = compare(actual, expected, **names, meaningful=meaningful, **options)
     assert row.passed, str(row)
+
+
+def test_parameters_that_no_forward_reads():
+    """The report names them; they stay in the state dict, and get no gradient; one that is read would show."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"ipa_0": PublishedFrameDiff(DOWN_Z), "ipa_1": FrameDiff(DOWN_Z)})
+    model["ipa_0"].linear_rbf.requires_grad_(False)  # as FoldFlow's
+    keys = list(model.state_dict())
+    report = ipa_torch.replace_ipa(model)
+    assert [x.unused for x in report.replaced] == [("linear_rbf.bias", "linear_rbf.weight"), ()]
+    assert str(report).splitlines()[-1] == "not read, before or after: ipa_0.linear_rbf.bias, ipa_0.linear_rbf.weight"
+    assert list(model.state_dict()) == keys
+
+    class Reads(PublishedFrameDiff):
+        def forward(self, s, z, r, mask):
+            return super().forward(s, z, r, mask) + self.linear_rbf(mask[..., None].expand(*mask.shape, 20))
+
+    layer = Reads(DOWN_Z)
+    for x in layer.linear_rbf.parameters():
+        x.data.zero_()
+    with pytest.raises(ValueError, match="another function"):
+        ipa_torch.replace_ipa(layer)
+
+
+@pytest.mark.parametrize(("kind", "names"), [(MultiFlow, ["attention_mask"]), (FlashIPA, ["z_factor_1", "z_factor_2"])])
+def test_arguments_that_change_nothing_at_one_value(kind, names):
+    """In their order and by name; at another value the call names the argument."""
+    layer, _, case = stand_in(f"FrameDiff, {kind.__name__}")
+    before = copy.deepcopy(layer)
+    ipa_torch.replace_ipa(layer)
+    single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
+    nothing = dict.fromkeys(names)
+    in_order = [single, pair, rigids(case), mask.float()]
+    in_order[len(in_order) if kind is MultiFlow else 2 : 2] = [None] * len(names) if kind is FlashIPA else []
+    by_name = {"s": single, "z": pair, "r": rigids(case), "mask": mask.float()}
+    expected = before(**by_name, **nothing)
+    judge(layer(*in_order), expected, case.mask, dtype="float32")
+    judge(layer(**by_name, **nothing), expected, case.mask, dtype="float32")
+    if kind is MultiFlow:
+        judge(layer(*in_order, None, False, None), expected, case.mask, dtype="float32")
+        judge(layer(**by_name), expected, case.mask, dtype="float32")
+    for name in names:
+        with pytest.raises(ValueError, match=rf"{name}=None was expected.*got a Tensor: call restore_ipa"):
+            layer(**by_name, **(nothing | {name: torch.ones(7, 7)}))
+    with pytest.raises(TypeError, match="mask was given twice"):
+        layer(*in_order, mask=mask)
+    with pytest.raises(TypeError, match="arguments by position"):
+        layer(*in_order, *[None] * 4)
+    with pytest.raises(TypeError, match="mask is missing"):
+        layer(s=single, z=pair, r=rigids(case), **nothing)
 
 
 def test_their_flags_are_taken():
@@ -580,6 +697,21 @@ class Unnamed(nn.Module):
         self.linear_kv_points = nn.Linear(2, 2)
 
 
+class Variadic(OpenFold):
+    def forward(self, s, z, r, mask, *others) -> torch.Tensor:
+        return super().forward(s, z, r, mask)
+
+
+class OpenFold1WithoutBias(OpenFold1):
+    """What has no pair bias, and reads no pair."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.linear_b
+        width = config.num_feature - config.num_head * config.pair_channel
+        self.linear_out = nn.Linear(width, config.num_channel)
+
+
 class OneMoreArgument(OpenFold):
     def forward(self, s, z, r, mask, edge_bias=None) -> torch.Tensor:
         return super().forward(s, z, r, mask)
@@ -590,8 +722,13 @@ def with_forward(layer, of=""):
     return layer
 
 
-def with_hook(layer):
-    layer.linear_b.register_forward_hook(lambda *_: None)
+def with_hook(layer, register="register_forward_hook", of="linear_b"):
+    getattr(layer.get_submodule(of), register)(lambda *_: None)
+    return layer
+
+
+def with_two_epsilons(layer):
+    layer.config = SimpleNamespace(epsilon=1e-12)
     return layer
 
 
@@ -615,12 +752,24 @@ def without_epsilon(layer):
     [
         (
             lambda: OtherCall(ONE_WIDTH),
-            "its forward takes s, pair, r, mask, and not s, z, r, mask; or s, z, r, mask, _off",
+            "its forward takes s, pair, r, mask, and not s, z, r, mask, beside them at most inplace_safe, _off",
         ),
         (lambda: OneMoreArgument(ONE_WIDTH), "its forward takes s, z, r, mask, edge_bias, and not"),
+        (lambda: Variadic(ONE_WIDTH), "its forward takes s, z, r, mask, others, and not"),
+        (lambda: MultiFlow(DOWN_Z, dropout=0.1), r"its dropout_prob is 0\.1, and only at 0"),
+        (lambda: FlashIPA(DOWN_Z, use_flash_attn=True), "its use_flash_attn is True, and only at False"),
+        (lambda: PublishedFrameDiff(DOWN_Z, width=19), r"of another are linear_rbf\.weight$"),
+        (lambda: with_two_epsilons(OpenFold1(ONE_WIDTH)), r"it tells 2 epsilons, as \.eps or \.config\.epsilon"),
+        (
+            lambda: with_hook(OpenFold(ONE_WIDTH), "register_full_backward_hook"),
+            "its linear_b has backward hooks, which",
+        ),
+        (lambda: with_hook(MultiFlow(DOWN_Z), of="softmax"), "its softmax has hooks, which would not be seen"),
+        (lambda: with_hook(MultiFlow(DOWN_Z), of="down_z"), "its down_z has hooks, which would not be seen"),
+        (lambda: OpenFold1WithoutBias(ONE_WIDTH), "it has no linear_b, and OpenFold 1's attention without a pair"),
         (lambda: with_forward(OpenFold(ONE_WIDTH)), "the forward of itself was replaced on that very object"),
         (lambda: with_forward(OpenFold(ONE_WIDTH), "linear_q"), "the forward of linear_q was replaced on that very"),
-        (lambda: with_hook(OpenFold(ONE_WIDTH)), "its linear_b has hooks, and only the weight of it would be read"),
+        (lambda: with_hook(OpenFold(ONE_WIDTH)), "its linear_b has hooks, which would not be seen"),
         (lambda: with_infinity(OpenFold(ONE_WIDTH), 9), "it hides masked keys by 9 only"),
         (lambda: with_infinity(OpenFold(ONE_WIDTH), None), "it hides masked keys by None only"),
         (Unnamed, "its parameters have the names of no system that is known here"),
@@ -745,6 +894,16 @@ def test_a_class_or_a_forward_on_top_must_go_first():
     assert [type(x) for x in model.values()] == [OpenFold, OpenFold]
 
 
+def test_the_report_is_in_the_models_order():
+    """Whosever the layers are; and so is what is left alone."""
+    kinds = {"b": OpenFold1, "a": OpenFold, "d": OpenFold1, "c": FrameDiff}
+    model = nn.ModuleDict({name: kind(DOWN_Z if kind is FrameDiff else ONE_WIDTH) for name, kind in kinds.items()})
+    model.update({"z": SomePointAttention(), "y": Unnamed(), "x": OtherCall(ONE_WIDTH)})
+    report = ipa_torch.replace_ipa(model, verify=False)
+    assert [x.path for x in report.replaced] == ["b", "a", "d", "c"]
+    assert list(report.left_alone) == ["z", "y", "x"]
+
+
 def test_a_layer_in_two_places_is_one():
     layer = OpenFold(ONE_WIDTH)
     model = nn.ModuleDict({"a": layer, "b": nn.ModuleDict({"c": layer})})
@@ -776,3 +935,247 @@ foreign = {"transformers", "alphafold", "openfold", "invariant_point_attention",
 assert not foreign, foreign
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def published(kind, path="", **attributes):
+    """A layer of that class at a path, which tells its epsilon as such."""
+    layer = kind(ONE_WIDTH)
+    del layer.eps
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    for step in reversed([x for x in path.split(".") if x]):
+        layer = nn.ModuleDict({step: layer})
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("path", "told", "system"),
+    [
+        ("trunk.structure_module.ipa", {"eps": 1e-8}, "ESMFold"),  # the original: OpenFold 1's class
+        ("trunk.structure_module.ipa", {"config": SimpleNamespace(epsilon=1e-8)}, "ESMFold"),
+        ("ipa", {"config": SimpleNamespace(epsilon=1e-8)}, "ESMFold"),
+        ("ipa", {"eps": 1e-8}, "OpenFold 1"),
+        ("ipa", {"eps": 1e-8, "config": SimpleNamespace(epsilon=1e-8)}, "OpenFold 1"),
+    ],
+)
+def test_epsilon_is_told_in_either_place(path, told, system):
+    (row,) = ipa_torch.replace_ipa(published(OpenFold1, path, **told)).replaced
+    assert (row.path, row.system) == (path, system)
+
+
+class Frames(Rigid):
+    """Rigids of another package."""
+
+
+ru = ModuleType("rigid_utils")
+ru.Frames = Frames
+
+
+class ConfDiff(FrameDiff):
+    """ConfDiff's annotation."""
+
+    def forward(self, s, z: torch.Tensor | None, r: ru.Frames, mask, _offload_inference=False, _z_reference_list=None):
+        assert type(r) is Frames
+        return super().forward(s, z, r, mask)
+
+
+def elsewhere(monkeypatch, module: str, **contents):
+    """A layer whose class stands in a module with these contents, and which takes Frames only."""
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    vars(sys.modules[module]).update(contents)
+
+    def forward(self, s, z, r, mask):
+        assert type(r) is Frames
+        return OpenFold.forward(self, s, z, r, mask)
+
+    kind = type("Attention", (nn.Module,), {"__module__": module, "forward": forward, "dialect": "openfold_v1"})
+    layer = kind()
+    vars(layer).update(vars(OpenFold1(ONE_WIDTH)))
+    return layer
+
+
+def test_the_class_of_the_rigids(monkeypatch):
+    """By the annotation, else beside the layer, in what is imported there, or beside those who call it."""
+    assert ipa_torch.replace_ipa(ConfDiff(DOWN_Z)).replaced[0].error <= bound("out", "float32")
+    monkeypatch.setattr(ru, "Rigid", Frames, raising=False)
+    assert ipa_torch.replace_ipa(elsewhere(monkeypatch, "layers", Rigid=Frames)).replaced
+    assert ipa_torch.replace_ipa(elsewhere(monkeypatch, "layers", ru=ru)).replaced
+    caller = type("Caller", (nn.ModuleDict,), {"__module__": type(elsewhere(monkeypatch, "callers", ru=ru)).__module__})
+    model = caller({"inner": nn.ModuleDict({"ipa": elsewhere(monkeypatch, "layers")})})
+    assert [x.path for x in ipa_torch.replace_ipa(model).replaced] == ["inner.ipa"]
+    with pytest.raises(ValueError, match=r"Rigid3Array in the module that defines Attention.* verify=False"):
+        ipa_torch.replace_ipa(elsewhere(monkeypatch, "layers"))
+
+
+class OddWithoutPair(TFold):
+    def forward(self, s, z=None, r=None, mask=None):
+        return super().forward(s, 0 * z, r, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [TFold, FastFold])
+def test_a_layer_that_runs_neither_in_float64_nor_with_a_batch(kind, dtype):
+    """It is held against itself in float32, with more of a bound only as rounding explains it."""
+    torch.manual_seed(0)
+    case = make_case("float32", ONE_WIDTH, (7,)).astype("float32")
+    layer = kind(ONE_WIDTH)
+    layer.load_state_dict(case.weights.to_torch(dialect="openfold_v1"))
+    before = copy.deepcopy(layer)
+    for factor in (1, 8) if dtype is torch.float32 else (1,):
+        large = copy.deepcopy(layer).to(dtype)
+        for x in (large.linear_q, large.linear_kv, large.linear_q_points, large.linear_kv_points):
+            x.weight.data *= factor
+        (row,) = ipa_torch.replace_ipa(large).replaced
+        assert np.isfinite(row.error)
+    with pytest.raises(ValueError, match="another function"):
+        ipa_torch.replace_ipa(OddWithoutPair(ONE_WIDTH).to(dtype))
+    with pytest.raises(ValueError, match=r"RuntimeError: .*; pass verify=False"):
+        ipa_torch.replace_ipa(kind(ONE_WIDTH).double())
+    ipa_torch.replace_ipa(layer)
+    axes = (1,) * (kind is TFold)
+    inputs = [torch.from_numpy(x).reshape(*axes, *x.shape) for x in (case.single, case.pair, case.mask)]
+    frames = Rigid(*(torch.from_numpy(x).reshape(*axes, *x.shape) for x in (case.rotation, case.translation)))
+    frames.rots = Rotation(frames.rots)
+    single, pair, mask = inputs
+    judge(
+        layer(single, pair, frames, mask.float()),
+        before(single, pair, frames, mask.float()),
+        inputs[2].numpy(),
+        dtype="float32",
+    )
+    if kind is TFold:
+        judge(layer(single, z=pair, r=frames), before(single, z=pair, r=frames), None, dtype="float32")
+
+
+def precisions() -> Mapping[str, object]:
+    """What PyTorch's switches say; the older one raises once a newer one was used."""
+    matmuls = {name: getattr(getattr(torch.backends, name), "matmul", None) for name in ("cuda", "mkldnn")}
+    newer = {name: getattr(matmul, "fp32_precision", None) for name, matmul in matmuls.items()}
+    try:
+        return {**newer, "older": torch.get_float32_matmul_precision()}
+    except RuntimeError:
+        return {**newer, "older": "raises"}
+
+
+NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+@pytest.mark.parametrize("switch", ["none", "older", "cuda", "mkldnn", "all"])
+def test_it_leaves_the_precision_of_products_alone(switch):
+    """Whichever of PyTorch's switches says it; while comparing none of them rounds."""
+    if not NEWER and switch not in ("none", "older"):
+        pytest.skip("this version of PyTorch has no such switch")
+    start, seen = precisions(), []
+
+    class Looks(OpenFold):
+        def forward(self, s, z, r, mask):
+            seen.append(precisions())
+            return super().forward(s, z, r, mask)
+
+    owner = {"cuda": torch.backends.cuda.matmul, "mkldnn": torch.backends.mkldnn.matmul, "all": torch.backends}.get(
+        switch
+    )
+    try:
+        if owner is not None:
+            owner.fp32_precision = "tf32"
+        if switch == "older":
+            torch.set_float32_matmul_precision("high")
+        before = precisions()
+        assert before != start or switch == "none"
+        ipa_torch.replace_ipa(Looks(ONE_WIDTH))
+        assert precisions() == before
+        assert seen
+        assert all(x["older"] == "highest" and {x["cuda"], x["mkldnn"]} <= {"ieee", None} for x in seen)
+        if switch == "all":  # the others still follow it
+            owner.fp32_precision = "ieee"
+            assert precisions() == start | {"cuda": "ieee", "mkldnn": "ieee"}
+    finally:
+        if owner is not None:
+            owner.fp32_precision = "none"
+        if switch == "older":
+            torch.set_float32_matmul_precision(start["older"])
+        for name in ("cuda", "mkldnn") if NEWER else ():
+            getattr(torch.backends, name).matmul.fp32_precision = start[name]
+    assert precisions() == start
+
+
+@pytest.mark.skipif(not NEWER, reason="this version of PyTorch has no such switch")
+def test_a_layer_that_reads_the_older_switch():
+    """As lucidrains' does, so that after a newer one was used it cannot run as it is."""
+    pytest.importorskip("invariant_point_attention")
+    matmul, layer = torch.backends.cuda.matmul, peers.lucidrains_module(ODD_NO_BIAS)
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        (row,) = ipa_torch.replace_ipa(layer).replaced
+        assert row.error <= bound("out", "float32")
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("made_there", [False, True])
+def test_in_inference_mode(made_there):
+    """Layers made before or in it, at a length that streams."""
+    pytest.importorskip("transformers")
+    case = make_case("inference", IPAConfig.alphafold2(), (1, 100)).astype("float32")
+    with torch.inference_mode() if made_there else nullcontext():
+        layer = peers.esmfold_module(case)
+        before = copy.deepcopy(layer)
+    from transformers.models.esm.openfold_utils import Rigid, Rotation
+
+    with torch.inference_mode():
+        (row,) = ipa_torch.replace_ipa(layer).replaced
+        assert row.error <= bound("out", "float32")
+        single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
+        frames = Rigid(Rotation(rot_mats=torch.from_numpy(case.rotation)), torch.from_numpy(case.translation))
+        after = layer(single, pair, frames, mask.float())
+        judge(after.clone(), before(single, pair, frames, mask.float()).clone(), case.mask, dtype="float32")
+    assert layer.linear_q.weight.is_inference() == made_there
+
+
+def test_hooks_are_called_or_the_call_raises():
+    """Backward hooks as much as forward ones; of modules that are not called, as of those that are read."""
+    layer, _, case = stand_in("FrameDiff, MultiFlow")
+    ipa_torch.replace_ipa(layer)
+    single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
+    arguments = (single.requires_grad_(), pair.requires_grad_(), rigids(case), mask.float())
+    registers = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
+    registers += ("register_full_backward_pre_hook",)
+    for of in ("linear_b", "down_z", "softmax", "dropout"):
+        for register in registers:
+            hook = getattr(layer.get_submodule(of), register)(lambda *_: None)
+            with pytest.raises(NotImplementedError, match=rf"{of} has (backward )?hooks, which would not be seen"):
+                layer(*arguments)
+            hook.remove()
+        whole, part = layer.get_submodule(of), nn.Identity()
+        setattr(layer, of, part)
+        with pytest.raises(NotImplementedError, match=f"{of} is a Identity where a {type(whole).__name__} was"):
+            layer(*arguments)
+        setattr(layer, of, whole)
+    seen = []
+    for of in ("", "linear_q", "linear_kv_points", "linear_out"):
+        for register in registers:
+            getattr(layer.get_submodule(of), register)(lambda *_, what=(of, register): seen.append(what))
+    for name, x in layer.named_parameters():
+        x.register_hook(lambda _, what=name: seen.append(what))
+    layer(*arguments).sum().backward()
+    assert sorted(seen, key=str) == sorted(
+        [*((of, x) for of in ("", "linear_q", "linear_kv_points", "linear_out") for x in registers)]
+        + [name for name, _ in layer.named_parameters()],
+        key=str,
+    )
+
+
+def test_hooks_on_lucidrains_bias():
+    pytest.importorskip("invariant_point_attention")
+    for of in ("to_pairwise_attn_bias", "to_pairwise_attn_bias.0", "to_pairwise_attn_bias.1"):
+        layer = peers.lucidrains_module(ODD_NO_BIAS)
+        ipa_torch.replace_ipa(layer, verify=False)
+        layer.get_submodule(of).register_full_backward_hook(lambda *_: None)
+        with pytest.raises(NotImplementedError, match=f"{of} has backward hooks"):
+            layer(
+                torch.zeros(1, 7, ODD_NO_BIAS.num_channel),
+                rotations=torch.eye(3).expand(1, 7, 3, 3),
+                translations=torch.zeros(1, 7, 3),
+            )
