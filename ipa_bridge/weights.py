@@ -76,7 +76,7 @@ class Weights:
     arrays: Mapping[str, np.ndarray]
     config: Config
     root: str = None  # type: ignore[assignment]
-    assumed: Collection[str] = frozenset()
+    assumed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.root is None:
@@ -173,6 +173,8 @@ class Weights:
         """
         model = None if isinstance(state_dict, Mapping) else state_dict
         if model is not None:
+            if not hasattr(model, "state_dict"):
+                raise ValueError(f"a state dict or a module was expected; got a {type(model).__name__}")
             state_dict = model.state_dict()
         state_dict = cast("Mapping[str, Tensor]", state_dict)
         strange = [repr(name) for name in state_dict if not isinstance(name, str)]

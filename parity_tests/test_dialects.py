@@ -598,10 +598,11 @@ def test_esmfolds_epsilon_is_its_published_classs():
     case = replace(case, mask=np.ones_like(case.mask)).astype("float32")
     theirs = peers.run_esmfold(case)["out"]
     assert np.abs(theirs).max() > 1e-5
-    for run in RUNNERS.values():
-        names = {"case": "lengths", "stage": "out", "dtype": "float32", "subject": "ours", "reference": "theirs"}
-        row = compare(run(case, gradients=False)["out"], theirs, **names)
-        assert row.passed, str(row)
+    names = {"case": "lengths", "stage": "out", "dtype": "float32", "subject": "torch", "reference": "theirs"}
+    for epsilon, same in ((1e-8, True), (1e-12, False)):
+        weights = replace(case.weights, config=replace(case.config, norm_epsilon=epsilon))
+        row = compare(RUNNERS["torch"](replace(case, weights=weights), gradients=False)["out"], theirs, **names)
+        assert row.passed == same, str(row)
 
 
 # --- What lies beside

@@ -373,6 +373,8 @@ def test_what_is_no_tensor_is_named():
     state |= {"_extra_state": {"step": 1}, "q_scalar.bias": state["q_scalar.bias"].numpy()}
     with pytest.raises(ValueError, match=r"tensors were expected.*q_scalar\.bias \(ndarray\), _extra_state \(dict\)"):
         Weights.from_torch(state)
+    with pytest.raises(ValueError, match="a state dict or a module was expected; got a list"):
+        Weights.from_torch([])
 
 
 def test_parameters_noncontiguous_or_with_gradients_are_taken():
@@ -607,13 +609,9 @@ def test_our_own_modules_tell(name, tmp_path):
         assert (again.config, again.assumed) == (config, frozenset())
         assert_same_bits({x: again.arrays[x] for x in weights.arrays}, weights.arrays)
     again.save(tmp_path / "w.safetensors")
-    other = Weights.from_torch(
-        module, config=dataclasses.replace(config, zero_init=False) if name == "confidence head" else config
-    )
-    assert not other.assumed
-    if name != "confidence head":
-        module.config = None  # no longer ours
-        assert set(Weights.from_torch(module.state_dict()).assumed_function) == UNTOLD[name][1]
+    other = dataclasses.replace(config, zero_init=False) if name == "confidence head" else config
+    assert Weights.from_torch(module, config=other).config == other
+    assert set(Weights.from_torch(module.state_dict()).assumed_function) == UNTOLD[name][1]
 
 
 def test_a_part_has_the_status_of_the_whole(tmp_path):
