@@ -20,10 +20,11 @@ import numpy as np
 from ipa_bridge import semantics
 from ipa_bridge.config import PredictedLDDTConfig, attention_of, replace_attention
 from ipa_bridge.conversion import LOSSES, express, in_layout
-from ipa_bridge.dialects import DIALECTS, KINDS, Dialect, Found, modules, named
+from ipa_bridge.dialects import DIALECTS, KINDS, Dialect, Found, Parts, modules, named
 from ipa_bridge.files import SUFFIXES, ArrayFile, check_destination, open_arrays
 from ipa_bridge.parameters import parameter_shapes
-from ipa_bridge.weights import Weights, functional, in_dialect, read_module, slashed
+from ipa_bridge.told import functional
+from ipa_bridge.weights import Weights, in_dialect, read_module, slashed
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -104,18 +105,20 @@ def _convert(args: argparse.Namespace) -> int:
     _check_destination(destination, Path(args.source), args.force)
     target = named(args.to or ("ipa_jax" if destination.suffix == ".npz" else "ipa_torch"))
     with open_arrays(args.source) as file:
-        weights, found = _read(file, args.source_dialect, args.root)
-        elsewhere, ignored = _elsewhere(file, found), list(file.ignored)
+        weights, found, parts = _read(file, args.source_dialect, args.root)
+        elsewhere, ignored = _elsewhere(file, parts), list(file.ignored)
     as_read, whose = weights, _whose(found, weights)
     if args.dtype:
         weights = weights.astype(args.dtype)
     expressed = express(weights, target, allow_lossy=args.allow_lossy)
     root = _root(args.to_root, target, expressed.weights)
-    notes = list(expressed.notes)
+    notes = [*parts.notes(), *expressed.notes]
     if not target.forms:
         notes += [f"{destination.name} {text}" for text in expressed.weights.forgotten(destination)]
     if found.dialect.frames and not target.frames:
         notes.append(found.dialect.frames)
+    notes += weights.unsure()
+    added = list(target.unused.get(found.kind, {}))
     report: dict[str, Any] = {
         "source": {"file": args.source, "dialect": whose.name, "root": found.root},
         "destination": {"file": args.destination, "dialect": target.name, "root": root},
@@ -123,6 +126,8 @@ def _convert(args: argparse.Namespace) -> int:
         "config": dataclasses.asdict(expressed.weights.config),
         "converted": len(expressed.weights.arrays),
         "numbers": sum(x.size for x in expressed.weights.arrays.values()),
+        "added": added,
+        "assumed": sorted(expressed.weights.assumed),
         "losses": [loss._asdict() for loss in expressed.losses],
         "notes": notes,
         "elsewhere": elsewhere,
@@ -164,7 +169,7 @@ def _check_destination(destination: Path, source: Path, force: bool) -> None:
         raise ValueError(f"{destination}: there is no directory {destination.parent}")
 
 
-def _read(file: ArrayFile, dialect: str | None, root: str | None) -> tuple[Weights, Found]:
+def _read(file: ArrayFile, dialect: str | None, root: str | None) -> tuple[Weights, Found, Parts]:
     progress = _Progress(f"reading {file.path.name}")
     try:
         return read_module(file, dialect=dialect, root=root, progress=progress)
@@ -172,10 +177,11 @@ def _read(file: ArrayFile, dialect: str | None, root: str | None) -> tuple[Weigh
         progress.clear()
 
 
-def _elsewhere(file: ArrayFile, found: Found) -> dict[str, int]:
+def _elsewhere(file: ArrayFile, parts: Parts) -> dict[str, int]:
     """Arrays that belong to other parts of the model, counted by the first names of their paths."""
     keys = slashed(file.keys)
-    here = set(found.names(keys).values())
+    names = parts.found.names(keys)
+    here = {*parts.read, *(names[name] for name in parts.unused)}
     return dict(Counter(_stem(key) for key in keys if key not in here))
 
 
@@ -228,6 +234,8 @@ def _conversion(report: dict[str, Any], source: Dialect, target: Dialect, destin
         f"{report['source']['file']}: {source.title}'s {report['module']}{where}",
         f"{destination}: {target.title}'s, {report['converted']} parameters, {report['numbers']:,} numbers",
     ]
+    if report["added"]:
+        lines.append(f"and zeros, which {target.title} never reads: {', '.join(report['added'])}")
     lines += [f"lost, as allowed: {loss['name']}: {loss['reason']}" for loss in report["losses"]]
     lines += [f"mind: {note}" for note in report["notes"]]
     if report["elsewhere"]:
@@ -271,7 +279,7 @@ def _inspect(args: argparse.Namespace) -> int:
             ],
         }
         try:
-            weights, found = _read(file, args.dialect, args.root)
+            weights, found, parts = _read(file, args.dialect, args.root)
         except ValueError as error:
             report["problem"] = str(error)
         else:
@@ -280,6 +288,8 @@ def _inspect(args: argparse.Namespace) -> int:
                 "root": found.root,
                 "dialect": _whose(found, weights).name,
                 "config": dataclasses.asdict(weights.config),
+                "assumed": sorted(weights.assumed),
+                "notes": parts.notes(),
                 "parameters": [
                     {
                         "name": name,
@@ -290,7 +300,7 @@ def _inspect(args: argparse.Namespace) -> int:
                     }
                     for name, (theirs, transform) in found.dialect.names(weights.config).items()
                 ],
-                "elsewhere": _elsewhere(file, found),
+                "elsewhere": _elsewhere(file, parts),
             }
     print(json.dumps(report, indent=1) if args.json else _contents(report))
     return 2 if "problem" in report else 0
@@ -318,7 +328,10 @@ def _contents(report: dict[str, Any]) -> str:
     lines += [
         f"{named(report['dialect']).title}'s {report['module']}" + (f" at {report['root']}" if report["root"] else "")
     ]
-    lines += [f"  {line}" for line in _config_lines(report["config"])]
+    lines += [f"  {line}" for line in _config_lines(report["config"], report["assumed"])]
+    if report["assumed"]:
+        lines.append("assumed fields are those that neither names nor shapes nor the file's metadata tell")
+    lines += [f"mind: {note}" for note in report["notes"]]
     rows = [("parameter", "in the file", "shape", "dtype", "norm")]
     for x in report["parameters"]:
         theirs = "" if x["theirs"] == x["name"] else x["theirs"]
@@ -333,10 +346,14 @@ def _contents(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _config_lines(config: dict[str, Any], prefix: str = "") -> list[str]:
+def _config_lines(config: dict[str, Any], assumed: Sequence[str], prefix: str = "") -> list[str]:
     lines = []
     for name, x in config.items():
-        lines += _config_lines(x, f"{prefix}{name}.") if isinstance(x, dict) else [f"{prefix}{name} = {x}"]
+        path = f"{prefix}{name}"
+        if isinstance(x, dict):
+            lines += _config_lines(x, assumed, f"{path}.")
+        else:
+            lines.append(f"{path} = {x}" + (" (assumed)" if path in assumed else ""))
     return lines
 
 
@@ -346,7 +363,7 @@ def _compare(args: argparse.Namespace) -> int:
         args.files, (args.dialect_a, args.dialect_b), (args.root_a, args.root_b), strict=True
     ):
         with open_arrays(path) as file:
-            read.append(_read(file, dialect, root))
+            read.append(_read(file, dialect, root)[:2])
     (a, found_a), (b, found_b) = read
     if found_a.kind is not found_b.kind:
         raise ValueError(

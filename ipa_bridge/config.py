@@ -121,8 +121,8 @@ class IPAConfig:
 
     @classmethod
     def esmfold(cls) -> IPAConfig:
-        """ESMFold's structure module: the monomer form with ε = 1e-12 and γ starting at 0."""
-        return replace(cls.alphafold2(), norm_epsilon=1e-12, point_weight_init=0.0)
+        """ESMFold's structure module: AlphaFold 2's attention, but that γ starts at 0."""
+        return replace(cls.alphafold2(), point_weight_init=0.0)
 
     @classmethod
     def framediff(cls) -> IPAConfig:

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,14 +23,16 @@ from ipa_bridge.config import (
     attention_of,
 )
 from ipa_bridge.conversion import express
-from ipa_bridge.dialects import DIALECTS, Dialect, Found, Transform, find_module, named
+from ipa_bridge.dialects import DIALECTS, Dialect, Found, Parts, Transform, find_module, named
 from ipa_bridge.files import ArrayFile, open_arrays, write_arrays
 from ipa_bridge.parameters import Shapes, infer_config, parameter_shapes, torch_name
 from ipa_bridge.tensors import numpy_array, numpy_dtype, torch_tensor
+from ipa_bridge.told import expression, fields, functional, is_functional, path_within
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
     from torch import Tensor
+    from torch.nn import Module
 
 ROOTS: dict[type, str] = {
     IPAConfig: "invariant_point_attention",
@@ -50,10 +52,7 @@ MOST_PROBLEMS = 40
 MOST_LAYERS = 1024
 """That metadata may tell of."""
 
-NOT_FUNCTIONAL = ("point_weight_init", "zero_init", "dropout", "attention_dropout", "transition_dropout")
-"""Fields of a config that say how a model begins and is trained, and not what a trained one computes."""
-
-_CONFIG_KEY, _DIALECT_KEY = "ipa_config", "ipa_dialect"
+_CONFIG_KEY, _ASSUMED_KEY, _DIALECT_KEY = "ipa_config", "ipa_assumed", "ipa_dialect"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,20 +64,40 @@ class Weights:
             copies, which no later step of training and no later change of a file reaches.
         config: the config they fit.
         root: the haiku path of the module, under which `to_haiku` and an .npz put them; None for its own name.
+        assumed: paths of the config's fields that nothing told, as "ipa.norm_epsilon". A field is told by `config=`,
+            by a file's metadata, by a module of ours, by names and shapes, or by the system that the weights are of,
+            if all its published models have the same value.
 
     Raises:
-        ValueError: missing, extra, misshapen, non-float or non-finite parameters, each named.
+        ValueError: missing, extra, misshapen, non-float or non-finite parameters, each named; or an assumed field that
+            the config does not have.
     """
 
     arrays: Mapping[str, np.ndarray]
     config: Config
     root: str = None  # type: ignore[assignment]
+    assumed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.root is None:
             object.__setattr__(self, "root", ROOTS[type(self.config)])
+        object.__setattr__(self, "assumed", frozenset(self.assumed))
+        known = fields(self.config)
+        if unknown := sorted(set(self.assumed) - set(known)):
+            raise ValueError(
+                f"assumed must name fields of the config, as {next(iter(known))}; got {', '.join(map(str, unknown))}"
+            )
         _check(self.arrays, parameter_shapes(self.config))
         object.__setattr__(self, "arrays", {name: _frozen_copy(x) for name, x in self.arrays.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made as the original was, so that their arrays are read-only too."""
+        return type(self), (dict(self.arrays), self.config, self.root, self.assumed)
+
+    @property
+    def assumed_function(self) -> dict[str, Any]:
+        """The assumed fields by path, with their values, that say what a trained module computes."""
+        return {path: x for path, x in fields(self.config).items() if path in self.assumed and is_functional(path)}
 
     @classmethod
     def random(cls, config: Config, *, seed: int = 0, dtype: DTypeLike = np.float32) -> Weights:
@@ -112,7 +131,8 @@ class Weights:
         Args:
             params: arrays of numpy or JAX.
             root: path of the module, where there are several or another is meant.
-            config: overrides what the names and shapes say; a module of its kind is looked for.
+            config: what the module is; a module of its kind is looked for. Without it, what names and shapes do not
+                tell is `assumed`, but for parameters at AlphaFold's own path.
 
         Raises:
             ValueError: no such module, several and no root, or parameters that do not fit.
@@ -125,13 +145,13 @@ class Weights:
                 flat.append((module.replace("//", "/"), leaves))
         tree = _without_duplicates(flat, "these parameters")
         shapes = {name: np.shape(x) for name, x in tree.items()}
-        found, config = find_module(shapes, root=root, config=config, haiku=True)
-        return cls(_read(found, config, shapes, lambda key: np.asarray(tree[key])), config, found.root)
+        found, config, assumed = find_module(shapes, root=root, config=config, haiku=True)
+        return cls(_read(found, config, shapes, lambda key: np.asarray(tree[key])), config, found.root, assumed)
 
     @classmethod
     def from_torch(
         cls,
-        state_dict: Mapping[str, Tensor],
+        state_dict: Mapping[str, Tensor] | Module,
         *,
         dialect: str | None = None,
         root: str | None = None,
@@ -140,21 +160,32 @@ class Weights:
         """Takes one module out of a torch state dict, with our names or another system's, alone or under a prefix.
 
         Args:
-            state_dict: tensors or parameters on any device.
+            state_dict: tensors or parameters on any device; or a module, whose state dict it is. A module of
+                `ipa_torch`, alone or within another, tells its config.
             dialect: whose names they are, one of `ipa_bridge.dialects.DIALECTS`; None to recognise it.
             root: prefix of the module ("" for none), where there are several or another is meant.
-            config: overrides what the names and shapes say; a module of its kind is looked for.
+            config: what the module is; a module of its kind is looked for. Without it, what nothing else tells is
+                `assumed`.
 
         Raises:
             ValueError: no such module, several and no root, names that two dialects read differently, entries that are
                 no tensors, or parameters that do not fit.
         """
+        model = None if isinstance(state_dict, Mapping) else state_dict
+        if model is not None:
+            if not hasattr(model, "state_dict"):
+                raise ValueError(f"a state dict or a module was expected; got a {type(model).__name__}")
+            state_dict = model.state_dict()
+        state_dict = cast("Mapping[str, Tensor]", state_dict)
         strange = [repr(name) for name in state_dict if not isinstance(name, str)]
         if strange:
             raise ValueError(f"names were expected, as module.state_dict() has them; got {', '.join(strange[:5])}")
         shapes = {name: tuple(getattr(x, "shape", ())) for name, x in state_dict.items()}
-        found, config = find_module(shapes, dialect=dialect, root=root, config=config, haiku=False)
-        tensors = {key: state_dict[key] for key in found.names(state_dict).values()}
+        found, settled, assumed = find_module(shapes, dialect=dialect, root=root, config=config, haiku=False)
+        if config is None and model is not None and (told := _config_of_module(model, found)) is not None:
+            settled, assumed = told, frozenset()
+        parts = found.parts(shapes, settled)
+        tensors = {key: state_dict[key] for key in parts.read}
         other = [f"{name} ({type(x).__name__})" for name, x in tensors.items() if not hasattr(x, "detach")]
         if other:
             raise ValueError(f"tensors were expected, as module.state_dict() gives them; got {', '.join(other)}")
@@ -165,7 +196,9 @@ class Weights:
             except (TypeError, RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"{key} is no plain tensor ({error}): make it dense, on a device with data") from error
 
-        return cls(_read(found, config, shapes, read), config)
+        weights = cls(_read(found, settled, shapes, read), settled, assumed=assumed)
+        parts.mention(stacklevel=3)
+        return weights
 
     @classmethod
     def load(
@@ -186,7 +219,8 @@ class Weights:
             path: the file.
             dialect: whose names they are, one of `ipa_bridge.dialects.DIALECTS`; None to recognise it.
             root: path of the module in the file, where there are several or another is meant.
-            config: overrides what the file's metadata, or names and shapes, say; a module of its kind is looked for.
+            config: what the module is, whatever the file's metadata say; a module of its kind is looked for. Without
+                it, what neither metadata nor anything else tells is `assumed`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -194,7 +228,9 @@ class Weights:
                 differently, or parameters that do not fit.
         """
         with open_arrays(path) as file:
-            return read_module(file, dialect=dialect, root=root, config=config)[0]
+            weights, _, parts = read_module(file, dialect=dialect, root=root, config=config)
+        parts.mention(stacklevel=3)
+        return weights
 
     def save(
         self,
@@ -206,8 +242,9 @@ class Weights:
     ) -> None:
         """Writes .npz in AlphaFold's form (`root/module//leaf`), or .safetensors or .pt in torch's names and layout.
 
-        .safetensors also carries the config; the others warn where `load` would take something else for granted.
-        The file is replaced in one step, or left as it was.
+        .safetensors also carries the config, and which fields of it are assumed; the others warn where `load` would
+        take something else for granted. Assumed fields that say what the module computes are warned of, with the
+        `config=` to pass. The file is replaced in one step, or left as it was.
 
         Args:
             path: destination.
@@ -227,6 +264,8 @@ class Weights:
             warnings.warn(f"{os.fspath(path)}, as {target.title}'s: {note}", stacklevel=2)
         for note in [] if target.forms else expressed.weights.forgotten(path):
             warnings.warn(f"{os.fspath(path)} {note}", stacklevel=2)
+        for note in self.unsure():
+            warnings.warn(f"{os.fspath(path)}: {note}", stacklevel=2)
         expressed.weights.write(path, target, root=root)
 
     def write(
@@ -236,7 +275,7 @@ class Weights:
         arrays = in_dialect(self, dialect, root)
         if dialect.separator == "/":
             arrays = {_join(*_split(name), "//"): x for name, x in arrays.items()}
-        write_arrays(path, arrays, _metadata(self.config, dialect), replace=replace)
+        write_arrays(path, arrays, _metadata(self, dialect), replace=replace)
 
     def subtree(self, path: str) -> Weights:
         """One module out of a larger one, as "fold_iteration/invariant_point_attention" of a structure module.
@@ -245,7 +284,7 @@ class Weights:
             ValueError: no known module at that path.
         """
         return Weights.from_haiku({_join(*_split(name), "//"): x for name, x in self.arrays.items()}, root=path)._alone(
-            self.config
+            self
         )
 
     def to_haiku(self, *, root: str | None = None) -> dict[str, dict[str, np.ndarray]]:
@@ -281,9 +320,20 @@ class Weights:
         rounded = numpy_dtype(dtype)
         return dataclasses.replace(self, arrays={name: x.astype(rounded) for name, x in self.arrays.items()})
 
-    def _alone(self, whole: Config) -> Weights:
-        """The same under its own name, with what its names and shapes do not tell from the config of the whole."""
-        return Weights(self.arrays, _part(whole, type(self.config)) or self.config)
+    def _alone(self, whole: Weights) -> Weights:
+        """The same under its own name, with the whole's config and what of it is assumed."""
+        config, assumed = _part(whole.config, whole.assumed, type(self.config)) or (self.config, self.assumed)
+        return Weights(self.arrays, config, assumed=assumed)
+
+    def unsure(self) -> list[str]:
+        """What of the function is assumed and not told, as one sentence, or none."""
+        if not self.assumed_function:
+            return []
+        listed = ", ".join(f"{path}={x!r}" for path, x in self.assumed_function.items())
+        return [
+            f"assumed, for neither names nor shapes tell: {listed}; where these weights are read, pass what holds, as "
+            f"config={expression(self.config, self.assumed_function)}"
+        ]
 
     def forgotten(self, path: str | os.PathLike[str]) -> list[str]:
         """What a file of that name cannot say, and `load` would take for granted, each as the end of a sentence.
@@ -309,8 +359,8 @@ def read_module(
     root: str | None = None,
     config: Config | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> tuple[Weights, Found]:
-    """One module out of an open file, and whose it was; see `Weights.load`.
+) -> tuple[Weights, Found, Parts]:
+    """One module out of an open file, whose it was, and what lay at its path; see `Weights.load`.
 
     Args:
         file: the file.
@@ -325,11 +375,11 @@ def read_module(
     whose = file.metadata.get(_DIALECT_KEY)
     if dialect is None and whose in DIALECTS and (named(whose).separator == "/") == haiku:
         dialect = whose
-    told = _config_from_metadata(file.metadata, file.path) if config is None else None
+    told = _told_by_metadata(file.metadata, file.path) if config is None else None
     if root is None:
-        config = config or told
+        config = config or (told and told[0])
     try:
-        found, settled = find_module(
+        found, settled, assumed = find_module(
             shapes, dialect=dialect, root=root, config=config, haiku=haiku, source=os.fspath(file.path)
         )
     except ValueError as error:
@@ -337,11 +387,12 @@ def read_module(
             raise
         others = "\n  ".join(map(str, unreadable.values()))
         raise ValueError(f"{error}\nwhat could not be read:\n  {others}") from error
-    for key in found.names(unreadable).values():
-        raise unreadable[key]
-    settled = _part(told, found.kind) or settled
+    settled, assumed = (told and _part(*told, found.kind)) or (settled, assumed)
     _check_size(settled, file)
-    number, done = len(found.names(keys)), 0
+    for name in found.parts(dict.fromkeys(unreadable, ()), settled).read:
+        raise unreadable[name]
+    parts = found.parts(shapes, settled)
+    number, done = len(parts.read), 0
 
     def read(name: str) -> np.ndarray:
         nonlocal done
@@ -349,16 +400,27 @@ def read_module(
         progress(done, number)
         return file[keys[name]]
 
-    return Weights(_read(found, settled, shapes, read), settled), found
+    return Weights(_read(found, settled, shapes, read), settled, assumed=assumed), found, parts
 
 
-def _part(whole: Config | None, kind: type) -> Config | None:
-    """Of a whole's config what a module of that kind within it has; None where nothing is told."""
-    if isinstance(whole, kind):
-        return whole
-    if kind is IPABlockConfig and isinstance(whole, IPATransformerConfig):
-        return whole.block
-    return attention_of(whole) if kind is IPAConfig and whole is not None else None
+def _part(whole: Config, assumed: Collection[str], kind: type) -> tuple[Config, frozenset[str]] | None:
+    """What a whole's config has of a module of that kind within it, and what of that is assumed; None for nothing."""
+    prefix = path_within(whole, kind)
+    if prefix is None:
+        return None
+    part = whole
+    for name in prefix.split(".")[:-1]:
+        part = getattr(part, name)
+    return part, frozenset(path.removeprefix(prefix) for path in assumed if path.startswith(prefix))
+
+
+def _config_of_module(model: Any, found: Found) -> Config | None:
+    """The config that a module of ours carries."""
+    try:
+        config = getattr(model.get_submodule(found.root), "config", None)
+    except AttributeError:  # its state dict has other names than its modules
+        return None
+    return config if isinstance(config, found.kind) else None  # type: ignore[return-value]
 
 
 def _check_size(config: Config, file: ArrayFile) -> None:
@@ -385,7 +447,7 @@ def _shapes(file: ArrayFile, keys: Mapping[str, str]) -> tuple[Shapes, dict[str,
 
 def _read(found: Found, config: Config, shapes: Shapes, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
     """A module's arrays in our form, once all their names and shapes are right."""
-    names, below = found.dialect.names(config), found.names(shapes)
+    names, below = found.dialect.names(config), found.parts(shapes, config).below
     wanted, ours = parameter_shapes(config), found.dialect.canonical_names(below, found.kind)
     problems = [f"missing {name} {shape}" for name, shape in wanted.items() if names[name][0] not in below]
     known = {theirs for theirs, _ in names.values()}
@@ -416,19 +478,22 @@ def _here(name: str, theirs: str, transform: Transform, shape: tuple[int, ...]) 
 
 
 def in_dialect(weights: Weights, dialect: Dialect, root: str | None) -> dict[str, np.ndarray]:
-    """Arrays under another system's names, below a root."""
+    """Arrays under another system's names, below a root; zeros for those that its modules own and never read."""
     if root is None:
         root = weights.root if dialect.separator == "/" else ""
     names = dialect.names(weights.config)
-    return {
-        _join(root, theirs, dialect.separator): transform.apply(weights.arrays[name])
-        for name, (theirs, transform) in names.items()
-    }
+    arrays = {theirs: transform.apply(weights.arrays[name]) for name, (theirs, transform) in names.items()}
+    dtype = next(iter(arrays.values())).dtype
+    unused = dialect.unused.get(type(weights.config), {})
+    arrays |= {theirs: np.zeros(shape, dtype) for theirs, shape in unused.items()}
+    return {_join(root, theirs, dialect.separator): x for theirs, x in arrays.items()}
 
 
-def _metadata(config: Config, dialect: Dialect) -> dict[str, str]:
+def _metadata(weights: Weights, dialect: Dialect) -> dict[str, str]:
     """What .safetensors carries beside the arrays; "format" is what transformers asks for."""
-    metadata = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
+    metadata = {_CONFIG_KEY: json.dumps(dataclasses.asdict(weights.config))}
+    if weights.assumed:
+        metadata[_ASSUMED_KEY] = json.dumps(sorted(weights.assumed))
     return {"format": "pt", _DIALECT_KEY: dialect.name, **metadata} if dialect.forms else metadata
 
 
@@ -467,14 +532,6 @@ def canonical_from_torch(
 
 def _config_of(arrays: Mapping[str, np.ndarray]) -> Config:
     return infer_config({name: x.shape for name, x in arrays.items()})
-
-
-def functional(config: Config) -> dict[str, Any]:
-    """The fields that say what a trained module computes: all but how it begins and is trained."""
-    fields = dataclasses.asdict(config)
-    for inner in ("block", "ipa"):
-        fields |= {name: x for name, x in fields.pop(inner, {}).items() if name not in fields}
-    return {name: x for name, x in fields.items() if name not in NOT_FUNCTIONAL}
 
 
 def _below(keys: Iterable[str], root: str, separator: str) -> dict[str, str]:
@@ -519,22 +576,47 @@ def _frozen_copy(x: ArrayLike) -> np.ndarray:
     return copy
 
 
-def _config_from_metadata(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Config | None:
+def _told_by_metadata(
+    metadata: Mapping[str, str], path: str | os.PathLike[str]
+) -> tuple[Config, frozenset[str]] | None:
+    """The config that a file carries, and which fields of it are assumed: those marked so, and those it leaves out."""
     if _CONFIG_KEY not in metadata:
         return None
     try:
-        fields = json.loads(metadata[_CONFIG_KEY])
-        for name in ("num_layer", "num_layer_in_transition", "num_residual_block"):
-            for level in (fields, fields.get("block", {})):
-                if isinstance(level.get(name), int) and level[name] > MOST_LAYERS:
-                    raise ValueError(f"{name} is {level[name]}, and {MOST_LAYERS} is the most that is believed")
-        if "block" in fields:
-            block = {**fields["block"], "ipa": IPAConfig(**fields["block"]["ipa"])}
-            return IPATransformerConfig(**{**fields, "block": IPABlockConfig(**block)})
-        if "post_norm" in fields:
-            return IPABlockConfig(**{**fields, "ipa": IPAConfig(**fields["ipa"])})
-        if "ipa" in fields:
-            return StructureModuleConfig(**{**fields, "ipa": IPAConfig(**fields["ipa"])})
-        return PredictedLDDTConfig(**fields) if "num_bin" in fields else IPAConfig(**fields)
+        values = json.loads(metadata[_CONFIG_KEY])
+        config = _config_from(values)
     except (TypeError, ValueError, AttributeError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: its {_CONFIG_KEY} metadata is no config ({error}): pass config=") from error
+    known = fields(config)
+    try:
+        marked = json.loads(metadata.get(_ASSUMED_KEY, "[]"))
+        if not isinstance(marked, list) or not all(isinstance(x, str) and x in known for x in marked):
+            raise ValueError("a list of fields of the config was expected")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its {_ASSUMED_KEY} metadata cannot be read ({error}): pass config=") from error
+    return config, frozenset({*marked, *(x for x in known if not _has(values, x))})
+
+
+def _has(values: Any, path: str) -> bool:
+    """A field of that path is among a config's values."""
+    for name in path.split("."):
+        if not isinstance(values, dict) or name not in values:
+            return False
+        values = values[name]
+    return True
+
+
+def _config_from(values: Any) -> Config:
+    """The config of those values, of whatever kind."""
+    for name in ("num_layer", "num_layer_in_transition", "num_residual_block"):
+        for level in (values, values.get("block", {})):
+            if isinstance(level.get(name), int) and level[name] > MOST_LAYERS:
+                raise ValueError(f"{name} is {level[name]}, and {MOST_LAYERS} is the most that is believed")
+    if "block" in values:
+        block = {**values["block"], "ipa": IPAConfig(**values["block"]["ipa"])}
+        return IPATransformerConfig(**{**values, "block": IPABlockConfig(**block)})
+    if "post_norm" in values:
+        return IPABlockConfig(**{**values, "ipa": IPAConfig(**values["ipa"])})
+    if "ipa" in values:
+        return StructureModuleConfig(**{**values, "ipa": IPAConfig(**values["ipa"])})
+    return PredictedLDDTConfig(**values) if "num_bin" in values else IPAConfig(**values)

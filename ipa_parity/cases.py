@@ -84,7 +84,9 @@ def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Wei
     told = PRESETS[preset]()
     config = cast(IPAConfig, weights.config)
     fields = ("norm_form", "norm_epsilon", "position_scale")
-    return replace(weights, config=replace(config, **{field: getattr(told, field) for field in fields}))
+    return replace(
+        weights, config=replace(config, **{field: getattr(told, field) for field in fields}), assumed=frozenset()
+    )
 
 
 def make_case(

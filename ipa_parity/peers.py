@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from ipa_bridge import residues
-from ipa_bridge.config import IPAConfig, StructureModuleConfig
+from ipa_bridge.config import IPAConfig
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case
@@ -74,22 +74,19 @@ def run_alphafold(case: Case) -> Arrays:
 
 
 def esmfold_module(case: Case) -> Any:
-    """`transformers`' EsmFold attention with the case's widths and weights."""
-    from types import SimpleNamespace
-
+    """`transformers`' EsmFold attention with the case's widths and weights; ε is its own."""
+    from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
     from transformers.models.esm.modeling_esmfold import EsmFoldInvariantPointAttention
 
     config = case.config
     module = EsmFoldInvariantPointAttention(
-        SimpleNamespace(
+        EsmConfig(
             sequence_dim=config.num_channel,
             pairwise_dim=config.pair_channel,
             ipa_dim=config.num_scalar_qk,
             num_heads_ipa=config.num_head,
             num_qk_points=config.num_point_qk,
             num_v_points=config.num_point_v,
-            epsilon=config.norm_epsilon,
-            inf=1e5,
         )
     )
     module.load_state_dict(case.weights.to_torch(dialect="esmfold"))
@@ -255,12 +252,12 @@ def run_alphafold_structure_module(case: StructureModuleCase, *, gradients: bool
 
 
 def esmfold_structure_module(weights: Weights) -> Any:
-    """`transformers`' EsmFold structure module with these weights."""
+    """`transformers`' EsmFold structure module with these weights; ε is its own."""
     from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
     from transformers.models.esm.modeling_esmfold import EsmFoldStructureModule
 
     config = cast(StructureModuleConfig, weights.config)
-    module = EsmFoldStructureModule(EsmConfig(epsilon=config.ipa.norm_epsilon, num_blocks=config.num_layer)).eval()
+    module = EsmFoldStructureModule(EsmConfig(num_blocks=config.num_layer)).eval()  # its own ε, that ours must have
     module.load_state_dict(weights.to_torch(dialect="esmfold"))
     return module
 

@@ -86,7 +86,7 @@ def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Wei
     ipa = replace(config.ipa, norm_form=told.ipa.norm_form, norm_epsilon=told.ipa.norm_epsilon)
     layers = told.num_layer if config.tied_layers else config.num_layer
     config = replace(config, ipa=ipa, num_layer=layers, position_scale=told.position_scale)
-    return replace(weights, config=config)
+    return replace(weights, config=config, assumed=frozenset())
 
 
 def make_case(

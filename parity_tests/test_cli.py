@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ipa_bridge.config import IPAConfig, StructureModuleConfig
+from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.weights import Weights
 from ipa_parity import cli, parity, stages, structure_module
 from ipa_parity.cases import ODD_MULTIMER, load_weights
@@ -70,11 +70,12 @@ def test_untrained_weights_are_refused(tmp_path, capsys):
 
 
 def test_a_preset_tells_the_norm_that_a_file_cannot(tmp_path):
-    weights = Weights.random(IPAConfig.esmfold())
-    with pytest.warns(UserWarning, match="cannot say that norm_epsilon is 1e-12, not 1e-08"):
-        weights.save(tmp_path / "esm.npz")
-    assert load_weights(tmp_path / "esm.npz").config.norm_epsilon == 1e-8
-    assert load_weights(tmp_path / "esm.npz", "esmfold").config.norm_epsilon == 1e-12
+    weights = Weights.random(replace(ODD_MULTIMER, norm_form="add"))
+    with pytest.warns(UserWarning, match="cannot say that norm_form is 'add', not 'clamp'"):
+        weights.save(tmp_path / "w.npz")
+    guessed, told = (load_weights(tmp_path / "w.npz", preset) for preset in (None, "alphafold2"))
+    assert (guessed.config.norm_form, "norm_form" in guessed.assumed) == ("clamp", True)
+    assert (told.config.norm_form, told.assumed) == ("add", frozenset())
 
 
 def test_a_failure_is_named_and_gives_status_1(capsys, monkeypatch):
@@ -127,7 +128,7 @@ def test_a_structure_modules_weights_come_from_a_file(tmp_path, capsys):
     Weights.random(config.ipa).save(tmp_path / "ipa.safetensors")
     assert structure_module.load_weights(tmp_path / "module.safetensors").config == config
     told = structure_module.load_weights(tmp_path / "module.safetensors", "esmfold").config
-    assert (told.position_scale, told.ipa.norm_epsilon) == (10.0, 1e-12)
+    assert (told.position_scale, told.ipa.norm_form) == (10.0, "add")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["--module", "structure-module", "--weights", str(tmp_path / "ipa.safetensors")])
     assert "holds an attention's weights, not a structure module's: use --module ipa" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from ipa_bridge.config import (
 from ipa_bridge.conversion import LOSSES, express, in_layout
 from ipa_bridge.dialects import DIALECTS, Transform, find_module, named
 from ipa_bridge.dialects.spec import Order
+from ipa_bridge.told import is_functional
 from ipa_bridge.weights import Weights, _read, in_dialect
 from ipa_parity import peers, structure_module
 from ipa_parity.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR, make_case
@@ -37,6 +38,7 @@ from ipa_parity.stages import RUNNERS
 ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
 SMALL_MODULE = StructureModuleConfig(ipa=ONE_WIDTH, sidechain_channel=5, num_layer=8)
 """Odd, distinct widths, where a system has one for scalar queries, keys and values."""
+FRAMEDIFF = replace(ODD_DOWN_Z, num_scalar_v=ODD.num_scalar_qk, pair_channel=8, pair_value_channel=2)
 
 NATIVE = {
     "alphafold monomer": ("alphafold", ODD),
@@ -44,11 +46,9 @@ NATIVE = {
     "openfold": ("openfold", ONE_WIDTH),
     "openfold multimer": ("openfold", replace(ONE_WIDTH, layout="multimer", scalar_bias=False, norm_form="clamp")),
     "openfold_v1": ("openfold_v1", ONE_WIDTH),
-    "esmfold": ("esmfold", replace(ONE_WIDTH, norm_epsilon=1e-12, point_weight_init=0.0)),
-    "framediff": (
-        "framediff",
-        replace(ODD_DOWN_Z, num_scalar_v=ODD.num_scalar_qk, pair_channel=8, pair_value_channel=2),
-    ),
+    "esmfold": ("esmfold", replace(ONE_WIDTH, point_weight_init=0.0)),
+    "framediff": ("framediff", FRAMEDIFF),
+    "frameflow": ("frameflow", FRAMEDIFF),
     "lucidrains": ("lucidrains", ODD_NO_BIAS),
     "lucidrains without pair": ("lucidrains", replace(ODD_NO_BIAS, pair_channel=None)),
     "lucidrains block": ("lucidrains", IPABlockConfig.lucidrains(6, heads=2, ff_mult=2)),
@@ -65,7 +65,7 @@ NATIVE = {
         "openfold",
         replace(SMALL_MODULE, ipa=replace(ONE_WIDTH, layout="multimer", scalar_bias=False, norm_form="clamp")),
     ),
-    "esmfold structure module": ("esmfold", replace(SMALL_MODULE, ipa=replace(ONE_WIDTH, norm_epsilon=1e-12))),
+    "esmfold structure module": ("esmfold", SMALL_MODULE),
     "alphafold confidence head": ("alphafold", PredictedLDDTConfig(num_channel=5, hidden_channel=4, num_bin=3)),
     "openfold confidence head": ("openfold", PredictedLDDTConfig(num_channel=5, hidden_channel=4, num_bin=3)),
 }
@@ -105,7 +105,8 @@ def random_state(dialect: str, config, seed: int) -> dict[str, np.ndarray]:
             x = 1 + x
         update = "affine_update" in ours or "quat_rigid" in ours
         state[theirs] = ((0.2 if update else 1) * x).astype(np.float32)
-    return state
+    unused = named(dialect).unused.get(type(config), {})
+    return state | {name: np.zeros(shape, np.float32) for name, shape in unused.items()}
 
 
 def from_state(state, dialect: str, config) -> Weights:
@@ -115,7 +116,9 @@ def from_state(state, dialect: str, config) -> Weights:
         return Weights(found.arrays, found.config)  # under its own name
     root = "some.plddt" if isinstance(config, PredictedLDDTConfig) else "some"
     tensors = {f"{root}.{name}": torch.tensor(x) for name, x in state.items()}
-    return Weights.from_torch(tensors, dialect=dialect, root=root, config=config)
+    unused = named(dialect).unused.get(type(config))
+    with pytest.warns(UserWarning, match="linear_rbf") if unused else contextlib.nullcontext():
+        return Weights.from_torch(tensors, dialect=dialect, root=root, config=config)
 
 
 def assert_same_bits(actual, expected):
@@ -247,7 +250,8 @@ EXPECTED = {
     "openfold multimer": {"alphafold", "openfold"},
     "openfold_v1": EVERYONE | {"lucidrains"},
     "esmfold": EVERYONE | {"lucidrains"},
-    "framediff": {"framediff"},
+    "framediff": {"framediff", "frameflow"},
+    "frameflow": {"framediff", "frameflow"},
     "lucidrains": {"lucidrains", "alphafold"},
     "lucidrains without pair": {"lucidrains"},
     "lucidrains block": {"lucidrains"},
@@ -256,11 +260,11 @@ EXPECTED = {
     "openfold structure module": EVERYONE,
     "openfold_v1 structure module": EVERYONE,
     "openfold multimer structure module": {"alphafold", "openfold"},
-    "esmfold structure module": EVERYONE - {"alphafold"},
+    "esmfold structure module": EVERYONE,
     "alphafold confidence head": {"alphafold", "openfold", "openfold_v1"},
     "openfold confidence head": {"alphafold", "openfold", "openfold_v1"},
 }
-"""Scalar values of another width keep AlphaFold's from the rest; ε, which its code fixes, ESMFold's from AlphaFold."""
+"""Scalar values of another width keep AlphaFold's from the rest."""
 
 
 def test_who_can_say_what():
@@ -348,15 +352,10 @@ def test_names_and_shapes_tell_the_dialect(name, root):
     if dialect == "esmfold" and root:
         root = f"{root.replace('model.structure_module', 'trunk.structure_module')}"
     state = {f"{root}.{x}".removeprefix("."): y.shape for x, y in state_of(Weights.random(config), dialect).items()}
-    alike = dialect in ("openfold_v1", "esmfold") and "trunk" not in root
-    if alike:
-        with pytest.raises(ValueError, match=r"several dialects.*dialect='openfold_v1' .* or 'esmfold'"):
-            find_module(state)
-        found, inferred = find_module(state, dialect=dialect)
-    else:
-        found, inferred = find_module(state)
+    found, inferred, _ = find_module(state)
+    alike = {"esmfold": {"openfold_v1"} if "trunk" not in root else set()}
     if "confidence" not in name:  # OpenFold's versions call it the same
-        assert found.dialect.name == dialect
+        assert found.dialect.name in {dialect} | alike.get(dialect, set())
     assert (found.kind, found.root) == (type(config), root)
     assert replace_untold(inferred) == replace_untold(config)
 
@@ -372,8 +371,11 @@ def replace_untold(config):
     return config
 
 
-def test_an_untold_difference_is_an_error_not_a_guess():
+def test_an_untold_difference_is_an_error_not_a_guess(monkeypatch):
+    """Were ESMFold's function another than OpenFold's under the same names."""
     state = {name: x.shape for name, x in state_of(Weights.random(ONE_WIDTH), "openfold_v1").items()}
+    other = replace(DIALECTS["esmfold"], finish=lambda config: replace(config, norm_epsilon=1e-12))
+    monkeypatch.setitem(DIALECTS, "esmfold", other)
     with pytest.raises(
         ValueError, match=r"several dialects.*'openfold_v1' \(OpenFold 1\) or 'esmfold' \(ESMFold\), or config="
     ):
@@ -453,6 +455,7 @@ def test_what_a_system_cannot_say_is_refused(config, target, message):
         (ONE_WIDTH, "lucidrains", ["scalar_bias", "point_bias"], 1.0),
         (ODD_MULTIMER, "lucidrains", ["point_bias", "norm"], 1.0),
         (replace(ONE_WIDTH, norm_epsilon=1e-12), "alphafold", ["norm"], 1e-6),
+        (NATIVE["esmfold"][1], "alphafold", [], 1e-13),
         (ODD_NO_BIAS, "alphafold", [], 1e-13),
         (NATIVE["framediff"][1], "openfold", ["down_z"], 1e-6),
         (NATIVE["openfold multimer"][1], "esmfold", ["norm"], 1e-6),
@@ -510,13 +513,13 @@ def test_transformers_reads_what_is_written(tmp_path):
     pytest.importorskip("torch")
     from safetensors import safe_open
 
-    Weights.random(replace(ONE_WIDTH, norm_epsilon=1e-12)).save(
+    Weights.random(replace(ONE_WIDTH, norm_epsilon=1e-8)).save(
         tmp_path / "e.safetensors", dialect="esmfold", root="trunk.structure_module.ipa"
     )
     with safe_open(tmp_path / "e.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
         assert all(key.startswith("trunk.structure_module.ipa.") for key in file.keys())
-    assert Weights.load(tmp_path / "e.safetensors").config.norm_epsilon == 1e-12
+    assert Weights.load(tmp_path / "e.safetensors").config == ONE_WIDTH
 
 
 # --- Names and shapes of systems without a package
@@ -531,8 +534,153 @@ def test_names_and_shapes_are_theirs(name):
     manifest = MANIFESTS[name]
     presets = {"ipa": IPAConfig, "structure module": StructureModuleConfig}
     config = getattr(presets[manifest["module"]], manifest["preset"])()
-    names = named(manifest["dialect"]).names(config)
-    assert {theirs: list(transform.their_shape) for theirs, transform in names.values()} == manifest["shapes"]
+    weights = Weights.random(config)
+    assert {name: list(x.shape) for name, x in state_of(weights, manifest["dialect"]).items()} == manifest["shapes"]
+
+
+@pytest.mark.parametrize("dialect", [None, "openfold_v1", "esmfold"])
+def test_two_systems_of_the_same_function_are_no_ambiguity(dialect, tmp_path):
+    """OpenFold 1's names and ESMFold's are the same, and so are the functions: a structure module's is all told."""
+    pytest.importorskip("torch")
+    state = Weights.random(SMALL_MODULE).to_torch(dialect="openfold_v1", root="model.structure_module")
+    found = Weights.from_torch(state, dialect=dialect)
+    assert (replace_untold(found.config), found.assumed_function) == (replace_untold(SMALL_MODULE), {})
+    found.save(tmp_path / "a.npz", dialect="alphafold")
+    found.save(tmp_path / "a.safetensors")
+
+
+def test_an_attention_in_openfold_1s_names_may_be_anothers():
+    """ABodyBuilder3 has another ε under these names: only who names the system tells it."""
+    pytest.importorskip("torch")
+    state = Weights.random(ONE_WIDTH).to_torch(dialect="openfold_v1", root="a")
+    assert set(Weights.from_torch(state).assumed_function) == {"norm_epsilon"}
+    for dialect in ("openfold_v1", "esmfold"):
+        assert not Weights.from_torch(state, dialect=dialect).assumed
+    state = Weights.random(ONE_WIDTH).to_torch(dialect="esmfold", root="trunk.structure_module.ipa")
+    assert not Weights.from_torch(state).assumed
+
+
+@pytest.mark.parametrize(
+    ("name", "assumed"),
+    [
+        ("openfold", set()),
+        ("openfold multimer", set()),
+        ("framediff", set()),
+        ("frameflow", set()),
+        ("openfold structure module", set()),
+        ("openfold multimer structure module", set()),
+        ("lucidrains", {"norm_epsilon"}),
+        ("lucidrains block", {"ipa.norm_epsilon", "post_norm"}),
+        ("lucidrains transformer", {"block.ipa.norm_epsilon", "block.post_norm", "detach_rotations"}),
+    ],
+)
+def test_a_system_tells_what_all_its_models_share(name, assumed):
+    """And not what its constructors take."""
+    dialect, config = NATIVE[name]
+    state = {f"a.{x}": y.shape for x, y in state_of(Weights.random(config), dialect).items()}
+    for each in (None, dialect):
+        *_, found = find_module(state, dialect=each)
+        assert {path for path in found if is_functional(path)} == assumed
+
+
+def test_esmfolds_epsilon_is_its_published_classs():
+    """Where value points have no length, it is all there is of them: 1e-12 in its place would be seen."""
+    pytest.importorskip("transformers")
+    from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
+
+    assert IPAConfig.esmfold().norm_epsilon == StructureModuleConfig.esmfold().ipa.norm_epsilon == EsmConfig().epsilon
+    weights = Weights.random(IPAConfig.esmfold())
+    arrays = {name: x * (0 if name.startswith("kv_") else 1) for name, x in weights.arrays.items()}
+    rest = arrays["output_projection/weights"].copy()
+    scalars, lengths = 12 * 16 + 3 * 12 * 8, 12 * 8
+    rest[:scalars], rest[scalars + lengths :] = 0, 0
+    arrays |= {"output_projection/weights": rest, "output_projection/bias": 0 * arrays["output_projection/bias"]}
+    case = make_case("lengths", IPAConfig.esmfold(), (1,), weights=replace(weights, arrays=arrays))
+    case = replace(case, mask=np.ones_like(case.mask)).astype("float32")
+    theirs = peers.run_esmfold(case)["out"]
+    assert np.abs(theirs).max() > 1e-5
+    names = {"case": "lengths", "stage": "out", "dtype": "float32", "subject": "torch", "reference": "theirs"}
+    for epsilon, same in ((1e-8, True), (1e-12, False)):
+        weights = replace(case.weights, config=replace(case.config, norm_epsilon=epsilon))
+        row = compare(RUNNERS["torch"](replace(case, weights=weights), gradients=False)["out"], theirs, **names)
+        assert row.passed == same, str(row)
+
+
+# --- What lies beside
+
+
+def with_linear_rbf(torch, blocks: int = 2) -> dict:
+    """A trunk of FrameDiff's: each block owns what no forward reads."""
+    state = {}
+    for b in range(blocks):
+        own = Weights.random(FRAMEDIFF, seed=b).to_torch(dialect="frameflow", root=f"trunk.ipa_{b}")
+        state |= own | {f"trunk.ipa_{b}.linear_rbf.weight": torch.randn(1, 20)}
+        state |= {f"trunk.ipa_{b}.linear_rbf.bias": torch.randn(1), f"trunk.ipa_ln_{b}.weight": torch.ones(11)}
+    return state
+
+
+def test_what_no_forward_reads_is_ignored_with_a_word(tmp_path):
+    torch = pytest.importorskip("torch")
+    state = with_linear_rbf(torch)
+    expected = Weights.random(FRAMEDIFF, seed=1)
+    torch.save(state, tmp_path / "f.pt")
+    for read in (lambda **x: Weights.from_torch(state, **x), lambda **x: Weights.load(tmp_path / "f.pt", **x)):
+        for dialect in (None, "framediff"):
+            with pytest.warns(
+                UserWarning, match=r"linear_rbf\.weight, linear_rbf\.bias at trunk\.ipa_1: ignored"
+            ) as told:
+                found = read(root="trunk.ipa_1", dialect=dialect)
+            assert len(told) == 1
+            assert told[0].filename == __file__
+            assert_same_bits(found.arrays, expected.arrays)
+            assert (replace_untold(found.config), found.assumed) == (replace_untold(FRAMEDIFF), frozenset())
+    wrong = state | {"trunk.ipa_1.linear_rbf.weight": torch.ones(2, 20)}
+    with pytest.raises(ValueError, match=r"unexpected linear_rbf\.weight \(2, 20\)"):
+        Weights.from_torch(wrong, root="trunk.ipa_1")
+    with pytest.raises(ValueError, match=r"no module at root='trunk\.ipa_1'"):
+        Weights.from_torch(state, root="trunk.ipa_1", dialect="frameflow")
+
+
+def test_it_is_written_for_those_whose_strict_load_asks_for_it():
+    """FrameDiff's; FrameFlow's and MultiFlow's would refuse it."""
+    torch = pytest.importorskip("torch")
+    weights = Weights.random(FRAMEDIFF, dtype=np.float64)
+    state = weights.to_torch(dialect="framediff", root="trunk.ipa_0")
+    assert set(state) - set(weights.to_torch(dialect="frameflow", root="trunk.ipa_0")) == {
+        "trunk.ipa_0.linear_rbf.weight",
+        "trunk.ipa_0.linear_rbf.bias",
+    }
+    assert {x.dtype for x in state.values()} == {torch.float64}
+    torch.nn.Linear(20, 1).double().load_state_dict(
+        {name: state[f"trunk.ipa_0.linear_rbf.{name}"] for name in ("weight", "bias")}
+    )
+
+
+@pytest.mark.parametrize("root", ["", "mpnn_layers.0"])
+def test_modules_beside_an_attentions_own_do_not_hide_it(root, tmp_path):
+    """As in lociPARSE, whose layer holds the attention's parameters and those of a transition and layer norms."""
+    torch = pytest.importorskip("torch")
+    weights = Weights.random(ONE_WIDTH)
+    others = {"norm.0.weight": 11, "norm.1.bias": 11, "node_dense.W_in.weight": 44, "transition.weight": 3}
+    state = weights.to_torch(dialect="openfold_v1") | {name: torch.ones(x) for name, x in others.items()}
+    state |= {"node_dense.extra": torch.ones(2, dtype=torch.int64)}
+    state = {f"{root}.{name}".removeprefix("."): x for name, x in state.items()}
+    torch.save(state, tmp_path / "l.pt")
+    for read in (lambda: Weights.from_torch(state), lambda: Weights.load(tmp_path / "l.pt")):
+        with pytest.warns(UserWarning, match=r"norm, node_dense, transition.*beside the parameters of the attention"):
+            found = read()
+        assert_same_bits(found.arrays, weights.arrays)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["linear_x.weight", "q_norm.weight", "logit_scale", "linear_out_2.0.weight", "point_gate.weight", "down_z.bias"],
+)
+def test_what_may_be_the_attentions_own_is_refused(name):
+    torch = pytest.importorskip("torch")
+    state = Weights.random(ONE_WIDTH).to_torch(dialect="openfold_v1") | {name: torch.ones(2)}
+    with pytest.raises(ValueError, match=rf"unexpected {re.escape(name).replace('weight', 'weights?')} \(2,\)"):
+        Weights.from_torch(state, dialect="openfold_v1", config=ONE_WIDTH)
 
 
 # --- The semantics can tell
@@ -584,7 +732,7 @@ SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 6, 12, 1 << 40]), max_size=3).map
 @given(st.dictionaries(NAMES, SHAPES, max_size=8), st.sampled_from([None, *DIALECTS]))
 def test_any_names_and_shapes_are_read_or_refused(shapes, dialect):
     with contextlib.suppress(ValueError):
-        found, _ = find_module(shapes, dialect=dialect)
+        found, *_ = find_module(shapes, dialect=dialect)
         assert found.names(shapes)
 
 
@@ -605,7 +753,7 @@ def test_any_damage_to_names_and_shapes_is_named(name, data):
             shapes[victim] = (*shapes[victim], 2)
 
     def read():
-        found, told = find_module(shapes, dialect=dialect, config=config)
+        found, told, _ = find_module(shapes, dialect=dialect, config=config)
         return _read(found, told, shapes, lambda key: np.zeros(shapes[key]))
 
     with pytest.raises(ValueError, match=r"no .*s |do not fit"):

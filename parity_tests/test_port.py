@@ -16,7 +16,7 @@ import pytest
 from ipa_bridge import cli, files
 from ipa_bridge import weights as weights_module
 from ipa_bridge.cli import main
-from ipa_bridge.config import PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.config import IPABlockConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig
 from ipa_bridge.parameters import parameter_shapes
 from ipa_bridge.weights import Weights
 from ipa_parity.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS
@@ -87,7 +87,7 @@ def test_json_says_all_of_it(alphafold, tmp_path, capsys):
         "root": f"{ALPHAFOLD}/structure_module",
     }
     assert report["converted"] + sum(report["elsewhere"].values()) == len(np.load(alphafold).files)
-    assert report["notes"] == ["construct it with epsilon=1e-08: a file cannot say so"]
+    assert (report["notes"], report["assumed"], report["added"]) == ([], [], [])
     assert (report["losses"], report["verified"]["passed"]) == ([], True)
     assert report["verified"]["eps"] < 100
     code, out, _ = run(capsys, "inspect", alphafold, "--json")
@@ -114,11 +114,12 @@ def test_inspect_says_what_is_there(alphafold, tmp_path, capsys, torch):
     state = Weights.random(ONE_WIDTH).to_torch(dialect="openfold_v1")
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "ipa.pt")
     code, out, _ = run(capsys, "inspect", tmp_path / "ipa.pt")
-    assert code == 2
+    assert code == 0
     assert "invariant point attention at state_dict: openfold_v1 or esmfold" in out
-    assert "pass dialect='openfold_v1' (OpenFold 1) or 'esmfold' (ESMFold)" in out
+    assert "  norm_epsilon = 1e-08 (assumed)" in out
     code, out, _ = run(capsys, "inspect", tmp_path / "ipa.pt", "--dialect", "esmfold")
     assert code == 0
+    assert "(assumed)" not in out
     assert "no arrays by name: epoch" in out
     assert "linear_kv_points.weight" in out
     Weights.random(ODD_NO_BIAS).save(tmp_path / "ours.npz")
@@ -162,7 +163,14 @@ def test_down_z_can_be_merged(tmp_path, capsys):
     code, out, _ = run(capsys, "convert", source, tmp_path / "o.pt", *choice)
     report = json.loads(out)
     assert (code, report["verified"]["passed"]) == (0, True)
-    assert sum(report["elsewhere"].values()) == len(Weights.random(config).arrays)
+    assert sum(report["elsewhere"].values()) == len(Weights.random(config).to_torch(dialect="framediff"))
+    ignored = "linear_rbf.weight, linear_rbf.bias at trunk.ipa_1: ignored, since FrameDiff never reads them"
+    assert (report["notes"][0], report["added"]) == (ignored, [])
+    _, out, _ = run(capsys, "inspect", source, "--root", "trunk.ipa_1")
+    assert f"mind: {ignored}" in out
+    Weights.random(config).save(tmp_path / "ours.safetensors")
+    code, out, _ = run(capsys, "convert", tmp_path / "ours.safetensors", tmp_path / "g.pt", "--to", "framediff")
+    assert (code, "and zeros, which FrameDiff never reads: linear_rbf.weight, linear_rbf.bias" in out) == (0, True)
 
 
 def test_dtype_rounds_and_verify_says_how_much(tmp_path, capsys):
@@ -219,13 +227,47 @@ def test_what_overflows_is_not_called_verified(tmp_path, capsys):
 def test_what_the_default_target_cannot_say_is_told(tmp_path, capsys, suffix):
     """A conversion is followed by a comparison that finds nothing, or by a word of what to tell the reader."""
     source, destination = tmp_path / "esm.pt", tmp_path / f"ours{suffix}"
-    config = replace(ONE_WIDTH, norm_epsilon=1e-12, point_weight_init=0.0)
-    Weights.random(config).save(source, dialect="esmfold", root="trunk.structure_module.ipa")
+    config = IPATransformerConfig.lucidrains(6, depth=1, heads=2, original_composition_order=True)
+    torch = pytest.importorskip("torch")
+    torch.save(Weights.random(config).to_torch(dialect="lucidrains"), source)
     code, out, _ = run(capsys, "convert", source, destination)
     assert code == 0
     same = run(capsys, "compare", source, destination)[0] == 0
     assert same == (suffix == ".safetensors")
-    assert same or "cannot say that norm_epsilon is 1e-12, not 1e-08" in out
+    assert same or "cannot say that original_composition_order is True, not False" in out
+
+
+def test_what_is_assumed_is_shown_and_said(tmp_path, capsys, torch):
+    """A file of .pt carries no config, so that post_norm of a block is a guess; .safetensors marks it."""
+    source, marked, told = (tmp_path / f"{x}" for x in ("a.pt", "b.safetensors", "c.safetensors"))
+    config = IPABlockConfig(ipa=ODD_NO_BIAS)
+    torch.save(Weights.random(config).to_torch(), source)
+    Weights.random(config).save(told)
+    code, out, _ = run(capsys, "convert", source, marked)
+    assert code == 0
+    assert "mind: assumed, for neither names nor shapes tell: " in out
+    assert "post_norm=True; where these weights are read, pass what holds, as config=IPABlockConfig(" in out
+    for path in (source, marked):
+        code, out, _ = run(capsys, "inspect", path)
+        lines = out.splitlines()
+        assert code == 0
+        assert "  post_norm = True (assumed)" in lines
+        assert "  ipa.num_head = 3" in lines
+        report = json.loads(run(capsys, "inspect", path, "--json")[1])
+        assert {"post_norm", "ipa.norm_epsilon", "ipa.norm_form", "ipa.position_scale"} <= set(report["assumed"])
+        assert "ipa.num_head" not in report["assumed"]
+    assert "(assumed)" not in run(capsys, "inspect", told)[1]
+    report = json.loads(run(capsys, "convert", source, marked, "--force", "--json")[1])
+    assert set(report["assumed"]) == set(Weights.load(marked).assumed)
+
+
+def test_modules_beside_an_attentions_own_are_left(tmp_path, capsys, torch):
+    state = Weights.random(ONE_WIDTH).to_torch(dialect="openfold_v1", root="layers.0")
+    torch.save(state | {"layers.0.norm.0.weight": torch.ones(3)}, tmp_path / "l.pt")
+    code, out, _ = run(capsys, "convert", tmp_path / "l.pt", tmp_path / "ours.npz")
+    assert code == 0
+    assert "mind: norm at layers.0, beside the parameters of the attention: left, as other parts of the model" in out
+    assert "left, for they belong to other parts of the model: 1 arrays: layers.0.norm (1)" in out
 
 
 def test_metadata_reaches_the_module_within(tmp_path, capsys):
@@ -337,7 +379,7 @@ def test_the_path_in_the_destination(tmp_path, capsys):
     Weights.random(ONE_WIDTH).save(source)
     to = ("--to", "esmfold", "--force", "--to-root")
     assert run(capsys, "convert", source, tmp_path / "b.pt", *to, "trunk.structure_module.ipa.")[0] == 0
-    assert Weights.load(tmp_path / "b.pt").config.norm_epsilon == 1e-12
+    assert not Weights.load(tmp_path / "b.pt").assumed  # the path tells whose it is
     code, _, err = run(capsys, "convert", source, tmp_path / "b.pt", *to, "trunk..ipa")
     assert code == 2
     assert "must be names with '.' between them" in err

@@ -133,7 +133,7 @@ class OpenFold1(OpenFold):
 
 
 class FrameDiff(OpenFold):
-    dialect = "framediff"
+    dialect = "frameflow"
 
     def forward(self, s, z, r, mask, _offload_inference=False, _z_reference_list=None) -> torch.Tensor:
         return super().forward(s, z, r, mask)

@@ -6,23 +6,28 @@ error which names both; nothing is guessed.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
-from ipa_bridge.config import Config
+from ipa_bridge.config import Config, IPAConfig
 from ipa_bridge.dialects.alphafold import ALPHAFOLD, IPA_JAX, IPA_TORCH
 from ipa_bridge.dialects.esmfold import ESMFOLD
-from ipa_bridge.dialects.framediff import FRAMEDIFF
+from ipa_bridge.dialects.framediff import FRAMEDIFF, FRAMEFLOW
 from ipa_bridge.dialects.lucidrains import LUCIDRAINS
 from ipa_bridge.dialects.openfold import OPENFOLD, OPENFOLD_V1
 from ipa_bridge.dialects.spec import KINDS, Dialect, Form, Transform, layout_of
 from ipa_bridge.parameters import LANDMARKS, Shapes
+from ipa_bridge.told import fields, functional
 
-__all__ = ["DIALECTS", "KINDS", "Dialect", "Form", "Found", "Transform", "find_module", "layout_of", "named"]
+__all__ = ["DIALECTS", "KINDS", "Dialect", "Form", "Found", "Parts", "Transform", "find_module", "layout_of", "named"]
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
-    for dialect in (ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEDIFF, LUCIDRAINS)
+    for dialect in (ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS)
 }
 """Every dialect by name."""
 
@@ -43,6 +48,78 @@ class Found(NamedTuple):
     def infer(self, shapes: Shapes) -> Config:
         """What the module's names and shapes tell."""
         return self.dialect.infer({name: shapes[key] for name, key in self.names(shapes).items()}, self.kind)
+
+    def parts(self, shapes: Mapping[str, tuple[int, ...]], config: Config) -> Parts:
+        """What lies at the module's path: its own parameters, those without effect, and other modules.
+
+        Other systems' layers may hold an attention's parameters beside other modules. What is named as a parameter or
+        a projection of an attention is counted as its own, so that an unknown one is not passed over.
+        """
+        known = {theirs for theirs, _ in self.dialect.names(config).values()}
+        unused = self.dialect.unused.get(self.kind, {})
+        below, without_effect, beside = {}, [], []
+        for name, key in self.names(shapes).items():
+            if name not in known and shapes[key] == unused.get(name):
+                without_effect.append(name)
+            elif name not in known and self._is_beside(name):
+                beside.append(name)
+            else:
+                below[name] = key
+        return Parts(self, below, tuple(without_effect), tuple(beside))
+
+    def _is_beside(self, name: str) -> bool:
+        """A name below the root is of another module than a system's attention."""
+        module, dot, _ = name.partition(".")
+        is_theirs = self.kind is IPAConfig and bool(self.dialect.rows[IPAConfig])
+        return is_theirs and bool(dot) and not set(_words(module)) & _words_of_attentions()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What lies at a module's path."""
+
+    found: Found
+    below: Mapping[str, str]
+    """The module's own names to keys, unknown ones among them."""
+    unused: tuple[str, ...]
+    """Names of parameters that no forward of its system reads."""
+    beside: tuple[str, ...]
+    """Names of other modules' parameters."""
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Keys of the module's own."""
+        return tuple(self.below.values())
+
+    def notes(self) -> list[str]:
+        """What is not read of it, and why."""
+        notes, where = [], f" at {self.found.root}" if self.found.root else ""
+        if self.unused:
+            notes.append(f"{', '.join(self.unused)}{where}: ignored, since {self.found.dialect.title} never reads them")
+        if self.beside:
+            modules = list(dict.fromkeys(name.partition(".")[0] for name in self.beside))
+            some = ", ".join(modules[:10]) + (f" and {len(modules) - 10} more" if len(modules) > 10 else "")
+            notes.append(
+                f"{some}{where}, beside the parameters of the attention: left, as other parts of the model; should the "
+                f"attention read them, it is another one"
+            )
+        return notes
+
+    def mention(self, *, stacklevel: int) -> None:
+        """Warns of what is not read."""
+        for note in self.notes():
+            warnings.warn(note, stacklevel=stacklevel)
+
+
+@cache
+def _words_of_attentions() -> frozenset[str]:
+    """What the names of other systems' attentions are made of."""
+    rows = (row for each in DIALECTS.values() for layout in each.rows.get(IPAConfig, {}).values() for row in layout)
+    return frozenset(word for row in rows for word in _words(row.theirs.partition(".")[0]))
+
+
+def _words(module: str) -> list[str]:
+    return re.split(r"[_\d]+", module)
 
 
 def named(name: str) -> Dialect:
@@ -90,16 +167,17 @@ def find_module(
     config: Config | None = None,
     haiku: bool | None = None,
     source: str = "these parameters",
-) -> tuple[Found, Config]:
-    """The one module that is meant, and its config.
+) -> tuple[Found, Config, frozenset[str]]:
+    """The one module that is meant, its config, and the paths of the config's fields that are only assumed.
 
-    That is the structure module, or where there is none the attention, or else the confidence head.
+    That is the structure module, or where there is none the attention, or else the confidence head. Where it may be of
+    several dialects that read it as the same function, a field is told if all of them tell the same.
 
     Args:
         shapes: of all parameters.
         dialect: whose they are; None to recognise it.
         root: path of the module, where there are several or another is meant.
-        config: overrides what names and shapes say; a module of its kind is looked for.
+        config: what the module is; a module of its kind is looked for.
         haiku: whether only haiku's or only torch's names are in question.
         source: what the errors call the parameters.
 
@@ -130,11 +208,18 @@ def find_module(
     if len(roots) > 1:
         listed = ", ".join(map(repr, roots))
         raise ValueError(f"{len(roots)} {KINDS[present]}s in {source}: choose with root=, one of {listed}")
-    readings = [(each, config or each.infer(shapes)) for each in found]
-    if any(reading != readings[0][1] for _, reading in readings):
+    if config is not None:
+        return found[0], config, frozenset()
+    readings = [each.infer(shapes) for each in found]
+    if any(functional(reading) != functional(readings[0]) for reading in readings):
         candidates = " or ".join(f"{each.dialect.name!r} ({each.dialect.title})" for each in found)
         raise ValueError(
             f"{source} may be of several dialects, which read the same names as different functions: pass "
             f"dialect={candidates}, or config="
         )
-    return readings[0]
+    values = [fields(reading) for reading in readings]
+    told = [
+        each.dialect.told(reading, named=dialect is not None) for each, reading in zip(found, readings, strict=True)
+    ]
+    agreed = {path for path, x in values[0].items() if all(other[path] == x for other in values)}
+    return found[0], readings[0], frozenset(values[0]) - agreed.intersection(*told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.config import Config, IPAConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig
 from ipa_bridge.dialects.spec import Dialect, Form, Transform
 from ipa_bridge.parameters import LANDMARKS, Shapes, canonical_leaf, infer_config, parameter_shapes, torch_name
 
@@ -55,6 +55,12 @@ _FOLD_ITERATIONS_OWN = "rigid_sidechain/unnormalized_angles/weights"
 
 _ALPHAFOLDS = (StructureModuleConfig, IPAConfig, PredictedLDDTConfig)
 
+
+def _lies_in_alphafold(root: str) -> bool:
+    """A path that only AlphaFold's own parameters have: their names below it are ours too."""
+    return "alphafold_iteration" in root.split("/")
+
+
 ALPHAFOLD = HaikuDialect(
     name="alphafold",
     title="AlphaFold",
@@ -68,13 +74,17 @@ ALPHAFOLD = HaikuDialect(
     landmarks={kind: (LANDMARKS[kind],) for kind in _ALPHAFOLDS},
 )
 
+_LANDMARKS: dict[type, tuple[str, ...]] = {kind: (landmark,) for kind, landmark in LANDMARKS.items()}
+_LANDMARKS[IPATransformerConfig] += ("affine_update/weights",)  # a block alone may lie at a path of the same name
+
 IPA_JAX = HaikuDialect(
     name="ipa_jax",
     title="IPA Twins in Haiku",
     rows={kind: {} for kind in LANDMARKS},
     forms={},
-    landmarks={kind: (landmark,) for kind, landmark in LANDMARKS.items()},
+    landmarks=_LANDMARKS,
     absent=(_FOLD_ITERATIONS_OWN,),
+    at=lambda root, kind: kind not in _ALPHAFOLDS or not _lies_in_alphafold(root),
 )
 
 IPA_TORCH = TorchDialect(
@@ -82,6 +92,6 @@ IPA_TORCH = TorchDialect(
     title="IPA Twins in PyTorch",
     rows={kind: {} for kind in LANDMARKS},
     forms={},
-    landmarks={kind: (torch_name(landmark),) for kind, landmark in LANDMARKS.items()},
+    landmarks={kind: tuple(map(torch_name, names)) for kind, names in _LANDMARKS.items()},
     absent=(torch_name(_FOLD_ITERATIONS_OWN),),
 )

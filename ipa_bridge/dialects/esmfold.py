@@ -1,4 +1,7 @@
-"""ESMFold, as in Hugging Face's transformers: OpenFold 1's names under `trunk.structure_module.`, another ε."""
+"""ESMFold, as in Hugging Face's transformers: OpenFold 1's names and function under `trunk.structure_module.`.
+
+Its ε is that of its structure module's config, 1e-8; the 1e-12 beside it is its layer norms'.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def _finish(config: Config) -> Config:
     if isinstance(config, StructureModuleConfig):
         return replace(config, ipa=cast(IPAConfig, _finish(config.ipa)))
     if isinstance(config, IPAConfig):
-        return replace(config, norm_epsilon=ESMFOLD.forms["monomer"].norm_epsilon, point_weight_init=0.0)
+        return replace(config, point_weight_init=0.0)
     return config
 
 
@@ -22,7 +25,7 @@ ESMFOLD = Dialect(
     name="esmfold",
     title="ESMFold",
     rows={kind: OPENFOLD_V1.rows[kind] for kind in (StructureModuleConfig, IPAConfig)},
-    forms={"monomer": Form(scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=1e-12, one_width=True)},
+    forms={"monomer": Form(scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=1e-8, one_width=True)},
     landmarks={kind: OPENFOLD_V1.landmarks[kind] for kind in (StructureModuleConfig, IPAConfig)},
     absent=OPENFOLD_V1.absent,
     finish=_finish,

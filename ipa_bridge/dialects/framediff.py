@@ -1,6 +1,12 @@
-"""FrameDiff, FrameFlow and FoldFlow: OpenFold 1's names in each block `trunk.ipa_{b}`, and `down_z`; frames in nm."""
+"""FrameDiff and FrameFlow, and their families: OpenFold 1's names in each block `trunk.ipa_{b}`, and `down_z`.
+
+Frames are in nm. FrameDiff, FoldFlow and Proteus also own a `linear_rbf`, which no forward reads; FrameFlow, MultiFlow
+and FlashIPA do not.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.dialects.openfold import MONOMER_V1
@@ -16,4 +22,7 @@ FRAMEDIFF = Dialect(
         ),
     },
     landmarks={IPAConfig: ("head_weights", "linear_q_points.weight", "down_z.weight")},
+    unused={IPAConfig: {"linear_rbf.weight": (1, 20), "linear_rbf.bias": (1,)}},
 )
+
+FRAMEFLOW = replace(FRAMEDIFF, name="frameflow", title="FrameFlow", absent=("linear_rbf.weight",), unused={})

@@ -58,6 +58,7 @@ LUCIDRAINS = Dialect(
         IPAConfig: ("point_weights", "to_scalar_q.weight", "to_out.weight"),
     },
     finish=_finish,
+    varies=("norm_epsilon", "post_norm", "detach_rotations", "attention_dropout", "transition_dropout"),
     frames=(
         "invariant-point-attention takes row-vector frames: its `rotations` are the transpose of ours; rows of masked "
         "residues attend to all alike"

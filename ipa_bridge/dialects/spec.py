@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -27,6 +27,7 @@ from ipa_bridge.config import (
     attention_of,
 )
 from ipa_bridge.parameters import Shapes, canonical_leaf, infer_config, parameter_shapes, torch_name
+from ipa_bridge.told import fields, told_by_shapes
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,11 @@ class Dialect:
         frames: what a caller of their attention must know of its frames and mask; "" where they are like ours.
         epsilon_argument: how their constructor calls ε.
         transitions: linear layers of a transition that its structure module always has; None where it can be told.
+        unused: by what they belong to, parameters that its modules own and no forward reads, with their shapes: they
+            are ignored where they are read, and written as zeros, so that a strict load succeeds.
+        varies: names of config fields in which its published models differ, or that its constructors take.
+        shared: by what they belong to, names of config fields in which systems with the same names differ, so that
+            only a dialect that is named tells them.
     """
 
     name: str
@@ -172,6 +178,9 @@ class Dialect:
     frames: str = ""
     epsilon_argument: str = "eps"
     transitions: int | None = None
+    unused: Mapping[type, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    varies: tuple[str, ...] = ()
+    shared: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
     separator: ClassVar[str] = "."
     """Between modules."""
 
@@ -244,6 +253,21 @@ class Dialect:
                 {ours: shapes[x][::-1] if ours.endswith("/weights") else shapes[x] for x, ours in canonical.items()}
             )
         )
+
+    def told(self, config: Config, *, named: bool) -> frozenset[str]:
+        """Paths of the config's fields that its names and shapes tell, or that all its published models share.
+
+        Args:
+            config: of parameters under its names.
+            named: someone said whose they are; else they were recognised.
+        """
+        told = told_by_shapes(config)
+        form = self.forms.get(layout_of(config))
+        ipa = attention_of(config)
+        if form is None or (ipa and (ipa.scalar_bias, ipa.point_bias) != (form.scalar_bias, form.point_bias)):
+            return told
+        differ = {*self.varies, *(() if named else self.shared.get(type(config), ()))}
+        return told | {path for path in fields(config) if path.rpartition(".")[2] not in differ}
 
     @cached_property
     def _reading(self) -> dict[type, dict[Layout, Patterns]]:
