@@ -256,8 +256,7 @@ def esmfold_structure_module(weights: Weights) -> Any:
     from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
     from transformers.models.esm.modeling_esmfold import EsmFoldStructureModule
 
-    config = cast(StructureModuleConfig, weights.config)
-    module = EsmFoldStructureModule(EsmConfig(num_blocks=config.num_layer)).eval()  # its own ε, that ours must have
+    module = EsmFoldStructureModule(EsmConfig(num_blocks=weights.config.num_layer)).eval()  # with its own ε
     module.load_state_dict(weights.to_torch(dialect="esmfold"))
     return module
 

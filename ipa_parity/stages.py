@@ -81,7 +81,8 @@ def _compiled_by_jax(config: IPAConfig, implementation: str | None) -> tuple[Cal
         apply = ipa_jax.transform_ipa(config, implementation=implementation).apply
         return (apply(params, inputs["single"], inputs.get("pair"), rigids, mask) * cotangent).sum()
 
-    return jax.jit(hk.without_apply_rng(hk.transform(forward)).apply), jax.jit(jax.grad(loss, argnums=(0, 1)))
+    transformed: Any = hk.without_apply_rng(hk.transform(forward))
+    return jax.jit(transformed.apply), jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
 def run_torch(case: Case, *, gradients: bool = True, implementation: str | None = None) -> Arrays:

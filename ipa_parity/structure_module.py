@@ -270,8 +270,8 @@ def _compiled_by_jax(config: StructureModuleConfig, implementation: str | None) 
 
     def weighted(params: Any, inputs: Mapping[str, Any], *others: Any) -> Any:
         """The combination and then the terms of the loss, each by its weight."""
-        *others, cotangents, weights = others
-        output, losses = predict(params, inputs, *others)
+        *target, cotangents, weights = others
+        output, losses = predict(params, inputs, *target)
         return weights[0] * _combination(output, cotangents) + (weights[1:] * losses).sum()
 
     return jax.jit(predict), jax.jit(jax.grad(weighted, (0, 1)))
