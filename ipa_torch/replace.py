@@ -290,8 +290,6 @@ class _System(NamedTuple):
     """Arguments of some versions, and the value at which each changes nothing."""
     neutral_attributes: Mapping[str, Any] = {}
     """Attributes of some versions, and the value at which each changes nothing."""
-    unused: Mapping[str, tuple[int, ...]] = {}
-    """Parameters of some versions that no forward reads, and their shapes."""
 
 
 _EPSILONS = ("eps", "config.epsilon")
@@ -323,15 +321,15 @@ SYSTEMS = {
     ),
     "openfold_v1": _openfold(),
     "esmfold": _openfold(epsilon="config.epsilon"),
-    "framediff": _openfold(
+    "frameflow": _openfold(
         neutral_arguments={
             "attention_mask": None,  # MultiFlow's
             "z_factor_1": None,  # FlashIPA's, of its flash mode
             "z_factor_2": None,
         },
         neutral_attributes={"dropout_prob": 0, "use_flash_attn": False},  # MultiFlow's and FlashIPA's
-        unused={"linear_rbf.weight": (1, 20), "linear_rbf.bias": (1,)},  # FrameDiff's own and FoldFlow's
     ),
+    "framediff": _openfold(),
     "lucidrains": _System(
         _Lucidrains,
         takes=("single_repr", "pairwise_repr", "rotations", "translations", "mask"),
@@ -346,7 +344,10 @@ SYSTEMS = {
         output="to_out",
     ),
 }
-"""By dialect, whose layers can be replaced, and what of theirs is known to be without effect. All else is refused."""
+"""By dialect, whose layers can be replaced, and what of theirs is known to be without effect. All else is refused.
+
+Parameters without effect are in the dialect itself.
+"""
 
 
 def _check_untouched(layer: Any) -> None:
@@ -540,7 +541,8 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
         expected = {theirs: transform.their_shape for theirs, transform in found.dialect.names(config).values()}
     except ValueError as error:
         return f"its parameters are not {title}'s: {error}"
-    unused = {name: shape for name, shape in system.unused.items() if name in names and name not in expected}
+    without_effect = found.dialect.unused.get(found.kind, {})
+    unused = {name: shape for name, shape in without_effect.items() if name in names and name not in expected}
     expected |= unused
     strange = {name for name in expected if name in names and shapes[names[name]] != expected[name]}
     strange |= set(expected) ^ set(names)
