@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from ipa_bridge.tensors import numpy_array, torch_tensor
+from ipa_bridge.tensors import import_torch, numpy_array, torch_tensor
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -112,7 +112,7 @@ def write_arrays(
             contiguous = {name: np.asarray(x, order="C") for name, x in arrays.items()}
             handle.write(save(contiguous, metadata=None if metadata is None else dict(metadata)))
         else:
-            import torch
+            torch = import_torch()
 
             whole = io.BytesIO()  # for torch, met by a full disk, raises what nobody expects
             torch.save({name: torch_tensor(x) for name, x in arrays.items()}, whole)
@@ -179,8 +179,7 @@ def _open_safetensors(path: Path) -> Iterator[ArrayFile]:
 
 @contextmanager
 def _open_torch(path: Path) -> Iterator[ArrayFile]:
-    import torch
-
+    torch = import_torch()
     loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     if not isinstance(loaded, Mapping):
         raise ValueError(
@@ -219,8 +218,7 @@ def _flatten(loaded: Mapping, prefix: str, tensors: dict[str, Any], ignored: lis
     What lies in lists or under numbers, as an optimiser's state does, is no parameter; a dictionary that is there under
     several names is read under the first.
     """
-    import torch
-
+    torch = import_torch()
     seen.add(id(loaded))
     for key, x in loaded.items():
         name = f"{prefix}{key}"
@@ -239,7 +237,7 @@ def _plain_errors(path: Path, what: str) -> Iterator[None]:
     """Whatever a reader raises on a damaged or pickled file becomes a ValueError that names the file."""
     try:
         yield
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, ImportError):
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +21,22 @@ def numpy_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(dtype)
 
 
+def import_torch() -> ModuleType:
+    """PyTorch, which tensors, state dicts and .pt files need.
+
+    Raises:
+        ImportError: it is not installed; the error says what to install.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ImportError("tensors, state dicts and .pt files need PyTorch: pip install 'ipa-twins[torch]'") from error
+    return torch
+
+
 def torch_tensor(array: np.ndarray) -> Tensor:
     """A contiguous CPU tensor with its own memory and the same bits."""
-    import torch
-
+    torch = import_torch()
     array = np.array(array, order="C")
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
@@ -32,8 +45,7 @@ def torch_tensor(array: np.ndarray) -> Tensor:
 
 def numpy_array(tensor: Tensor) -> np.ndarray:
     """The same bits as an array; bfloat16 as ml_dtypes' bfloat16."""
-    import torch
-
+    torch = import_torch()
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes

@@ -291,7 +291,13 @@ def test_jax_keeps_no_copy_of_the_pair_for_backward():
     assert sizes == [0, 1]
 
 
-@pytest.mark.parametrize("transform", ["jvp", "jvp in jit", "linearize", "jacfwd in jit", "hessian", "hessian in jit"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        *("jvp", "jvp in jit", "jvp of jit", "linearize", "vmap of linearize", "jit of vmap of linearize"),
+        *("jacfwd in jit", "jacfwd of jit", "hessian", "hessian in jit", "hessian of jit"),
+    ],
+)
 def test_jax_forward_mode_names_the_reference(transform):
     framework = Jax()
     jax = framework.jax
@@ -306,7 +312,12 @@ def test_jax_forward_mode_names_the_reference(transform):
         "jvp": lambda x: jax.jvp(scalar, (x,), (x,)),
         "jvp in jit": jax.jit(lambda x: jax.jvp(scalar, (x,), (x,))),
         "linearize": lambda x: jax.linearize(scalar, x)[1](x),
+        "jvp of jit": lambda x: jax.jvp(jax.jit(scalar), (x,), (x,)),
+        "vmap of linearize": lambda x: jax.vmap(jax.linearize(scalar, x)[1])(x[None]),
+        "jit of vmap of linearize": lambda x: jax.jit(jax.vmap(jax.linearize(scalar, x)[1]))(x[None]),
+        "jacfwd of jit": jax.jacfwd(jax.jit(scalar)),
         "jacfwd in jit": jax.jit(jax.jacfwd(scalar)),
+        "hessian of jit": jax.hessian(jax.jit(scalar)),
         "hessian": jax.hessian(scalar),
         "hessian in jit": jax.jit(jax.hessian(scalar)),
     }

@@ -78,17 +78,12 @@ def over_batch(attend: Callable, inputs: Inputs, axes: int) -> tuple[Any, Any, A
     """One example's function on all of them.
 
     Raises:
-        NotImplementedError: it is asked for a forward-mode derivative; in `jax.jit`, JAX finds out when it compiles.
+        NotImplementedError: it is asked for a forward-mode derivative; under `jax.jit` this raises when JAX compiles.
     """
     batched = jax.tree.map(lambda _: 0, inputs)._replace(weights=None, bias=None)
     for _ in range(axes):
         attend = jax.vmap(attend, (batched,))
-    try:
-        return attend(jax.tree.map(in_reverse_mode_only, inputs))
-    except TypeError as error:  # of several tangents at once, as `jax.jacfwd` has them, JAX finds out here
-        if "forward-mode" in str(error):
-            raise NotImplementedError(ONLY_REVERSE_MODE) from error
-        raise
+    return attend(jax.tree.map(in_reverse_mode_only, inputs))
 
 
 def unpacked(
@@ -398,17 +393,9 @@ def einsum(subscripts: str, *arrays: Array) -> Array:
     return jnp.einsum(subscripts, *arrays, precision=Precision.HIGHEST)
 
 
-@jax.custom_jvp
 def in_reverse_mode_only(x: Array) -> Array:
     """The array, whose tangents may be transposed but not computed."""
-    return x
-
-
-@in_reverse_mode_only.defjvp
-def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # The array itself, and not another that is kept beside it for backward. Who differentiates once more comes by the
-    # forward rules, which ask for reverse mode again.
-    return *primals, _tangent.bind(*tangents)
+    return _checked.bind(x)
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
@@ -416,11 +403,24 @@ def _refuse(*_: Any, **__: Any) -> Any:
     raise NotImplementedError(ONLY_REVERSE_MODE)
 
 
-_tangent = Primitive("tangent_in_reverse_mode_only")
+def _tangent_of_checked(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Leaves the array itself, so that none is kept beside it for backward; the forward rules check once more."""
+    (x,), (tangent,) = primals, tangents
+    return x, tangent if isinstance(tangent, ad.Zero) else _tangent.bind(tangent)
+
+
+# JAX itself refuses forward mode with a TypeError, where a tangent comes to a function with a backward rule of its own;
+# it comes here before.
+_checked, _tangent = Primitive("check_reverse_mode"), Primitive("tangent_in_reverse_mode")
+_checked.def_impl(lambda x: x)
+_checked.def_abstract_eval(lambda x: x)
+ad.primitive_jvps[_checked] = _tangent_of_checked
+batching.defvectorized(_checked)
+mlir.register_lowering(_checked, lambda _, x: [x])
 _tangent.def_impl(_refuse)
 _tangent.def_abstract_eval(lambda x: x)
 ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
-batching.defvectorized(_tangent)
+batching.primitive_batchers[_tangent] = _refuse
 mlir.register_lowering(_tangent, _refuse)
 
 
