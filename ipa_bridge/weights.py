@@ -50,8 +50,8 @@ MOST_PROBLEMS = 40
 MOST_LAYERS = 1024
 """That metadata may tell of."""
 
-NOT_FUNCTIONAL = ("point_weight_init", "zero_init", "dropout", "attention_dropout", "transition_dropout")
-"""Fields of a config that say how a model begins and is trained, and not what a trained one computes."""
+NOT_FUNCTIONAL = ("frame_unit", "point_weight_init", "zero_init", "dropout", "attention_dropout", "transition_dropout")
+"""Fields of a config that say how a model is called, begins and is trained, and not what a trained one computes."""
 
 _CONFIG_KEY, _DIALECT_KEY = "ipa_config", "ipa_dialect"
 
