@@ -93,9 +93,10 @@ def warn_if_in_angstroms(config: IPAConfig, translation: ndarray, mask: ndarray 
     least, most = CA_STEPS
     if length.size < SHORTEST_CHAIN - 1 or 2 * np.count_nonzero((length >= least) & (length <= most)) < length.size:
         return
+    unit = f"{config.frame_unit:g}"
     warnings.warn(
-        f"frames in units of {config.frame_unit:g} Å were expected (config.frame_unit); neighbours lie a median of "
-        f"{np.median(length):.1f} units apart, as Cα atoms do in Å: divide the translations by {config.frame_unit:g}, as "
+        f"frames in units of {unit} Å were expected (config.frame_unit); neighbours lie a median of "
+        f"{np.median(length):.1f} units apart, as Cα atoms do in Å: divide the translations by {unit}, as "
         "Structure.rigids(config) does; for weights that take Å, say dataclasses.replace(config, frame_unit=1.0)",
         stacklevel=3,
     )

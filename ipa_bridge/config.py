@@ -97,9 +97,7 @@ class IPAConfig:
         if self.frame_unit is not None:
             _check_number("frame_unit", self.frame_unit, "; pass None for unknown")
             if not self.frame_unit > 0:
-                raise ValueError(
-                    f"frame_unit must be positive, in Å; got {self.frame_unit!r}; pass None for unknown"
-                )
+                raise ValueError(f"frame_unit must be positive, in Å; got {self.frame_unit!r}; pass None for unknown")
 
     @property
     def num_logit_terms(self) -> int:

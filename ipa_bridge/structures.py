@@ -86,9 +86,7 @@ class Structure:
             ValueError: the unit is unknown, or the config's module takes no frames.
         """
         if not hasattr(config, "frame_unit"):
-            raise ValueError(
-                f"the config of a module which takes frames was expected; got {type(config).__name__}"
-            )
+            raise ValueError(f"the config of a module which takes frames was expected; got {type(config).__name__}")
         if config.frame_unit is None:
             raise ValueError(
                 "config.frame_unit is None: how many Å are a unit of this model's frames is unknown. Tell it, 10.0 for "

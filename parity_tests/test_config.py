@@ -30,7 +30,10 @@ IMPOSSIBLE = {
         "pair_value_channel must be a positive integer; got 0; pass None",
     ),
     "no unit": ({"position_scale": 0.0}, "position_scale must be positive; got 0.0"),
-    "frames without a length": ({"frame_unit": 0.0}, "frame_unit must be positive, in Å; got 0.0; pass None for unknown"),
+    "frames without a length": (
+        {"frame_unit": 0.0},
+        "frame_unit must be positive, in Å; got 0.0; pass None for unknown",
+    ),
     "frames in words": ({"frame_unit": "nm"}, "frame_unit must be a finite number; got 'nm'; pass None for unknown"),
     "weight": ({"point_weight_init": math.inf}, "point_weight_init must be a finite number"),
 }
@@ -92,9 +95,7 @@ def test_the_unit_is_unknown_by_default():
 def test_a_structure_modules_attention_takes_its_unit():
     for preset in (StructureModuleConfig.alphafold2(), StructureModuleConfig.alphafold_multimer()):
         assert preset.ipa.frame_unit == preset.position_scale
-    message = (
-        r"ipa\.frame_unit must be position_scale, 20\.0, or None.*got 10\.0: .*replace\(ipa, frame_unit=20\.0\)"
-    )
+    message = r"ipa\.frame_unit must be position_scale, 20\.0, or None.*got 10\.0: .*replace\(ipa, frame_unit=20\.0\)"
     with pytest.raises(ValueError, match=message):
         replace(StructureModuleConfig.alphafold2(), position_scale=20.0)
     unknown = replace(IPAConfig.alphafold2(), frame_unit=None)
