@@ -29,6 +29,7 @@
 # %%
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import haiku as hk
@@ -73,7 +74,7 @@ plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "a
 # monomer weights do have them).
 
 # %%
-config = IPAConfig.lucidrains(768, heads=12, pairwise_repr_dim=128)
+config = replace(IPAConfig.lucidrains(768, heads=12, pairwise_repr_dim=128), frame_unit=10.0)  # Å
 c_s, c_z, H = config.num_channel, config.pair_channel, config.num_head
 C, P, Pv = config.num_scalar_qk, config.num_point_qk, config.num_point_v
 assert config.num_scalar_v == C
@@ -91,9 +92,9 @@ print(f"c_s = {c_s}, c_z = {c_z}, H = {H}, C = {C}, P = {P}, Pv = {Pv}")
 file = Path(os.environ.get("IPA_STRUCTURES", ".")) / "2rbg.pdb"
 structure = load_structure(file) if file.exists() else idealised_peptide()
 chain = structure.chain_id == structure.chain_id[0]
-ca = structure.translation[chain]
-R = structure.rotation[chain].astype(np.float32)  # (N, 3, 3)
-t = ((ca - ca.mean(0)) / 10).astype(np.float32)  # (N, 3), 10 Å
+rotation, translation = (x[chain] for x in structure.rigids(config))
+R = rotation.astype(np.float32)  # (N, 3, 3)
+t = (translation - translation.mean(0)).astype(np.float32)  # (N, 3), 10 Å
 aatype = structure.aatype[chain]
 N = len(aatype)
 print(f"{structure.name}: {N} residues in its first chain")

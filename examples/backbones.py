@@ -67,6 +67,7 @@ def model_config() -> IPATransformerConfig:
         pair_channel=2 * FARTHEST + 1,
         num_head=4,
         position_scale=10.0,
+        frame_unit=1.0,
     )
     return IPATransformerConfig(block=IPABlockConfig(ipa=ipa), num_layer=3)
 

@@ -1,11 +1,26 @@
-"""Shape checks that both frameworks share: what was expected, what came, how to mend it."""
+"""Checks of inputs that both frameworks share: what was expected, what came, how to mend it."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from ipa_bridge.config import IPAConfig, IPATransformerConfig, StructureModuleConfig
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+SHORTEST_CHAIN = 8
+"""Residues; of fewer, the steps from one to the next say nothing of the unit."""
+
+LEAST_SUSPECTED_UNIT = 10.0
+"""Å; in a smaller unit, steps that look like Å may be something else."""
+
+CA_STEPS = (3.6, 4.0)
+"""Å from one Cα to the next: 3.8 over a trans peptide bond."""
 
 
 class Shaped(Protocol):
@@ -49,6 +64,41 @@ def check_ipa_inputs(
             "pair": (pair, (*residues, residues[-1], config.pair_channel or 0)),
             "mask": (mask, residues),
         },
+    )
+
+
+def may_be_in_angstroms(config: IPAConfig) -> bool:
+    """Frames in Å would be a mistake that `warn_if_in_angstroms` can tell."""
+    return config.frame_unit is not None and config.frame_unit >= LEAST_SUSPECTED_UNIT
+
+
+def warn_if_in_angstroms(config: IPAConfig, translation: ndarray, mask: ndarray | None) -> None:
+    """Warns where a protein's frames were not divided by the unit, which Python shows once.
+
+    Translations are taken for Å where neighbours lie 3.6–4.0 units apart, as Cα atoms do: in the median and at least
+    half of them, over all chains of the batch. Nucleic acids in Å are not detected, for their residues lie further
+    apart.
+
+    Args:
+        config: of the attention that they were passed to.
+        translation: (*B, N, 3), as the caller passes them.
+        mask: (*B, N), 1 or True where a residue is valid; None for everywhere.
+    """
+    if not may_be_in_angstroms(config) or translation.shape[-2] < SHORTEST_CHAIN:
+        return
+    step = np.diff(translation.astype(np.float32), axis=-2)
+    length = np.sqrt(np.einsum("...i,...i->...", step, step))
+    if mask is not None:
+        length = length[(mask[..., 1:] != 0) & (mask[..., :-1] != 0)]
+    least, most = CA_STEPS
+    if length.size < SHORTEST_CHAIN - 1 or 2 * np.count_nonzero((length >= least) & (length <= most)) < length.size:
+        return
+    unit = f"{config.frame_unit:g}"
+    warnings.warn(
+        f"frames in units of {unit} Å were expected (config.frame_unit); neighbours lie a median of "
+        f"{np.median(length):.1f} units apart, as Cα atoms do in Å: divide the translations by {unit}, as "
+        "Structure.rigids(config) does; for weights that take Å, say dataclasses.replace(config, frame_unit=1.0)",
+        stacklevel=3,
     )
 
 

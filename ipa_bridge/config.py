@@ -38,12 +38,16 @@ class IPAConfig:
             of FrameDiff and its family; the bias reads the whole pair); None for the pair as it is.
         position_scale: what the frames' translations are divided by before anything reads them: 10 for frames in Å and
             weights trained on nm; 1 where the caller scales, as the structure module does.
+        frame_unit: Å per unit of the translations that the caller passes: 10 where frames in Å must be divided by 10
+            first, 1 where they go in as they are; None for unknown. It changes no output: `Structure.rigids` divides by
+            it, and a module called with frames in Å warns where it is 10 or more.
         point_weight_init: γ before training; the point weight is softplus(γ).
         zero_init: the output projection starts at zero, so that a residual branch starts as the identity.
 
     Raises:
         ValueError: a width is not a positive integer, a name is not one of those listed, ε is no positive number that
-            float32 can hold, a position_scale that is not positive, or a pair_value_channel without a pair_channel.
+            float32 can hold, a position_scale or frame_unit that is not positive, or a pair_value_channel without a
+            pair_channel.
     """
 
     num_channel: int
@@ -60,6 +64,7 @@ class IPAConfig:
     norm_epsilon: float = 1e-8
     pair_value_channel: int | None = None
     position_scale: float = 1.0
+    frame_unit: float | None = None
     point_weight_init: float = UNIT_SOFTPLUS
     zero_init: bool = True
 
@@ -89,6 +94,10 @@ class IPAConfig:
         _check_number("position_scale", self.position_scale)
         if not self.position_scale > 0:
             raise ValueError(f"position_scale must be positive; got {self.position_scale!r}")
+        if self.frame_unit is not None:
+            _check_number("frame_unit", self.frame_unit, "; pass None for unknown")
+            if not self.frame_unit > 0:
+                raise ValueError(f"frame_unit must be positive, in Å; got {self.frame_unit!r}; pass None for unknown")
 
     @property
     def num_logit_terms(self) -> int:
@@ -112,12 +121,13 @@ class IPAConfig:
             num_scalar_v=16,
             num_point_qk=4,
             num_point_v=8,
+            frame_unit=10.0,
         )
 
     @classmethod
     def alphafold_multimer(cls) -> IPAConfig:
-        """AlphaFold-Multimer: one projection each for q, k and v, scalars without bias, clamped norms."""
-        return replace(cls.alphafold2(), layout="multimer", scalar_bias=False, norm_form="clamp")
+        """AlphaFold-Multimer: one projection each for q, k and v, scalars without bias, clamped norms; 20 Å."""
+        return replace(cls.alphafold2(), layout="multimer", scalar_bias=False, norm_form="clamp", frame_unit=20.0)
 
     @classmethod
     def esmfold(cls) -> IPAConfig:
@@ -140,6 +150,7 @@ class IPAConfig:
             num_point_v=12,
             pair_value_channel=32,
             position_scale=10.0,
+            frame_unit=1.0,
         )
 
     @classmethod
@@ -182,7 +193,8 @@ class StructureModuleConfig:
     """One structure module (Jumper et al. 2021, Suppl. Alg. 20).
 
     Attributes:
-        ipa: its attention, whose widths c_s and c_z, layout and zero_init are the module's too.
+        ipa: its attention, whose widths c_s and c_z, layout and zero_init are the module's too. Its frame_unit is
+            position_scale, for the module divides by it, or None.
         num_layer: how often the fold iteration runs.
         tied_layers: one set of weights serves all layers, as in AlphaFold; else each has its own.
         num_layer_in_transition: linear layers of the transition.
@@ -192,7 +204,7 @@ class StructureModuleConfig:
         num_residual_block: its depth.
 
     Raises:
-        ValueError: an attention without pair representation or with a unit of its own, a number of layers or a width
+        ValueError: an attention without pair representation or with another unit, a number of layers or a width
             that is not a positive integer, a dropout outside [0, 1), or a position_scale that is not positive.
     """
 
@@ -225,6 +237,17 @@ class StructureModuleConfig:
             raise ValueError(f"dropout must be a rate in [0, 1); got {self.dropout!r}")
         if not self.position_scale > 0:
             raise ValueError(f"position_scale must be positive, in Å; got {self.position_scale!r}")
+        if self.ipa.frame_unit not in (None, self.position_scale):
+            raise ValueError(
+                f"ipa.frame_unit must be position_scale, {self.position_scale!r}, or None in a structure module, which "
+                f"divides the frames that its attention sees by it; got {self.ipa.frame_unit!r}: pass both, with "
+                f"ipa=dataclasses.replace(ipa, frame_unit={self.position_scale!r})"
+            )
+
+    @property
+    def frame_unit(self) -> float:
+        """Å per unit of the frames that the caller passes: they are in Å."""
+        return 1.0
 
     @property
     def num_channel(self) -> int:
@@ -286,6 +309,11 @@ class IPABlockConfig:
             _check_number(field, getattr(self, field))
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} must be a rate in [0, 1); got {getattr(self, field)!r}")
+
+    @property
+    def frame_unit(self) -> float | None:
+        """Å per unit of the frames that the caller passes, None for unknown: its attention's."""
+        return self.ipa.frame_unit
 
     @property
     def num_channel(self) -> int:
@@ -354,6 +382,11 @@ class IPATransformerConfig:
     def ipa(self) -> IPAConfig:
         """Every layer's attention."""
         return self.block.ipa
+
+    @property
+    def frame_unit(self) -> float | None:
+        """Å per unit of the frames that the caller passes, None for unknown: its attention's."""
+        return self.ipa.frame_unit
 
     @property
     def num_channel(self) -> int:
@@ -431,10 +464,10 @@ def _check_width(field: str, value: object, hint: str = "") -> None:
         raise ValueError(f"{field} must be a positive integer; got {value!r}{hint}")
 
 
-def _check_number(field: str, value: object) -> None:
+def _check_number(field: str, value: object, hint: str = "") -> None:
     try:
         finite = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:  # an integer beyond every float
         finite = False
     if not finite:
-        raise ValueError(f"{field} must be a finite number; got {value!r}")
+        raise ValueError(f"{field} must be a finite number; got {value!r}{hint}")

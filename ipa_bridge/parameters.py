@@ -204,7 +204,7 @@ def _infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureM
     layers = _count("fold_iteration", "/attention_layer_norm/scale", shapes)
     return dataclasses.replace(
         preset,
-        ipa=dataclasses.replace(ipa, position_scale=1.0),
+        ipa=dataclasses.replace(ipa, position_scale=1.0, frame_unit=preset.position_scale),
         num_layer=layers if layers > 1 else preset.num_layer,
         tied_layers=layers < 2,
         num_layer_in_transition=max(1, _count("transition", "/weights", within)),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ipa_bridge.config import IPABlockConfig, IPAConfig, IPATransformerConfig, StructureModuleConfig
 from ipa_bridge.files import _replacing
 from ipa_bridge.residues import ATOM37_MASK, ATOM_TYPES, RESTYPE_NAMES, RESTYPES, UNKNOWN_AATYPE
 
@@ -73,6 +74,36 @@ class Structure:
     def sequence(self) -> str:
         """One letter per residue, X where the residue is none of the 20."""
         return "".join((RESTYPES + "X")[aatype] for aatype in self.aatype)
+
+    def rigids(
+        self, config: IPAConfig | IPABlockConfig | IPATransformerConfig | StructureModuleConfig
+    ) -> tuple[Float64[ndarray, "N 3 3"], Float64[ndarray, "N 3"]]:
+        """Rotations and translations in the unit in which the config's module takes frames, its frame_unit.
+
+        For `ipa_jax.Rigid(*…)`, or `ipa_torch.Rigid(*map(torch.as_tensor, …))`; the mask goes with them.
+
+        Raises:
+            ValueError: the unit is unknown, or the config's module takes no frames.
+        """
+        if not hasattr(config, "frame_unit"):
+            raise ValueError(f"the config of a module which takes frames was expected; got {type(config).__name__}")
+        if config.frame_unit is None:
+            raise ValueError(
+                "config.frame_unit is None: how many Å are a unit of this model's frames is unknown. Tell it, 10.0 for "
+                f"frames in 10 Å or 1.0 for Å: config = {_with_unit(config)}"
+            )
+        return self.rotation, self.translation / config.frame_unit
+
+
+def _with_unit(config: IPAConfig | IPABlockConfig | IPATransformerConfig | StructureModuleConfig) -> str:
+    """Python that tells the config's unit."""
+    path = {IPABlockConfig: ("ipa",), IPATransformerConfig: ("block", "ipa")}.get(type(config), ())
+    value = "frame_unit=10.0"
+    for depth in reversed(range(len(path) + 1)):
+        inner = ".".join(("config", *path[:depth]))
+        value = f"dataclasses.replace({inner}, {value})"
+        value = f"{path[depth - 1]}={value}" if depth else value
+    return value
 
 
 def load_structure(path: str | os.PathLike[str], *, model: int = 1) -> Structure:

@@ -39,8 +39,8 @@ TOLD_BY_SHAPES: dict[type, tuple[str, ...]] = {
 }
 """By kind of config, the fields that names and shapes of parameters tell."""
 
-NOT_FUNCTIONAL = ("point_weight_init", "zero_init", "dropout", "attention_dropout", "transition_dropout")
-"""Fields of a config that say how a model begins and is trained, and not what a trained one computes."""
+NOT_FUNCTIONAL = ("frame_unit", "point_weight_init", "zero_init", "dropout", "attention_dropout", "transition_dropout")
+"""Fields of a config that say how a model is called, begins and is trained, and not what a trained one computes."""
 
 
 def fields(config: Config) -> dict[str, Any]:

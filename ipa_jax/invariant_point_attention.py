@@ -5,10 +5,11 @@ from __future__ import annotations
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from ipa_bridge.checks import check_ipa_inputs
+from ipa_bridge.checks import check_ipa_inputs, may_be_in_angstroms, warn_if_in_angstroms
 from ipa_bridge.config import IPAConfig
 from ipa_jax.attention import point_attention
 from ipa_jax.dtypes import at_least_float32
@@ -52,17 +53,22 @@ class InvariantPointAttention(hk.Module):
         Args:
             single: single representation.
             pair: pair representation; None where config.pair_channel is None.
-            rigids: frames of the residues, (*B, N), in the unit the weights were trained for divided by
-                config.position_scale (AlphaFold's: 10 or 20 Å; FrameDiff's, by its preset: 1 Å). The output does not
-                change when all are moved alike. Read in the dtype of single and pair, float32 at the least.
+            rigids: frames of the residues, (*B, N), in units of config.frame_unit (AlphaFold's presets: 10 or 20 Å;
+                FrameDiff's: 1 Å); `ipa_bridge.Structure.rigids` has a protein's so. The output does not change when all
+                are moved alike. Read in the dtype of single and pair, float32 at the least.
             mask: 1 or True where a residue is valid. Valid residues ignore masked ones, whose own rows attend
                 to everything; the inputs of masked residues must be finite all the same.
             return_attention: also return the attention weights, heads first.
 
         Raises:
             ValueError: shapes that do not fit the config or each other.
+
+        Warns:
+            UserWarning: a protein's frames seem to be in Å where the unit is 10 Å or more; only where values are at
+                hand, on CPU and in no trace or transform. Nucleic acids in Å are not detected.
         """
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
+        _check_unit(self.config, rigids, mask)
         dtype = at_least_float32(*(x.dtype for x in (single, pair) if x is not None))
         rigids = centre(rigids.astype(at_least_float32(dtype, *(x.dtype for x in rigids))), mask).astype(dtype)
         if self.config.position_scale != 1:
@@ -229,3 +235,19 @@ def centre(rigids: Rigid, mask: Shaped[Array, "*B N"] | None) -> Rigid:
     # XLA computes the mean anew where it is used, summed in other orders. To eleven bits all of them agree.
     mean = jax.lax.reduce_precision(jax.lax.stop_gradient(mean), jnp.finfo(mean.dtype).nexp, 10)
     return Rigid(rigids.rotation, translation - mean)
+
+
+def _check_unit(config: IPAConfig, rigids: Rigid, mask: Shaped[Array, "*B N"] | None) -> None:
+    """Warns of frames in Å where values are at hand: on CPU, and in no trace or transform."""
+    if not may_be_in_angstroms(config):
+        return
+    arrays = [rigids.translation, *(() if mask is None else (mask,))]
+    if all(_at_hand(x) for x in (*arrays, jnp.zeros(()))):  # a constant too is traced, under jit
+        translation, *valid = (np.asarray(x) for x in arrays)
+        warn_if_in_angstroms(config, translation, valid[0] if valid else None)
+
+
+def _at_hand(x: Array) -> bool:
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return not isinstance(x, jax.Array) or (x.is_fully_addressable and {d.platform for d in x.devices()} == {"cpu"})

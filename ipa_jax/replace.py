@@ -146,7 +146,11 @@ def _adapted(original: Any, layout: Layout, implementation: str | None) -> Any:
             name: str = "invariant_point_attention",
         ) -> None:
             ours = replace(
-                preset, **_widths(config), norm_epsilon=dist_epsilon, zero_init=bool(global_config.zero_init)
+                preset,
+                **_widths(config),
+                norm_epsilon=dist_epsilon,
+                frame_unit=None,  # AlphaFold's own affair
+                zero_init=bool(global_config.zero_init),
             )
             super().__init__(ours, implementation=implementation, name=name)
 

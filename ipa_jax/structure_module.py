@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import haiku as hk
@@ -72,7 +73,8 @@ class FoldIteration(hk.Module):
             update_mask: 1 or True where a residue's frame may change; None for everywhere.
             dropout_key: of dropout; None for none.
         """
-        ipa = InvariantPointAttention(self.config.ipa, implementation=self.implementation)
+        within = replace(self.config.ipa, frame_unit=None)  # a structure module divides the caller's frames itself
+        ipa = InvariantPointAttention(within, implementation=self.implementation)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         act = act + cast(Array, ipa(act, pair, rigids, mask))  # line 6
         act = LayerNorm(name="attention_layer_norm")(dropout(keys[0], self.config.dropout, act))  # line 7

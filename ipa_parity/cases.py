@@ -33,16 +33,17 @@ ODD = IPAConfig(
     num_scalar_v=2,
     num_point_qk=5,
     num_point_v=7,
+    frame_unit=10.0,
 )
 """Small widths that are odd or mutually distinct, so that no swap of two axes goes unseen."""
 
-ODD_MULTIMER = replace(ODD, layout="multimer", scalar_bias=False, norm_form="clamp")
+ODD_MULTIMER = replace(ODD, layout="multimer", scalar_bias=False, norm_form="clamp", frame_unit=20.0)
 ODD_NO_PAIR = replace(ODD, pair_channel=None)
-ODD_DOWN_Z = replace(ODD, pair_value_channel=4, position_scale=10.0)
-ODD_NO_BIAS = replace(ODD, layout="multimer", scalar_bias=False, point_bias=False, zero_init=False)
+ODD_DOWN_Z = replace(ODD, pair_value_channel=4, position_scale=10.0, frame_unit=1.0)
+ODD_NO_BIAS = replace(ODD, layout="multimer", scalar_bias=False, point_bias=False, frame_unit=None, zero_init=False)
 
 POSITION_SCALE = {"monomer": 10.0, "multimer": 20.0}
-"""Å per unit of the frames that AlphaFold's weights of either layout were trained with."""
+"""Å per unit of the frames of AlphaFold's weights of either layout, taken for systems whose unit is unknown."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Wei
         return weights
     told = PRESETS[preset]()
     config = cast(IPAConfig, weights.config)
-    fields = ("norm_form", "norm_epsilon", "position_scale")
+    fields = ("norm_form", "norm_epsilon", "position_scale", "frame_unit")
     return replace(
         weights, config=replace(config, **{field: getattr(told, field) for field in fields}), assumed=frozenset()
     )
@@ -128,8 +129,8 @@ def make_case(
         mask = np.ones(shape, bool)
     else:
         shape = structure.mask.shape
-        unit = POSITION_SCALE[config.layout] if config.position_scale == 1 else 1.0
-        rotation, translation = structure.rotation, structure.translation / unit
+        usual = POSITION_SCALE[config.layout] if config.position_scale == 1 else 1.0
+        rotation, translation = structure.rigids(replace(config, frame_unit=config.frame_unit or usual))
         mask = structure.mask
     if shape[-1] > 1:
         mask = mask & (rng.random(shape) > 0.1)

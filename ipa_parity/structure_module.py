@@ -83,7 +83,8 @@ def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Wei
     if preset is None:
         return weights
     told, config = PRESETS[preset](), weights.config
-    ipa = replace(config.ipa, norm_form=told.ipa.norm_form, norm_epsilon=told.ipa.norm_epsilon)
+    fields = ("norm_form", "norm_epsilon", "frame_unit")
+    ipa = replace(config.ipa, **{field: getattr(told.ipa, field) for field in fields})
     layers = told.num_layer if config.tied_layers else config.num_layer
     config = replace(config, ipa=ipa, num_layer=layers, position_scale=told.position_scale)
     return replace(weights, config=config, assumed=frozenset())

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from ipa_bridge.checks import check_ipa_inputs
+from ipa_bridge.checks import check_ipa_inputs, may_be_in_angstroms, warn_if_in_angstroms
 from ipa_bridge.config import IPAConfig
 from ipa_torch.attention import point_attention
 from ipa_torch.dtypes import at_least_float32, without_autocast
@@ -74,17 +74,22 @@ class InvariantPointAttention(Module):
         Args:
             single: single representation.
             pair: pair representation; None where config.pair_channel is None.
-            rigids: frames of the residues, (*B, N), in the unit the weights were trained for divided by
-                config.position_scale (AlphaFold's: 10 or 20 Å; FrameDiff's, by its preset: 1 Å). The output does not
-                change when all are moved alike. Read in the dtype of single and pair, float32 at the least.
+            rigids: frames of the residues, (*B, N), in units of config.frame_unit (AlphaFold's presets: 10 or 20 Å;
+                FrameDiff's: 1 Å); `ipa_bridge.Structure.rigids` has a protein's so. The output does not change when all
+                are moved alike. Read in the dtype of single and pair, float32 at the least.
             mask: 1 or True where a residue is valid. Valid residues ignore masked ones, whose own rows attend
                 to everything; the inputs of masked residues must be finite all the same.
             return_attention: also return the attention weights, heads first.
 
         Raises:
             ValueError: shapes that do not fit the config or each other.
+
+        Warns:
+            UserWarning: a protein's frames seem to be in Å where the unit is 10 Å or more; only where values are at
+                hand, on CPU and in no trace or transform. Nucleic acids in Å are not detected.
         """
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
+        _check_unit(self.config, rigids, mask)
         dtype = at_least_float32(*(x.dtype for x in (single, pair) if x is not None))
         rigids = centre(rigids.astype(at_least_float32(dtype, *(x.dtype for x in rigids))), mask).astype(dtype)
         if self.config.position_scale != 1:
@@ -223,3 +228,17 @@ def centre(rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
     total = torch.sum(weight, -2, keepdim=True)
     mean = torch.sum(weight * translation, -2, keepdim=True) / torch.clamp(total, min=1)
     return Rigid(rigids.rotation, translation - mean.detach())
+
+
+def _check_unit(config: IPAConfig, rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> None:
+    """Warns of frames in Å where values are at hand: on CPU, and in no trace or transform."""
+    if not may_be_in_angstroms(config) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    arrays = [rigids.translation, *(() if mask is None else (mask,))]
+    if all(_at_hand(x) for x in arrays) and torch._C._functorch.peek_interpreter_stack() is None:
+        translation, *valid = (x.detach() for x in arrays)
+        warn_if_in_angstroms(config, translation.float().numpy(), valid[0].bool().numpy() if valid else None)
+
+
+def _at_hand(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"  # tensors of other classes may have no values

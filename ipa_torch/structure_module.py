@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,8 @@ class FoldIteration(Module):
         self.config = c = config
         width = c.num_channel
         final: Initializer = "zeros" if c.ipa.zero_init else "linear"
-        self.invariant_point_attention = InvariantPointAttention(c.ipa, implementation=implementation)
+        within = replace(c.ipa, frame_unit=None)  # a structure module divides the caller's frames itself
+        self.invariant_point_attention = InvariantPointAttention(within, implementation=implementation)
         self.attention_layer_norm = LayerNorm(width)
         for i in range(c.num_layer_in_transition):
             last = i == c.num_layer_in_transition - 1

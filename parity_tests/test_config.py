@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from ipa_bridge.config import IPAConfig, StructureModuleConfig
+from ipa_bridge.config import IPABlockConfig, IPAConfig, IPATransformerConfig, StructureModuleConfig
 from ipa_bridge.parameters import ipa_parameters
 
 IMPOSSIBLE = {
@@ -30,6 +30,11 @@ IMPOSSIBLE = {
         "pair_value_channel must be a positive integer; got 0; pass None",
     ),
     "no unit": ({"position_scale": 0.0}, "position_scale must be positive; got 0.0"),
+    "frames without a length": (
+        {"frame_unit": 0.0},
+        "frame_unit must be positive, in Å; got 0.0; pass None for unknown",
+    ),
+    "frames in words": ({"frame_unit": "nm"}, "frame_unit must be a finite number; got 'nm'; pass None for unknown"),
     "weight": ({"point_weight_init": math.inf}, "point_weight_init must be a finite number"),
 }
 
@@ -62,6 +67,39 @@ def test_lucidrains_takes_the_packages_own_arguments():
 def test_a_structure_module_has_one_unit():
     with pytest.raises(ValueError, match=r"ipa\.position_scale must be 1 in a structure module.*got 10\.0"):
         StructureModuleConfig(ipa=IPAConfig.framediff())
+
+
+FRAME_UNITS = {
+    "alphafold2": (IPAConfig.alphafold2(), 10.0),
+    "alphafold_multimer": (IPAConfig.alphafold_multimer(), 20.0),
+    "esmfold": (IPAConfig.esmfold(), 10.0),
+    "framediff": (IPAConfig.framediff(), 1.0),
+    "lucidrains": (IPAConfig.lucidrains(64), None),
+    "block": (IPABlockConfig(ipa=IPAConfig.alphafold2()), 10.0),
+    "block of lucidrains": (IPABlockConfig.lucidrains(64), None),
+    "transformer": (IPATransformerConfig(block=IPABlockConfig(ipa=IPAConfig.framediff()), num_layer=2), 1.0),
+    "structure module, which takes Å": (StructureModuleConfig.alphafold_multimer(), 1.0),
+}
+
+
+@pytest.mark.parametrize(("config", "unit"), FRAME_UNITS.values(), ids=FRAME_UNITS)
+def test_presets_know_the_unit_of_their_callers_frames(config, unit):
+    assert config.frame_unit == unit
+
+
+def test_the_unit_is_unknown_by_default():
+    fields = {name: x for name, x in vars(IPAConfig.alphafold2()).items() if name != "frame_unit"}
+    assert IPAConfig(**fields).frame_unit is None
+
+
+def test_a_structure_modules_attention_takes_its_unit():
+    for preset in (StructureModuleConfig.alphafold2(), StructureModuleConfig.alphafold_multimer()):
+        assert preset.ipa.frame_unit == preset.position_scale
+    message = r"ipa\.frame_unit must be position_scale, 20\.0, or None.*got 10\.0: .*replace\(ipa, frame_unit=20\.0\)"
+    with pytest.raises(ValueError, match=message):
+        replace(StructureModuleConfig.alphafold2(), position_scale=20.0)
+    unknown = replace(IPAConfig.alphafold2(), frame_unit=None)
+    assert StructureModuleConfig(ipa=unknown, position_scale=20.0).ipa == unknown
 
 
 ALPHAFOLDS = {

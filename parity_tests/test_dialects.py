@@ -44,7 +44,10 @@ NATIVE = {
     "alphafold monomer": ("alphafold", ODD),
     "alphafold multimer": ("alphafold", ODD_MULTIMER),
     "openfold": ("openfold", ONE_WIDTH),
-    "openfold multimer": ("openfold", replace(ONE_WIDTH, layout="multimer", scalar_bias=False, norm_form="clamp")),
+    "openfold multimer": (
+        "openfold",
+        replace(ONE_WIDTH, layout="multimer", scalar_bias=False, norm_form="clamp", frame_unit=20.0),
+    ),
     "openfold_v1": ("openfold_v1", ONE_WIDTH),
     "esmfold": ("esmfold", replace(ONE_WIDTH, point_weight_init=0.0)),
     "framediff": ("framediff", FRAMEDIFF),
@@ -363,7 +366,7 @@ def test_names_and_shapes_tell_the_dialect(name, root):
 def replace_untold(config):
     """What names and shapes do not tell, put aside."""
     if isinstance(config, StructureModuleConfig):
-        return replace(config, ipa=replace_untold(config.ipa), position_scale=1.0)
+        return replace(config, ipa=replace(replace_untold(config.ipa), frame_unit=1.0), position_scale=1.0)
     if isinstance(config, IPAConfig):
         return replace(config, zero_init=True, point_weight_init=0.0)
     if isinstance(config, IPABlockConfig | IPATransformerConfig):
@@ -494,7 +497,9 @@ def test_of_two_layouts_the_less_grave_loss_is_taken():
 
 def test_what_a_file_cannot_say_is_told(tmp_path):
     pytest.importorskip("torch")
-    weights = Weights.random(replace(SMALL_MODULE, position_scale=3.0, ipa=replace(ONE_WIDTH, norm_epsilon=1e-6)))
+    weights = Weights.random(
+        replace(SMALL_MODULE, position_scale=3.0, ipa=replace(ONE_WIDTH, norm_epsilon=1e-6, frame_unit=3.0))
+    )
     with pytest.warns(UserWarning, match=r"as OpenFold 2's: ") as told:
         weights.save(tmp_path / "of.safetensors", dialect="openfold")
     messages = [str(x.message) for x in told]

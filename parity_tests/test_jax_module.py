@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import ipa_jax
-from ipa_bridge.config import IPAConfig, IPATransformerConfig
+from ipa_bridge.config import IPABlockConfig, IPAConfig, IPATransformerConfig, StructureModuleConfig
+from ipa_bridge.frames import idealised_peptide
 from ipa_bridge.parameters import ipa_parameters
-from ipa_parity.cases import CATALOGUE, ODD, ODD_MULTIMER, ODD_NO_PAIR, make_case
+from ipa_bridge.weights import Weights
+from ipa_parity.cases import CATALOGUE, ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR, make_case
 from ipa_parity.report import compare
 
 ROOT = "invariant_point_attention"
@@ -219,6 +223,90 @@ def test_coincident_frames_have_finite_gradients():
 def test_nan_is_never_hidden():
     params, single, *inputs = arguments(CATALOGUE["monomer"]())
     assert np.isnan(ipa_jax.transform_ipa(ODD).apply(params, single.at[0, 0].set(np.nan), *inputs)[0]).all()
+
+
+def in_angstroms(config=ODD):
+    """A peptide's frames in Å, whatever the config's unit is."""
+    params, single, pair, rigids, mask = arguments(make_case("", config, structure=idealised_peptide()))
+    steps = jnp.linalg.norm(jnp.diff(rigids.translation, axis=0), axis=-1)
+    return params, single, pair, rigids.scale_translation(3.8 / jnp.median(steps)), mask
+
+
+IN_ANGSTROMS = r"in units of 10 Å.*median of 3\.8 units apart"
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "numpy", "no mask", "batch", "block"])
+def test_angstroms_are_warned_of_where_ten_are_a_unit(kind):
+    params, single, pair, rigids, mask = in_angstroms()
+    apply = ipa_jax.transform_ipa(ODD).apply
+    if kind == "bfloat16":
+        rigids = rigids.astype(jnp.bfloat16)
+    elif kind == "numpy":
+        rigids, mask = ipa_jax.Rigid(*map(np.asarray, rigids)), np.asarray(mask)
+    elif kind == "no mask":
+        mask = None
+    elif kind == "batch":
+        single, pair, rigids, mask = jax.tree.map(lambda x: jnp.stack([x, x]), (single, pair, rigids, mask))
+    elif kind == "block":
+        config = IPABlockConfig(ipa=ODD)
+        apply = hk.without_apply_rng(hk.transform(lambda *xs: ipa_jax.IPABlock(config)(*xs))).apply
+        params = jax.tree.map(jnp.asarray, Weights.random(config).to_haiku())
+    with pytest.warns(UserWarning, match=IN_ANGSTROMS):
+        apply(params, single, pair, rigids, mask)
+
+
+def test_angstroms_are_warned_of_once():
+    inputs = in_angstroms()
+    apply = ipa_jax.transform_ipa(ODD).apply
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            apply(*inputs)
+    assert [x.category for x in caught] == [UserWarning]
+
+
+@pytest.mark.parametrize(
+    "config", [replace(ODD, frame_unit=None), ODD_NO_BIAS, ODD_DOWN_Z], ids=["unknown", "lucidrains", "framediff"]
+)
+def test_angstroms_are_not_warned_of_where_they_are_meant_or_may_be(config):
+    ipa_jax.transform_ipa(config).apply(*in_angstroms(config))
+
+
+def test_angstroms_are_not_warned_of_within_a_structure_module():
+    config = StructureModuleConfig(ipa=ODD, num_layer=1, tied_layers=False, sidechain_channel=5)
+    _, single, pair, rigids, mask = in_angstroms()
+    params = jax.tree.map(jnp.asarray, Weights.random(config).to_haiku())
+    in_its_unit = rigids.scale_translation(config.position_scale)
+    module = ipa_jax.transform_structure_module(config)
+    module.apply(params, None, single, pair, mask.astype(int), mask, rigids=in_its_unit)
+
+
+@pytest.mark.parametrize("layout", ["monomer", "multimer"])
+def test_angstroms_are_not_warned_of_in_replaced_layers(layout):
+    folding = pytest.importorskip(f"alphafold.model.folding{'_multimer' * (layout == 'multimer')}")
+    config = replace(ODD, layout=layout)
+    fields = ("num_channel", "num_head", "num_scalar_qk", "num_scalar_v", "num_point_qk", "num_point_v")
+    widths = SimpleNamespace(**{field: getattr(config, field) for field in fields})
+    with ipa_jax.replace_alphafold_ipa(verify=False):
+        build = partial(folding.InvariantPointAttention, widths, SimpleNamespace(zero_init=False))
+        unit = hk.without_apply_rng(hk.transform(lambda: build().config.frame_unit)).apply({})
+    assert unit is None
+
+
+def test_angstroms_are_not_warned_of_under_traces_and_transforms():
+    """And the check is no obstacle to any of them."""
+    params, single, pair, rigids, mask = in_angstroms()
+    apply = ipa_jax.transform_ipa(ODD, implementation="reference").apply
+    call = lambda t: apply(params, single, pair, ipa_jax.Rigid(rigids.rotation, t), mask)  # noqa: E731
+    jax.eval_shape(ipa_jax.transform_ipa(ODD).init, jax.random.key(0), single, pair, rigids, mask)
+    constant = lambda p: apply(p, single, pair, rigids, mask)  # noqa: E731
+    jax.eval_shape(constant, params)  # where only the parameters are traced
+    jax.eval_shape(call, rigids.translation)
+    jax.vmap(call)(jnp.stack([rigids.translation] * 2))
+    jax.grad(lambda t: call(t).sum())(rigids.translation)
+    with pytest.warns(UserWarning, match=IN_ANGSTROMS):  # the frames' values are at hand
+        jax.grad(lambda p: constant(p).sum())(params)
+    jax.jvp(call, (rigids.translation,), (rigids.translation,))
 
 
 def test_geometry_and_attention_ask_for_full_precision():

@@ -10,7 +10,8 @@ import pytest
 
 from ipa_bridge import cli, residues
 from ipa_bridge.config import StructureModuleConfig
-from ipa_bridge.structures import load_structure
+from ipa_bridge.frames import idealised_peptide
+from ipa_bridge.structures import load_structure, save_structure
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
 from ipa_parity.report import compare
@@ -37,13 +38,29 @@ def test_quickstarts_run_one_after_the_other(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, second["params"], dict(first["params"]))
 
 
+def test_a_proteins_frames_come_in_the_models_unit(tmp_path, monkeypatch):
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("torch")
+    pytest.importorskip("gemmi")
+    monkeypatch.chdir(tmp_path)
+    peptide = idealised_peptide()
+    save_structure("1gcn.pdb", peptide.atom37, peptide.aatype, atom37_mask=peptide.atom37_mask)
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2].replace("rigids = ipa_torch", "twins = ipa_torch")
+    shared: dict = {}
+    with jax.enable_x64(False):
+        exec(compile(block, "README.md: frames", "exec"), shared)
+    for rigids in (shared["rigids"], shared["twins"]):
+        step = np.linalg.norm(np.diff(np.asarray(rigids.translation), axis=0), axis=-1)
+        np.testing.assert_allclose(step, 0.38, rtol=0.01)
+
+
 def test_representations_become_structure_files(tmp_path, monkeypatch):
     """The two blocks share weights; what they write is read again, every heavy atom of every residue."""
     jax = pytest.importorskip("jax")
     torch = pytest.importorskip("torch")
     gemmi = pytest.importorskip("gemmi")
     monkeypatch.chdir(tmp_path)
-    haiku, pytorch, training = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2:5]
+    haiku, pytorch, training = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[3:6]
     for block in (haiku, pytorch):
         lines = [line for line in block.strip().splitlines() if line and not line.startswith(("import", "from"))]
         assert len(lines) <= 10
@@ -84,7 +101,7 @@ def test_the_transformers_are_one(tmp_path, monkeypatch):
     """The PyTorch block goes on with the Haiku block's config and parameters."""
     jax = pytest.importorskip("jax")
     torch = pytest.importorskip("torch")
-    haiku, pytorch = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[5:7]
+    haiku, pytorch = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[6:8]
     shared: dict = {}
     with jax.enable_x64(False):
         exec(compile(haiku, "README.md: Haiku", "exec"), shared)

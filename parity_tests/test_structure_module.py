@@ -24,7 +24,7 @@ from ipa_parity.parity import installed_frameworks
 from ipa_parity.report import compare
 
 ODD_MODULE = StructureModuleConfig(
-    ipa=ODD,
+    ipa=replace(ODD, frame_unit=None),
     num_layer=3,
     num_layer_in_transition=2,
     dropout=0.2,
@@ -32,7 +32,9 @@ ODD_MODULE = StructureModuleConfig(
     sidechain_channel=5,
     num_residual_block=3,
 )
-ODD_MULTIMER_MODULE = replace(ODD_MODULE, ipa=ODD_MULTIMER, num_layer_in_transition=3, num_residual_block=1)
+ODD_MULTIMER_MODULE = replace(
+    ODD_MODULE, ipa=replace(ODD_MULTIMER, frame_unit=None), num_layer_in_transition=3, num_residual_block=1
+)
 UNTIED_MODULE = replace(ODD_MODULE, tied_layers=False)
 CONFIGS = {
     "odd": ODD_MODULE,

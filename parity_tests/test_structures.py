@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import re
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipa_bridge.frames import build_backbone, random_frames, random_rotations
+from ipa_bridge.checks import warn_if_in_angstroms
+from ipa_bridge.config import (
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+)
+from ipa_bridge.frames import build_backbone, idealised_peptide, random_frames, random_rotations
 from ipa_bridge.residues import ATOM37_MASK, ATOM_TYPES, RESTYPES, UNKNOWN_AATYPE
 from ipa_bridge.structures import Structure, backbone_frames, load_structure
 
@@ -596,6 +605,103 @@ def test_import_loads_no_third_party_module_but_numpy():
         "assert loaded == {'ipa_bridge', 'numpy'}, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# In a model's unit
+
+
+CONFIGS = {
+    "attention": (IPAConfig.alphafold2(), 10.0),
+    "multimer": (IPAConfig.alphafold_multimer(), 20.0),
+    "Å": (IPAConfig.framediff(), 1.0),
+    "block": (IPABlockConfig(ipa=IPAConfig.esmfold()), 10.0),
+    "transformer": (IPATransformerConfig(block=IPABlockConfig(ipa=IPAConfig.esmfold()), num_layer=1), 10.0),
+    "structure module": (StructureModuleConfig.alphafold_multimer(), 1.0),
+}
+
+
+@pytest.mark.parametrize(("config", "unit"), CONFIGS.values(), ids=CONFIGS)
+def test_frames_come_in_the_unit_of_a_config(config, unit):
+    structure = idealised_peptide()
+    rotation, translation = structure.rigids(config)
+    np.testing.assert_array_equal(rotation, structure.rotation)
+    np.testing.assert_allclose(translation * unit, structure.translation, rtol=1e-15)
+    steps = np.linalg.norm(np.diff(translation, axis=0), axis=-1)
+    np.testing.assert_allclose(steps, 3.8 / unit, rtol=0.01)
+
+
+UNKNOWN = {
+    "attention": IPAConfig.lucidrains(64),
+    "block": IPABlockConfig.lucidrains(64),
+    "transformer": IPATransformerConfig.lucidrains(64, depth=2),
+}
+
+
+@pytest.mark.parametrize("config", UNKNOWN.values(), ids=UNKNOWN)
+def test_an_unknown_unit_raises_and_the_message_mends_it(config):
+    structure = idealised_peptide()
+    with pytest.raises(ValueError, match=r"config\.frame_unit is None.*dataclasses\.replace") as caught:
+        structure.rigids(config)
+    mend = re.search(r"config = (.*)$", str(caught.value))[1]
+    mended = eval(mend, {"dataclasses": dataclasses, "config": config})
+    np.testing.assert_array_equal(structure.rigids(mended)[1], structure.translation / 10)
+
+
+def test_what_takes_no_frames_raises():
+    with pytest.raises(ValueError, match="which takes frames was expected; got PredictedLDDTConfig"):
+        idealised_peptide().rigids(PredictedLDDTConfig())
+
+
+IN_ANGSTROMS = r"in units of 10 Å.*median of 3\.8 units apart.*dataclasses\.replace\(config, frame_unit=1\.0\)"
+
+
+def frames_in_angstroms(residues: int = 42) -> tuple[np.ndarray, np.ndarray]:
+    """A peptide's, from the middle of it, and which of them are valid."""
+    return idealised_peptide().translation[10 : 10 + residues], np.ones(42, bool)[10 : 10 + residues]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("residues", [8, 30])
+def test_a_chain_in_angstroms_is_warned_of_where_ten_are_a_unit(residues, dtype):
+    translation, mask = frames_in_angstroms(residues)
+    for valid in (None, mask, mask.astype(np.int32)):
+        with pytest.warns(UserWarning, match=IN_ANGSTROMS):
+            warn_if_in_angstroms(IPAConfig.alphafold2(), translation.astype(dtype), valid)
+    with pytest.warns(UserWarning, match="in units of 20 Å"):
+        warn_if_in_angstroms(IPAConfig.alphafold_multimer(), np.stack([translation, translation]).astype(dtype), None)
+
+
+def test_chain_breaks_and_masked_residues_do_not_hide_it():
+    translation, mask = frames_in_angstroms(30)
+    translation[15:] += 50.0
+    translation[5], mask[5] = 0.0, False
+    with pytest.warns(UserWarning, match=IN_ANGSTROMS):
+        warn_if_in_angstroms(IPAConfig.alphafold2(), translation, mask)
+
+
+@pytest.mark.parametrize("what", ["unit unknown", "unit of 1 Å", "divided", "seven residues", "no neighbours", "noise"])
+def test_nothing_else_is_warned_of(what):
+    config = IPAConfig.alphafold2()
+    translation, mask = frames_in_angstroms(7 if what == "seven residues" else 30)
+    if what.startswith("unit"):
+        config = dataclasses.replace(config, frame_unit=None if what == "unit unknown" else 1.0)
+    elif what == "divided":
+        translation = translation / 10
+    elif what == "no neighbours":
+        mask = np.arange(30) % 2 == 0
+    elif what == "noise":  # whose median step is a Cα–Cα distance too
+        translation = random_frames(np.random.default_rng(0), (200,), spread=2.9)[1]
+        assert 3.6 < np.median(np.linalg.norm(np.diff(translation, axis=0), axis=-1)) < 4.0
+        mask = np.ones(200, bool)
+    warn_if_in_angstroms(config, translation, mask)
+
+
+def test_nucleic_acids_in_angstroms_are_not_detected():
+    """The documented limit: phosphates or C1' of an A-form strand lie 5 to 7 Å apart."""
+    turn, rise, radius = np.deg2rad(32.7) * np.arange(20), 2.81 * np.arange(20), 8.7
+    strand = np.stack([radius * np.cos(turn), radius * np.sin(turn), rise], -1)
+    assert 5 < np.linalg.norm(strand[1] - strand[0]) < 7
+    warn_if_in_angstroms(IPAConfig.alphafold2(), strand, None)
 
 
 # Algorithm 21

@@ -11,6 +11,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,9 +22,11 @@ from ipa_bridge.config import (
     IPATransformerConfig,
     PredictedLDDTConfig,
     StructureModuleConfig,
+    attention_of,
+    replace_attention,
 )
 from ipa_bridge.parameters import ipa_parameters
-from ipa_bridge.weights import Weights, torch_name
+from ipa_bridge.weights import Weights, functional, torch_name
 from ipa_parity.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR
 
 CONFIGS = {
@@ -88,6 +91,7 @@ def test_any_config_is_inferred_and_goes_round(widths, layout, scalar_bias, poin
     pytest.importorskip("torch")
     c_s, c_z, h, qk, v, p, pv = widths
     norm = {"norm_form": "clamp"} if layout == "multimer" and point_bias else {}
+    multimers = 20.0 if point_bias else None
     config = IPAConfig(
         num_channel=c_s,
         pair_channel=c_z if paired else None,
@@ -99,6 +103,7 @@ def test_any_config_is_inferred_and_goes_round(widths, layout, scalar_bias, poin
         layout=layout,
         scalar_bias=scalar_bias,
         point_bias=point_bias,
+        frame_unit=10.0 if layout == "monomer" else multimers,
         zero_init=layout == "monomer" or point_bias,
         **norm,
     )
@@ -493,11 +498,32 @@ def test_files_of_whole_modules_round_trip(name, suffix, tmp_path):
 
 
 def test_safetensors_keep_what_shapes_do_not_tell(tmp_path):
-    config = StructureModuleConfig(ipa=ODD, num_layer=5, position_scale=3.0, dropout=0.5)
+    config = StructureModuleConfig(
+        ipa=dataclasses.replace(ODD, frame_unit=3.0), num_layer=5, position_scale=3.0, dropout=0.5
+    )
     Weights.random(config).save(tmp_path / "weights.safetensors")
     assert Weights.load(tmp_path / "weights.safetensors").config == config
     with pytest.warns(UserWarning, match=r"num_layer is 5, not 8; that position_scale is 3\.0, not 10\.0"):
         Weights.random(config).save(tmp_path / "weights.npz")
+
+
+@pytest.mark.parametrize(
+    "config", [IPAConfig.alphafold2(), StructureModuleConfig.alphafold_multimer(), IPABlockConfig.lucidrains(8)]
+)
+def test_files_saved_before_the_frames_unit_was_known_load(config, tmp_path):
+    """Their metadata do not tell it: it is unknown."""
+    weights = Weights.random(config)
+    weights.save(tmp_path / "new.safetensors")
+    with safetensors.safe_open(tmp_path / "new.safetensors", "numpy") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    fields = json.loads(metadata["ipa_config"])
+    del fields.get("ipa", fields)["frame_unit"]
+    safetensors.numpy.save_file(arrays, tmp_path / "old.safetensors", {**metadata, "ipa_config": json.dumps(fields)})
+    again = Weights.load(tmp_path / "old.safetensors")
+    unknown = dataclasses.replace(attention_of(config), frame_unit=None)
+    assert again.config == replace_attention(config, unknown)
+    assert functional(again.config) == functional(config)
+    assert_same_bits(dict(sorted(again.arrays.items())), dict(sorted(weights.arrays.items())))
 
 
 def test_a_structure_modules_faults_are_named():

@@ -111,5 +111,5 @@ OPENFOLD_V1 = Dialect(
     absent=("down_z.weight",),
     at=lambda root, kind: _anywhere(root, kind) and not lies_in_esmfold(root),
     transitions=3,
-    shared={IPAConfig: ("norm_epsilon",)},  # ABodyBuilder3's is 1e-7
+    shared={IPAConfig: ("norm_epsilon", "frame_unit")},  # ABodyBuilder3's are 1e-7 and Å
 )
