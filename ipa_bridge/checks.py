@@ -68,8 +68,11 @@ def check_ipa_inputs(
 
 
 def may_be_in_angstroms(config: IPAConfig) -> bool:
-    """Frames in Å would be a mistake that `warn_if_in_angstroms` can tell."""
-    return config.frame_unit is not None and config.frame_unit >= LEAST_SUSPECTED_UNIT
+    """Frames in Å would be a mistake that `warn_if_in_angstroms` can tell.
+
+    Not where the attention divides by a position_scale itself, as one that is fed Å does.
+    """
+    return config.position_scale == 1 and (config.frame_unit or 0) >= LEAST_SUSPECTED_UNIT
 
 
 def warn_if_in_angstroms(config: IPAConfig, translation: ndarray, mask: ndarray | None) -> None:

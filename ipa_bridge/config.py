@@ -193,8 +193,8 @@ class StructureModuleConfig:
     """One structure module (Jumper et al. 2021, Suppl. Alg. 20).
 
     Attributes:
-        ipa: its attention, whose widths c_s and c_z, layout and zero_init are the module's too. Its frame_unit is
-            position_scale, for the module divides by it, or None.
+        ipa: its attention, whose widths c_s and c_z, layout and zero_init are the module's too. Its frame_unit becomes
+            position_scale, whatever it was, since the module divides by that.
         num_layer: how often the fold iteration runs.
         tied_layers: one set of weights serves all layers, as in AlphaFold; else each has its own.
         num_layer_in_transition: linear layers of the transition.
@@ -204,7 +204,7 @@ class StructureModuleConfig:
         num_residual_block: its depth.
 
     Raises:
-        ValueError: an attention without pair representation or with another unit, a number of layers or a width
+        ValueError: an attention without pair representation or with a unit of its own, a number of layers or a width
             that is not a positive integer, a dropout outside [0, 1), or a position_scale that is not positive.
     """
 
@@ -237,12 +237,8 @@ class StructureModuleConfig:
             raise ValueError(f"dropout must be a rate in [0, 1); got {self.dropout!r}")
         if not self.position_scale > 0:
             raise ValueError(f"position_scale must be positive, in Å; got {self.position_scale!r}")
-        if self.ipa.frame_unit not in (None, self.position_scale):
-            raise ValueError(
-                f"ipa.frame_unit must be position_scale, {self.position_scale!r}, or None in a structure module, which "
-                f"divides the frames that its attention sees by it; got {self.ipa.frame_unit!r}: pass both, with "
-                f"ipa=dataclasses.replace(ipa, frame_unit={self.position_scale!r})"
-            )
+        if self.ipa.frame_unit != self.position_scale:
+            object.__setattr__(self, "ipa", replace(self.ipa, frame_unit=self.position_scale))
 
     @property
     def frame_unit(self) -> float:

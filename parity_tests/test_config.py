@@ -95,11 +95,10 @@ def test_the_unit_is_unknown_by_default():
 def test_a_structure_modules_attention_takes_its_unit():
     for preset in (StructureModuleConfig.alphafold2(), StructureModuleConfig.alphafold_multimer()):
         assert preset.ipa.frame_unit == preset.position_scale
-    message = r"ipa\.frame_unit must be position_scale, 20\.0, or None.*got 10\.0: .*replace\(ipa, frame_unit=20\.0\)"
-    with pytest.raises(ValueError, match=message):
-        replace(StructureModuleConfig.alphafold2(), position_scale=20.0)
+    wider = replace(StructureModuleConfig.alphafold2(), position_scale=15.0)
+    assert wider.ipa == replace(IPAConfig.alphafold2(), frame_unit=15.0)
     unknown = replace(IPAConfig.alphafold2(), frame_unit=None)
-    assert StructureModuleConfig(ipa=unknown, position_scale=20.0).ipa == unknown
+    assert StructureModuleConfig(ipa=unknown) == StructureModuleConfig.alphafold2()
 
 
 ALPHAFOLDS = {
