@@ -242,7 +242,7 @@ def _check_unit(config: IPAConfig, rigids: Rigid, mask: Shaped[Array, "*B N"] | 
     if not may_be_in_angstroms(config):
         return
     arrays = [rigids.translation, *(() if mask is None else (mask,))]
-    if all(_at_hand(x) for x in (*arrays, jnp.zeros(()))):  # a constant too is traced, under jit
+    if all(_at_hand(x) for x in arrays) and _at_hand(jnp.zeros(())):  # under jit a constant is a tracer
         translation, *valid = (np.asarray(x) for x in arrays)
         warn_if_in_angstroms(config, translation, valid[0] if valid else None)
 

@@ -577,6 +577,20 @@ def test_angstroms_are_not_warned_of_under_traces_and_transforms():
     torch.compiler.reset()
 
 
+def test_a_compiled_graph_holds_nothing_of_the_check():
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    for unit in (10.0, None):
+        module, inputs = in_angstroms(replace(ODD, frame_unit=unit))
+        torch.compile(module, fullgraph=True, backend=backend)(*inputs)
+        torch.compiler.reset()
+    assert sizes[0] == sizes[1]
+
+
 def test_moves_between_devices_and_dtypes():
     case = CATALOGUE["monomer"]()
     module, (single, pair, rigids, mask) = model(case), arguments(case)
