@@ -266,7 +266,9 @@ def test_angstroms_are_warned_of_once():
 
 
 @pytest.mark.parametrize(
-    "config", [replace(ODD, frame_unit=None), ODD_NO_BIAS, ODD_DOWN_Z], ids=["unknown", "lucidrains", "framediff"]
+    "config",
+    [replace(ODD, frame_unit=None), ODD_NO_BIAS, ODD_DOWN_Z, replace(ODD, position_scale=10.0)],
+    ids=["unknown", "lucidrains", "framediff", "divides itself"],
 )
 def test_angstroms_are_not_warned_of_where_they_are_meant_or_may_be(config):
     ipa_jax.transform_ipa(config).apply(*in_angstroms(config))
