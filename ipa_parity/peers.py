@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ipa_bridge import residues
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case
@@ -256,7 +256,8 @@ def esmfold_structure_module(weights: Weights) -> Any:
     from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
     from transformers.models.esm.modeling_esmfold import EsmFoldStructureModule
 
-    module = EsmFoldStructureModule(EsmConfig(num_blocks=weights.config.num_layer)).eval()  # with its own ε
+    number = cast(StructureModuleConfig, weights.config).num_layer
+    module = EsmFoldStructureModule(EsmConfig(num_blocks=number)).eval()  # with its own ε
     module.load_state_dict(weights.to_torch(dialect="esmfold"))
     return module
 
