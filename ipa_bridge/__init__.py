@@ -8,6 +8,7 @@ from ipa_bridge.config import (
     StructureModuleConfig,
 )
 from ipa_bridge.structures import Structure, load_structure, save_structure
+from ipa_bridge.version import __version__
 from ipa_bridge.weights import Weights
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Structure",
     "StructureModuleConfig",
     "Weights",
+    "__version__",
     "load_structure",
     "save_structure",
 ]

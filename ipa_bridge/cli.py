@@ -24,9 +24,17 @@ from ipa_bridge.dialects import DIALECTS, KINDS, Dialect, Found, Parts, modules,
 from ipa_bridge.files import SUFFIXES, ArrayFile, check_destination, open_arrays
 from ipa_bridge.parameters import parameter_shapes
 from ipa_bridge.told import functional
+from ipa_bridge.version import __version__
 from ipa_bridge.weights import Weights, in_dialect, read_module, slashed
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+EXAMPLES = """\
+examples:
+  ipa-port inspect params_model_1.npz
+  ipa-port convert params_model_1.npz openfold.pt --to openfold --verify
+  ipa-port compare params_model_1.npz openfold.pt
+"""
 
 VERIFIED_WITHIN = 1024
 """Units of eps of float64; what only orders numbers anew stays below ten, a swapped axis is at 1e14."""
@@ -50,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ipa-port", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ipa-port", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"ipa-twins {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     dialects = ", ".join(DIALECTS)
 

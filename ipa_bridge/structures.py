@@ -70,6 +70,14 @@ class Structure:
     def __len__(self) -> int:
         return len(self.mask)
 
+    def __repr__(self) -> str:
+        chains = len(set(self.chain_id.tolist()))
+        resolved = int(self.mask.sum())
+        return (
+            f"Structure({self.name!r}: {len(self)} residues in {chains} chain{'s' * (chains != 1)}, {resolved} with a "
+            "backbone frame)"
+        )
+
     @property
     def sequence(self) -> str:
         """One letter per residue, X where the residue is none of the 20."""

@@ -90,6 +90,15 @@ class Weights:
         _check(self.arrays, parameter_shapes(self.config))
         object.__setattr__(self, "arrays", {name: _frozen_copy(x) for name, x in self.arrays.items()})
 
+    def __repr__(self) -> str:
+        numbers = sum(x.size for x in self.arrays.values())
+        dtypes = ", ".join(sorted({x.dtype.name for x in self.arrays.values()}))
+        assumed = f", assumed={sorted(self.assumed)}" if self.assumed else ""
+        return (
+            f"Weights({len(self.arrays)} arrays of {numbers:,} numbers in {dtypes}, root={self.root!r}, "
+            f"config={expression(self.config)}{assumed})"
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are made as the original was, so that their arrays are read-only too."""
         return type(self), (dict(self.arrays), self.config, self.root, self.assumed)

@@ -1,5 +1,11 @@
 """Invariant point attention and the structure module in JAX and Haiku; the twin of ipa_torch."""
 
+try:
+    import haiku as _  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("ipa_jax needs JAX and Haiku: pip install 'ipa-twins[jax]'", name=error.name) from error
+
+from ipa_bridge.version import __version__
 from ipa_jax.attention import point_attention
 from ipa_jax.confidence import PredictedLDDT, predicted_lddt, transform_predicted_lddt
 from ipa_jax.invariant_point_attention import InvariantPointAttention, transform_ipa
@@ -71,6 +77,7 @@ __all__ = [
     "TorsionAngles",
     "ViolationMetrics",
     "WithinResidueViolations",
+    "__version__",
     "angle_norm_loss",
     "atom14_to_atom37",
     "atom37_to_atom14",

@@ -14,11 +14,19 @@ from typing import Any, cast
 from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.frames import idealised_peptide
 from ipa_bridge.structures import Structure, load_structure
+from ipa_bridge.version import __version__
 from ipa_bridge.weights import Weights
 from ipa_parity import parity, structure_module
 from ipa_parity.cases import PRESETS, load_weights, make_case
 from ipa_parity.parity import installed_frameworks
 from ipa_parity.report import Comparison, as_json, table
+
+EXAMPLES = """\
+examples:
+  ipa-parity
+  ipa-parity --weights params_model_1.npz --structure 1gcn.pdb
+  ipa-parity --module structure-module --structure 1gcn.pdb --json
+"""
 
 KINKS = (
     "Gradients in float32 are in the Euclidean norm: a few of millions of ReLUs open in one run and not in the other.\n"
@@ -36,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         frameworks = _frameworks(args.require)
         cases, judge = MODULES[args.module](args)
     except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+        print(f"ipa-parity: {error}", file=sys.stderr)
+        return 2
     progress = _Progress(shown=not args.quiet)
     started = time.perf_counter()
     comparisons: list[Comparison] = []
@@ -69,7 +78,10 @@ Question = tuple[list[Callable[[], Any]], Callable[..., Iterator[Comparison]]]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ipa-parity", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ipa-parity", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"ipa-twins {__version__}")
     parser.add_argument("--module", choices=MODULES, default="ipa", help="the attention, or a whole structure module")
     parser.add_argument("--weights", metavar="FILE", help="its weights: .npz (AlphaFold's), .safetensors or .pt")
     parser.add_argument("--structure", metavar="FILE", help="a protein to run on: PDB or mmCIF")
@@ -103,6 +115,9 @@ def _several(text: str) -> int:
 
 def _frameworks(require: str) -> tuple[str, ...]:
     frameworks = installed_frameworks()
+    unknown = [name for name in require.split(",") if name not in ("", "jax", "torch")]
+    if unknown:
+        raise ValueError(f"--require takes jax, torch or both, as jax,torch; got {', '.join(unknown)}")
     missing = [name for name in require.split(",") if name and name not in frameworks]
     if missing:
         raise ValueError(

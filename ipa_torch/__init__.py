@@ -1,5 +1,11 @@
 """Invariant point attention and the structure module in PyTorch; the twin of ipa_jax."""
 
+try:
+    import torch as _  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("ipa_torch needs PyTorch: pip install 'ipa-twins[torch]'", name=error.name) from error
+
+from ipa_bridge.version import __version__
 from ipa_torch.attention import point_attention
 from ipa_torch.confidence import PredictedLDDT, predicted_lddt
 from ipa_torch.invariant_point_attention import InvariantPointAttention
@@ -71,6 +77,7 @@ __all__ = [
     "TorsionAngles",
     "ViolationMetrics",
     "WithinResidueViolations",
+    "__version__",
     "angle_norm_loss",
     "atom14_to_atom37",
     "atom37_to_atom14",

@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import ipa_bridge
+from ipa_bridge import cli as port
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.weights import Weights
 from ipa_parity import cli, parity, stages, structure_module
@@ -19,6 +22,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytest.importorskip("jax")
 pytest.importorskip("torch")
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """What the command says to a question that it cannot answer: a line, after its usage only where that was wrong."""
+    start = "ipa-parity: "
+    try:
+        status = cli.main(arguments)
+    except SystemExit as stopped:
+        status, start = stopped.code, "usage: "
+    assert status == 2
+    said = capsys.readouterr().err
+    assert said.startswith(start)
+    assert said.count("\n") == 1 or start == "usage: "
+    return said
 
 
 def test_default_run_prints_a_table_and_passes(capsys):
@@ -64,9 +81,8 @@ def test_untrained_weights_are_refused(tmp_path, capsys):
     weights = Weights.random(ODD_MULTIMER)
     name = "output_projection/weights"
     replace(weights, arrays={**weights.arrays, name: 0 * weights.arrays[name]}).save(tmp_path / "fresh.npz")
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["--weights", str(tmp_path / "fresh.npz")])
-    assert "output_projection is zero, as an untrained model's" in capsys.readouterr().err
+    said = refused(["--weights", str(tmp_path / "fresh.npz")], capsys)
+    assert "output_projection is zero, as an untrained model's" in said
 
 
 def test_a_preset_tells_the_norm_that_a_file_cannot(tmp_path):
@@ -117,9 +133,7 @@ def test_a_structure_module_layer_by_layer(capsys, structures_dir):
     ],
 )
 def test_what_a_structure_module_cannot_is_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["--module", "structure-module", *arguments])
-    assert message in capsys.readouterr().err
+    assert message in refused(["--module", "structure-module", *arguments], capsys)
 
 
 def test_a_structure_modules_weights_come_from_a_file(tmp_path, capsys):
@@ -129,17 +143,15 @@ def test_a_structure_modules_weights_come_from_a_file(tmp_path, capsys):
     assert structure_module.load_weights(tmp_path / "module.safetensors").config == config
     told = structure_module.load_weights(tmp_path / "module.safetensors", "esmfold").config
     assert (told.position_scale, told.ipa.norm_form) == (10.0, "add")
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["--module", "structure-module", "--weights", str(tmp_path / "ipa.safetensors")])
-    assert "holds an attention's weights, not a structure module's: use --module ipa" in capsys.readouterr().err
+    said = refused(["--module", "structure-module", "--weights", str(tmp_path / "ipa.safetensors")], capsys)
+    assert "holds an attention's weights, not a structure module's: use --module ipa" in said
     assert cli.main(["--weights", str(tmp_path / "module.safetensors"), "--residues", "5", "--no-gradients"]) == 0
 
 
 def test_one_framework_alone_is_said(capsys, monkeypatch):
     monkeypatch.setattr(cli, "installed_frameworks", lambda: ("torch",))
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["--residues", "9"])
-    assert "not installed: jax. Install ipa-twins[jax], or pass --require='torch'" in capsys.readouterr().err
+    said = refused(["--residues", "9"], capsys)
+    assert "not installed: jax. Install ipa-twins[jax], or pass --require='torch'" in said
     arguments = ["--residues", "9", "--preset", "lucidrains", "--require", "torch", "--quiet"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -157,12 +169,23 @@ def test_one_framework_alone_is_said(capsys, monkeypatch):
         (["--structure", "x.pdb", "--residues", "9"], "--structure brings its own residues"),
         (["--residues", "1"], "must be at least 2, for a residue alone has only itself to see; got 1"),
         (["--preset", "alphafold9"], "invalid choice"),
+        (["--require", "jax,tensorflow"], "--require takes jax, torch or both, as jax,torch; got tensorflow"),
     ],
 )
 def test_wrong_questions_give_status_2(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(arguments)
-    assert message in capsys.readouterr().err
+    assert message in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize("command", [cli, port])
+def test_version_and_examples_of_the_commands(command, capsys):
+    for option, expected in (
+        ("--version", f"ipa-twins {ipa_bridge.__version__}\n"),
+        ("--help", "\nexamples:\n  ipa-p"),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            command.main([option])
+        assert expected in capsys.readouterr().out
+    assert ipa_bridge.__version__ == metadata.version("ipa-twins")
 
 
 def test_installed_frameworks_are_found():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +133,34 @@ def test_structures_without_gemmi():
 def test_types_are_shipped():
     for package in ("ipa_bridge", "ipa_jax", "ipa_torch", "ipa_parity"):
         assert (ROOT / package / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    ("absent", "code", "message"),
+    [
+        ("haiku", "import ipa_jax", "ipa_jax needs JAX and Haiku: pip install 'ipa-twins[jax]'"),
+        ("torch", "import ipa_torch", "ipa_torch needs PyTorch: pip install 'ipa-twins[torch]'"),
+        (
+            "torch",
+            "from ipa_bridge import IPAConfig, Weights; Weights.random(IPAConfig.lucidrains(8)).to_torch()",
+            "tensors, state dicts and .pt files need PyTorch: pip install 'ipa-twins[torch]'",
+        ),
+        (
+            "torch",
+            "from ipa_bridge import IPAConfig, Weights; Weights.random(IPAConfig.lucidrains(8)).save('x.pt')",
+            "tensors, state dicts and .pt files need PyTorch: pip install 'ipa-twins[torch]'",
+        ),
+        (
+            "torch",
+            "open('x.pt', 'wb').write(b'PK'); from ipa_bridge import Weights; Weights.load('x.pt')",
+            "tensors, state dicts and .pt files need PyTorch: pip install 'ipa-twins[torch]'",
+        ),
+    ],
+)
+def test_what_is_missing_is_named_with_the_extra_to_install(absent, code, message, tmp_path):
+    """As the last line of the error, and not as a damaged file."""
+    program = [sys.executable, "-c", WITHOUT.format(absent=[absent]) + code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert re.fullmatch(rf"\w*Error: {re.escape(message)}", run.stderr.splitlines()[-1]), run.stderr

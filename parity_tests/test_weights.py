@@ -734,3 +734,8 @@ def test_copies_are_read_only_too(copied, dtype):
     for x in again.arrays.values():
         with pytest.raises(ValueError, match="read-only"):
             x[...] = 1
+
+
+def test_weights_print_in_a_line_or_two():
+    assert repr(Weights.random(ODD)).startswith("Weights(12 arrays of ")
+    assert len(repr(Weights.random(StructureModuleConfig.alphafold2()))) < 500
