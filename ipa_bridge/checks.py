@@ -33,6 +33,30 @@ class Shaped(Protocol):
     def dtype(self) -> Any: ...  # noqa: D102
 
 
+def check_rigids(rigids: Any, array: type | None = None) -> None:
+    """Frames come as the package's Rigid, of arrays of its framework.
+
+    Args:
+        rigids: what was passed.
+        array: the type of its arrays; None for whatever the framework converts.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not (hasattr(rigids, "rotation") and hasattr(rigids, "translation")):
+        shape = f" {tuple(rigids.shape)}" if hasattr(rigids, "shape") else ""
+        raise ValueError(
+            f"rigids must be Rigid(rotation (*batch, N, 3, 3), translation (*batch, N, 3)); got {type(rigids).__name__}"
+            f"{shape}: make a Rigid of the two arrays, or of homogeneous matrices with Rigid.from_4x4(matrix)"
+        )
+    if array is not None:
+        for name in ("rotation", "translation"):
+            if not isinstance(x := getattr(rigids, name), array):
+                raise ValueError(
+                    f"rigids.{name} must be a {array.__name__}; got {type(x).__name__}: pass torch.as_tensor(x)"
+                )
+
+
 def check_ipa_inputs(
     config: IPAConfig,
     single: Shaped,

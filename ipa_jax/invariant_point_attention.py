@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from ipa_bridge.checks import check_ipa_inputs, may_be_in_angstroms, warn_if_in_angstroms
+from ipa_bridge.checks import check_ipa_inputs, check_rigids, may_be_in_angstroms, warn_if_in_angstroms
 from ipa_bridge.config import IPAConfig
 from ipa_jax.attention import point_attention
 from ipa_jax.dtypes import at_least_float32
@@ -67,6 +67,7 @@ class InvariantPointAttention(hk.Module):
             UserWarning: a protein's frames seem to be in Å where the unit is 10 Å or more; only where values are at
                 hand, on CPU and in no trace or transform. Nucleic acids in Å are not detected.
         """
+        check_rigids(rigids)
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
         _check_unit(self.config, rigids, mask)
         dtype = at_least_float32(*(x.dtype for x in (single, pair) if x is not None))

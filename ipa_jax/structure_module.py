@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from ipa_bridge.checks import check_structure_module_inputs
+from ipa_bridge.checks import check_rigids, check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32, varying_alike
@@ -163,6 +163,8 @@ class StructureModule(hk.Module):
             ValueError: shapes that do not fit the config or each other, or an aatype not among 0–20.
         """
         c = self.config
+        if rigids is not None:
+            check_rigids(rigids)
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
         check_aatype(aatype, mask)
         initial_act = LayerNorm(name="single_layer_norm")(single)  # line 1

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from ipa_bridge.checks import check_tokens
+from ipa_bridge.checks import check_rigids, check_tokens
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
@@ -136,6 +136,8 @@ class IPATransformer(hk.Module):
             ValueError: shapes that do not fit the config or each other, or tokens that are no integers.
         """
         c = self.config
+        if rigids is not None:
+            check_rigids(rigids)
         check_tokens(c, single)
         act = single
         if c.num_token is not None:

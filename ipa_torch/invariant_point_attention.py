@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from ipa_bridge.checks import check_ipa_inputs, may_be_in_angstroms, warn_if_in_angstroms
+from ipa_bridge.checks import check_ipa_inputs, check_rigids, may_be_in_angstroms, warn_if_in_angstroms
 from ipa_bridge.config import IPAConfig
 from ipa_torch.attention import point_attention
 from ipa_torch.dtypes import at_least_float32, without_autocast
@@ -88,6 +88,7 @@ class InvariantPointAttention(Module):
             UserWarning: a protein's frames seem to be in Å where the unit is 10 Å or more; only where values are at
                 hand, on CPU and in no trace or transform. Nucleic acids in Å are not detected.
         """
+        check_rigids(rigids, Tensor)
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
         _check_unit(self.config, rigids, mask)
         dtype = at_least_float32(*(x.dtype for x in (single, pair) if x is not None))

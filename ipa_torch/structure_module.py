@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ipa_bridge.checks import check_structure_module_inputs
+from ipa_bridge.checks import check_rigids, check_structure_module_inputs
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
 from ipa_bridge.tuples import by_name
@@ -166,6 +166,8 @@ class StructureModule(Module):
             ValueError: shapes that do not fit the config or each other, or an aatype not among 0–20.
         """
         c = self.config
+        if rigids is not None:
+            check_rigids(rigids, Tensor)
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
         check_aatype(aatype, mask)
         initial_act = self.single_layer_norm(single)  # line 1

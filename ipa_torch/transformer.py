@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ipa_bridge.checks import check_tokens
+from ipa_bridge.checks import check_rigids, check_tokens
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
 from ipa_bridge.parameters import numbered
 from ipa_bridge.tuples import by_name
@@ -135,6 +135,8 @@ class IPATransformer(Module):
             ValueError: shapes that do not fit the config or each other, or tokens that are no integers.
         """
         c = self.config
+        if rigids is not None:
+            check_rigids(rigids, Tensor)
         check_tokens(c, single)
         act = single if c.num_token is None else self.token_embedding(single)
         dtype = at_least_float32(act.dtype)  # whatever the start frames' is

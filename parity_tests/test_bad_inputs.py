@@ -112,6 +112,29 @@ def test_ipa(framework, spoil, message):
         framework.ipa(case, single, pair, framework.package.Rigid(rotation, translation), mask)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("tuple", r"rigids must be Rigid\(rotation .*\); got tuple: make a Rigid of the two arrays"),
+        ("4x4", r"rigids must be Rigid\(.*; got .* \(7, 4, 4\): .*Rigid.from_4x4\(matrix\)"),
+        ("numpy", "rigids.rotation must be a Tensor; got ndarray: pass torch.as_tensor"),
+    ],
+)
+def test_what_is_no_rigid(framework, kind, message):
+    case = CATALOGUE["monomer"]().astype("float32")
+    rigids = {
+        "tuple": (framework.array(case.rotation), framework.array(case.translation)),
+        "4x4": framework.array(np.zeros((7, 4, 4), np.float32)),
+        "numpy": framework.package.Rigid(case.rotation, case.translation),
+    }[kind]
+    arrays = framework.array(case.single), framework.array(case.pair), rigids, framework.array(case.mask)
+    if kind == "numpy" and isinstance(framework, Jax):
+        assert framework.ipa(case, *arrays).shape == case.single.shape  # JAX takes numpy's
+        return
+    with pytest.raises(ValueError, match=message):
+        framework.ipa(case, *arrays)
+
+
 def test_pair_where_the_config_has_none(framework):
     case = CATALOGUE["no-pair"]().astype("float32")
     rigids = framework.package.Rigid(framework.array(case.rotation), framework.array(case.translation))

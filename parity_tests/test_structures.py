@@ -759,3 +759,8 @@ def test_no_frame_is_the_identity():
     np.testing.assert_array_equal(translation[:6], 0.0)
     np.testing.assert_array_equal(translation[6:], ca[6:])
     assert UNKNOWN_AATYPE == 20
+
+
+def test_a_structure_prints_in_a_line(structures_dir):
+    shown = repr(load_structure(structures_dir / "1gcn.pdb"))
+    assert shown == "Structure('1gcn.pdb': 29 residues in 1 chain, 29 with a backbone frame)"

@@ -737,5 +737,5 @@ def test_copies_are_read_only_too(copied, dtype):
 
 
 def test_weights_print_in_a_line_or_two():
-    assert repr(Weights.random(ODD)).startswith("Weights(12 arrays of ")
+    assert repr(Weights.random(ODD)).startswith("Weights(13 arrays of ")
     assert len(repr(Weights.random(StructureModuleConfig.alphafold2()))) < 500
