@@ -111,7 +111,7 @@ def leave_combinations_to_test_all(items: list[pytest.Item]) -> None:
     """Marks what a test marked `covering` need not run as exhaustive."""
     tests: dict[Any, dict[pytest.Item, set]] = defaultdict(dict)
     for item in items:
-        if covering := item.get_closest_marker("covering"):
+        if (covering := item.get_closest_marker("covering")) and not item.get_closest_marker("exhaustive"):
             values = {name: repr(x) for name, x in item.callspec.params.items()}
             crossed = tuple(values.pop(name) for name in covering.args)
             tests[item.parent, item.function][item] = {(crossed, x) for x in values.items()}

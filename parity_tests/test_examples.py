@@ -45,24 +45,48 @@ SHORT = {
 """Every example, and arguments with which it runs for seconds."""
 
 
-@pytest.mark.parametrize("short", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["help", "short"])
-@pytest.mark.parametrize("name", SHORT)
-def test_every_example_runs_from_another_folder(name, short, tmp_path):
-    """As the README tells users to run it; of this project it sees only what is installed, and its own folder."""
-    programs = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
-    assert programs == set(SHORT)
+ALL_HELP = """
+import runpy, sys
+for path in sys.argv[1:]:
+    sys.argv = [path, "--help"]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, path
+"""
+
+
+def run_elsewhere(arguments, tmp_path):
+    """Python where, of this project, it sees only what is installed, and a copy of the examples."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
+    (tmp_path / "installed").mkdir()
     for package in ("ipa_bridge", "ipa_jax", "ipa_torch", "ipa_parity"):
-        (tmp_path / "installed" / package).parent.mkdir(exist_ok=True)
         (tmp_path / "installed" / package).symlink_to(EXAMPLES.parent / package)
-    command = [sys.executable, "-P", str(tmp_path / "examples" / f"{name}.py"), *(SHORT[name] if short else ["--help"])]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    command = [sys.executable, "-P", *arguments]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "Error" not in run.stderr
+    return run.stdout
 
 
-@pytest.mark.parametrize("name", ["denoise_backbone", "denoise_backbone_jax"])
+def test_every_example_starts_in_another_folder(tmp_path):
+    """With all that it imports, to say how it is called."""
+    programs = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
+    assert programs == set(SHORT)
+    said = run_elsewhere(["-c", ALL_HELP, *(f"examples/{name}.py" for name in SHORT)], tmp_path)
+    assert said.count("usage: ") == len(SHORT)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", SHORT)
+def test_every_example_runs_in_another_folder(name, tmp_path):
+    assert run_elsewhere([f"examples/{name}.py", *SHORT[name]], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["denoise_backbone", pytest.param("denoise_backbone_jax", marks=pytest.mark.exhaustive)]
+)
 def test_a_denoiser_learns_what_one_without_attention_cannot(name, backbones, tmp_path, monkeypatch, capsys):
     """In few steps; the README shows what more come to."""
     example = importlib.import_module(name)

@@ -1184,7 +1184,7 @@ def test_unknown_residues_have_the_frames_of_their_backbones(framework):
         )
         return frames.rotation, *losses
 
-    jit = framework.jit if isinstance(framework, Jax) else lambda function: function
+    jit = framework.jax.jit if isinstance(framework, Jax) else lambda function: function
     arrays = map(framework.array, (*rigids, angles, aatype, backbone, atoms, known))
     rotation, ours, theirs = framework.numpy(jit(frames_and_losses)(*arrays))
     np.testing.assert_array_equal(rotation[:, 0], rigids[0])
@@ -1356,7 +1356,9 @@ def test_torch_chunks_keep_memory_linear():
     assert kept < whole_kept / 20
 
 
-def test_torch_compiles_whole():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.exhaustive)])
+def test_torch_compiles_whole(backend):
+    """By Dynamo into one graph; and backwards, traced ahead of time, which takes much longer."""
     framework = one_of(Torch)
     torch = framework.torch
 
@@ -1366,7 +1368,7 @@ def test_torch_compiles_whole():
         return of_structure, lddt(losses, x), plddt(losses, x)
 
     p = synthetic_problem()
-    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(everything, fullgraph=True, backend=backend)
     expected = framework.call(lambda _, x: everything(x), p)
     assert_close(framework.call(lambda _, x: compiled(x), p), expected, LOSS)
     expected = framework.gradients(lambda _, x: everything(x), p)

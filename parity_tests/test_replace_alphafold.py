@@ -64,11 +64,13 @@ def test_the_attention_and_its_gradients(config, dtype, implementation):
             judge(after[stage], x, stage, dtype, meaningful)
 
 
+@pytest.mark.parametrize("num_layer", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("layout", ["monomer", "multimer"])
-def test_the_structure_module(layout):
-    """Eight layers of it, all outputs of valid residues; torsions are divided by lengths near zero here and there."""
+def test_the_structure_module(layout, num_layer):
+    """So many layers of it, all outputs of valid residues; torsions are divided by lengths near zero here and there."""
     multimer = layout == "multimer"
     config = StructureModuleConfig.alphafold_multimer() if multimer else StructureModuleConfig.alphafold2()
+    config = replace(config, num_layer=num_layer)
     case = structure_module.make_case("AlphaFold", config).astype("float32")
     before = peers.run_alphafold_structure_module(case, gradients=False)
     with ipa_jax.replace_alphafold_ipa(implementation="streamed"):
@@ -81,6 +83,12 @@ def test_the_structure_module(layout):
             judge(after[stage], x, stage, "float32", meaningful, norm)
 
 
+def test_the_readmes_lines():
+    """They swap while AlphaFold's own runner builds its model."""
+    assert predict_as_the_readme_says(lambda features: features, "features") == "features"
+
+
+@pytest.mark.exhaustive  # its attention and its structure module are compared above
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64", "ignore:jax.nn.one_hot input")  # AlphaFold's own
 def test_the_whole_of_alphafold():
     """Every output of AlphaFold-Multimer, one block of each stack, and the parameters that it makes."""

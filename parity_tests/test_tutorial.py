@@ -53,6 +53,7 @@ def test_it_says_on_a_real_protein_what_is_shown(build_tutorial, shown, structur
     assert measured(printed(run)) == measured(printed(shown))
 
 
+@pytest.mark.exhaustive  # the same cells as above, on a peptide
 def test_it_runs_without_a_protein(build_tutorial, monkeypatch, tmp_path):
     monkeypatch.setenv("IPA_STRUCTURES", str(tmp_path))
     run = build_tutorial.executed()
