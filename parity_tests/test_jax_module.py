@@ -74,9 +74,8 @@ def test_jit_vmap_and_checkpoint_are_the_same_function():
     params, *inputs = arguments(case)
     apply = ipa_jax.transform_ipa(case.config).apply
     expected = apply(params, *inputs)
-    judge(jax.jit(apply)(params, *inputs), expected)
-    judge(jax.vmap(apply, (None, 0, 0, 0, 0))(params, *inputs), expected)
-    judge(jax.checkpoint(apply)(params, *inputs), expected)
+    for function in (apply, jax.vmap(apply, (None, 0, 0, 0, 0)), jax.checkpoint(apply)):
+        judge(jax.jit(function)(params, *inputs), expected)
 
 
 def test_gradients_through_jit_vmap_and_checkpoint():
@@ -85,7 +84,8 @@ def test_gradients_through_jit_vmap_and_checkpoint():
     apply = ipa_jax.transform_ipa(case.config).apply
 
     def gradient(function):
-        return jax.grad(lambda *xs: (function(params, *xs, mask) * case.cotangent.astype("float32")).sum(), (0, 1, 2))
+        scalar = lambda *xs: (function(params, *xs, mask) * case.cotangent.astype("float32")).sum()  # noqa: E731
+        return jax.jit(jax.grad(scalar, (0, 1, 2)))
 
     expected = gradient(apply)(single, pair, rigids)
     for function in (jax.checkpoint(apply), jax.jit(apply), jax.vmap(apply, (None, 0, 0, 0, 0))):
@@ -99,8 +99,8 @@ def test_forward_mode_agrees_with_reverse_mode():
     apply = ipa_jax.transform_ipa(case.config, implementation="reference").apply
     direction = jnp.asarray(np.random.default_rng(0).standard_normal(single.shape))
     loss = lambda s: (apply(params, s, pair, rigids, mask) * case.cotangent).sum()  # noqa: E731
-    forward = jax.jvp(loss, (single,), (direction,))[1]
-    judge([forward], [(jax.grad(loss)(single) * direction).sum()], "gradient", "float64")
+    forward = jax.jit(lambda s: jax.jvp(loss, (s,), (direction,))[1])(single)
+    judge([forward], [(jax.jit(jax.grad(loss))(single) * direction).sum()], "gradient", "float64")
 
 
 def test_inside_someone_elses_transform():
@@ -194,7 +194,7 @@ def test_masked_residues_are_ignored_by_valid_ones():
 def test_no_residue_and_one_residue(config, residues):
     params, *inputs = arguments(make_case("", config, (residues,)))
     apply = ipa_jax.transform_ipa(config).apply
-    out, gradient = jax.value_and_grad(lambda s: apply(params, s, *inputs[1:]).sum())(inputs[0])
+    out, gradient = jax.jit(jax.value_and_grad(lambda s: apply(params, s, *inputs[1:]).sum()))(inputs[0])
     assert gradient.shape == (residues, config.num_channel)
     assert np.isfinite(out)
     assert np.isfinite(gradient).all()
@@ -204,7 +204,7 @@ def test_everything_masked_is_finite():
     params, single, pair, rigids, mask = arguments(CATALOGUE["monomer"]())
     apply = ipa_jax.transform_ipa(ODD).apply
     loss = lambda *xs: apply(*xs, jnp.zeros_like(mask)).sum()  # noqa: E731
-    for leaf in jax.tree.leaves(jax.value_and_grad(loss, (0, 1, 2, 3))(params, single, pair, rigids)):
+    for leaf in jax.tree.leaves(jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(params, single, pair, rigids)):
         assert np.isfinite(leaf).all()
 
 
@@ -216,7 +216,8 @@ def test_coincident_frames_have_finite_gradients():
         for module in (name for name in params if "point" in name):
             params[module] = jax.tree.map(jnp.zeros_like, params[module])
         apply = partial(ipa_jax.transform_ipa(config).apply, params)
-        gradients = jax.grad(lambda s, r, apply=apply, z=pair, m=mask: apply(s, z, r, m).sum(), (0, 1))(single, still)
+        scalar = lambda s, r, apply=apply, z=pair, m=mask: apply(s, z, r, m).sum()  # noqa: E731
+        gradients = jax.jit(jax.grad(scalar, (0, 1)))(single, still)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
