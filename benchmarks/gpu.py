@@ -132,7 +132,9 @@ def available(device: str) -> tuple[list[System], list[str]]:
         for implementation in ("fused", "streamed", "reference"):
             if implementation != "fused" or can_fuse(device):
                 name = {"reference": "textbook"}.get(implementation, implementation)
-                systems.append(System(f"JAX, {name} (jit)", "core", partial(jax_core, implementation)))
+                systems.append(
+                    System(f"JAX, {name} (jit)", "core", partial(jax_core, cast(Implementation, implementation)))
+                )
     else:
         absent.append("JAX: no package jax")
     systems.append(System("ipa_torch", "module", partial(torch_module, "fused" if can_fuse(device) else "streamed")))
