@@ -24,14 +24,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share one memory
 
 import numpy as np
 
 from benchmarks.systems import BACKWARD, DIRECTIONS, FORWARD
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import Implementation, IPAConfig
 from ipa_parity import peers
 from ipa_parity.attention import jax_point_attention
 from ipa_parity.cases import make_case
@@ -132,7 +132,9 @@ def available(device: str) -> tuple[list[System], list[str]]:
         for implementation in ("fused", "streamed", "reference"):
             if implementation != "fused" or can_fuse(device):
                 name = {"reference": "textbook"}.get(implementation, implementation)
-                systems.append(System(f"JAX, {name} (jit)", "core", partial(jax_core, implementation)))
+                systems.append(
+                    System(f"JAX, {name} (jit)", "core", partial(jax_core, cast(Implementation, implementation)))
+                )
     else:
         absent.append("JAX: no package jax")
     systems.append(System("ipa_torch", "module", partial(torch_module, "fused" if can_fuse(device) else "streamed")))
@@ -360,7 +362,7 @@ def _torch_inputs(case: Case) -> dict[str, Any]:
     }
 
 
-def torch_attend(arrays: dict[str, Any], implementation: str) -> list[Any]:
+def torch_attend(arrays: dict[str, Any], implementation: Implementation) -> list[Any]:
     """Outputs of the core."""
     import ipa_torch
 
@@ -377,7 +379,7 @@ def torch_directions(forward: Callable[[], list[Any]], leaves: list[Any]) -> dic
     return {FORWARD: torch.no_grad()(forward), BACKWARD: backward}
 
 
-def torch_core(implementation: str, case: Case) -> dict[str, Call]:
+def torch_core(implementation: Implementation, case: Case) -> dict[str, Call]:
     """Our core."""
     arrays = torch_inputs(case)
     leaves = [x for name, x in arrays.items() if x is not None and name != "mask"]
@@ -453,7 +455,7 @@ class Captured:
         return self.result
 
 
-def torch_module(implementation: str, case: Case) -> dict[str, Call]:
+def torch_module(implementation: Implementation, case: Case) -> dict[str, Call]:
     """Our whole class."""
     import ipa_torch
 
@@ -528,7 +530,7 @@ class CompiledByJax:
         return self.compiled(*self.inputs)
 
 
-def jax_core(implementation: str, case: Case) -> dict[str, Call]:
+def jax_core(implementation: Implementation, case: Case) -> dict[str, Call]:
     """Our core in JAX."""
     attend = jax_point_attention()
     arrays = {name: x if x is None else from_torch(x) for name, x in torch_inputs(case).items()}
@@ -557,7 +559,7 @@ def jax_module(which: str, case: Case) -> dict[str, Call]:
             return transformed.apply(*leaves, *others)
 
     else:
-        apply = ipa_jax.transform_ipa(config, implementation=which).apply
+        apply = ipa_jax.transform_ipa(config, implementation=cast(Implementation, which)).apply
 
         def forward(leaves: Any, others: Any) -> Any:
             mask, *frames = others

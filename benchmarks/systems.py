@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.clock import Timed
-from ipa_bridge.config import IPAConfig, StructureModuleConfig
+from ipa_bridge.config import Implementation, IPAConfig, StructureModuleConfig
 from ipa_bridge.frames import random_frames
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
@@ -103,7 +103,7 @@ def torch_calls(module: Any, forward: Callable[..., Any], inputs: Inputs) -> Cal
     return {FORWARD: lambda: inference, BACKWARD: lambda: backward}
 
 
-def our_haiku(implementation: str | None) -> Callable[[Inputs], Calls]:
+def our_haiku(implementation: Implementation | None) -> Callable[[Inputs], Calls]:
     """`ipa_jax`'s attention."""
 
     def prepare(inputs: Inputs) -> Calls:
@@ -134,7 +134,7 @@ def alphafold(config: IPAConfig) -> Callable[[Inputs], Calls]:
     return prepare
 
 
-def our_torch(implementation: str | None) -> Callable[[Inputs], Calls]:
+def our_torch(implementation: Implementation | None) -> Callable[[Inputs], Calls]:
     """`ipa_torch`'s attention."""
 
     def prepare(inputs: Inputs) -> Calls:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from ipa_bridge.checks import check_ipa_inputs, check_rigids, may_be_in_angstroms, warn_if_in_angstroms
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import Implementation, IPAConfig
 from ipa_jax.attention import point_attention
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.layers import Initializer, Linear
@@ -33,11 +35,48 @@ class InvariantPointAttention(hk.Module):
     """
 
     def __init__(
-        self, config: IPAConfig, *, implementation: str | None = None, name: str = "invariant_point_attention"
+        self,
+        config: IPAConfig,
+        *,
+        implementation: Implementation | None = None,
+        name: str = "invariant_point_attention",
     ) -> None:
         super().__init__(name=name)
         self.config = config
         self.implementation = implementation
+
+    @overload
+    def __call__(
+        self,
+        single: Float[Array, "*B N c_s"],
+        pair: Float[Array, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Array, "*B N"] | None = None,
+        *,
+        return_attention: Literal[False] = False,
+    ) -> Float[Array, "*B N c_s"]: ...
+
+    @overload
+    def __call__(
+        self,
+        single: Float[Array, "*B N c_s"],
+        pair: Float[Array, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Array, "*B N"] | None = None,
+        *,
+        return_attention: Literal[True],
+    ) -> tuple[Float[Array, "*B N c_s"], Float[Array, "*B H N N"]]: ...
+
+    @overload
+    def __call__(
+        self,
+        single: Float[Array, "*B N c_s"],
+        pair: Float[Array, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Array, "*B N"] | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> Float[Array, "*B N c_s"] | tuple[Float[Array, "*B N c_s"], Float[Array, "*B H N N"]]: ...
 
     def __call__(
         self,
@@ -172,7 +211,7 @@ class PointProjection(hk.Module):
         return jnp.swapaxes(points.reshape(*points.shape[:-1], 3, self.num_point), -1, -2)
 
 
-def transform_ipa(config: IPAConfig, *, implementation: str | None = None) -> hk.Transformed:
+def transform_ipa(config: IPAConfig, *, implementation: Implementation | None = None) -> hk.Transformed:
     """Invariant point attention as a pair of pure functions, init(rng, …) and apply(params, …).
 
     Both take what `InvariantPointAttention.__call__` takes.

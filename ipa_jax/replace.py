@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ipa_bridge.config import IPAConfig, Layout
+from ipa_bridge.config import Implementation, IPAConfig, Layout
 from ipa_bridge.frames import random_frames
 from ipa_bridge.replacement import RESIDUES, WITHIN, ReplacedLayer, ReplacementReport
 from ipa_bridge.weights import Weights
@@ -73,7 +73,7 @@ class AlphaFoldReplacement:
         self._before = {}
 
 
-def replace_alphafold_ipa(*, implementation: str | None = None, verify: bool = True) -> AlphaFoldReplacement:
+def replace_alphafold_ipa(*, implementation: Implementation | None = None, verify: bool = True) -> AlphaFoldReplacement:
     """Lets AlphaFold's structure modules, monomer and multimer, build our attention instead of their own.
 
     As a function it holds until `.restore()`; as a context manager until the end of the block:
@@ -129,7 +129,7 @@ def _original(attention: Any) -> Any:
     return getattr(attention, "ipa_twins_original", attention)
 
 
-def _adapted(original: Any, layout: Layout, implementation: str | None) -> Any:
+def _adapted(original: Any, layout: Layout, implementation: Implementation | None) -> Any:
     """Our attention with the constructor and the call of AlphaFold's."""
     preset = IPAConfig.alphafold2() if layout == "monomer" else IPAConfig.alphafold_multimer()
 

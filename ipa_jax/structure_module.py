@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from ipa_bridge.checks import check_rigids, check_structure_module_inputs
-from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.config import Implementation, StructureModuleConfig
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32, varying_alike
 from ipa_jax.invariant_point_attention import InvariantPointAttention
@@ -45,7 +45,11 @@ class FoldIteration(hk.Module):
     """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14)."""
 
     def __init__(
-        self, config: StructureModuleConfig, *, implementation: str | None = None, name: str = "fold_iteration"
+        self,
+        config: StructureModuleConfig,
+        *,
+        implementation: Implementation | None = None,
+        name: str = "fold_iteration",
     ) -> None:
         super().__init__(name=name)
         self.config = config
@@ -76,7 +80,7 @@ class FoldIteration(hk.Module):
         within = replace(self.config.ipa, frame_unit=None)  # a structure module divides the caller's frames itself
         ipa = InvariantPointAttention(within, implementation=self.implementation)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        act = act + cast(Array, ipa(act, pair, rigids, mask))  # line 6
+        act = act + ipa(act, pair, rigids, mask)  # line 6
         act = LayerNorm(name="attention_layer_norm")(dropout(keys[0], self.config.dropout, act))  # line 7
         act = act + self._transition(act)  # lines 8–9
         act = LayerNorm(name="transition_layer_norm")(dropout(keys[1], self.config.dropout, act))
@@ -131,7 +135,11 @@ class StructureModule(hk.Module):
     """
 
     def __init__(
-        self, config: StructureModuleConfig, *, implementation: str | None = None, name: str = "structure_module"
+        self,
+        config: StructureModuleConfig,
+        *,
+        implementation: Implementation | None = None,
+        name: str = "structure_module",
     ) -> None:
         super().__init__(name=name)
         self.config = config
@@ -205,7 +213,9 @@ class StructureModule(hk.Module):
         return StructureModuleOutput(rigids, frames, angles, unnormalized_angles, atom14, act)
 
 
-def transform_structure_module(config: StructureModuleConfig, *, implementation: str | None = None) -> hk.Transformed:
+def transform_structure_module(
+    config: StructureModuleConfig, *, implementation: Implementation | None = None
+) -> hk.Transformed:
     """A structure module as a pair of pure functions, init(rng, …) and apply(params, rng, …).
 
     Both take what `StructureModule.__call__` takes; apply's rng may be None where is_training is False.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from ipa_bridge.checks import check_rigids, check_tokens
-from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
+from ipa_bridge.config import Implementation, IPABlockConfig, IPATransformerConfig
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.invariant_point_attention import InvariantPointAttention
@@ -44,7 +44,9 @@ class IPABlock(hk.Module):
         name: haiku name.
     """
 
-    def __init__(self, config: IPABlockConfig, *, implementation: str | None = None, name: str = "ipa_block") -> None:
+    def __init__(
+        self, config: IPABlockConfig, *, implementation: Implementation | None = None, name: str = "ipa_block"
+    ) -> None:
         super().__init__(name=name)
         self.config = config
         self.implementation = implementation
@@ -75,7 +77,7 @@ class IPABlock(hk.Module):
         attention_layer_norm = LayerNorm(name="attention_layer_norm")
         transition_layer_norm = LayerNorm(name="transition_layer_norm")
         update = ipa(act if c.post_norm else attention_layer_norm(act), pair, rigids, mask)
-        act = self._dropout(act + cast(Array, update), c.attention_dropout, is_training)
+        act = self._dropout(act + update, c.attention_dropout, is_training)
         act = attention_layer_norm(act) if c.post_norm else act
         act = act + self._transition(act if c.post_norm else transition_layer_norm(act))
         act = self._dropout(act, c.transition_dropout, is_training)
@@ -108,7 +110,11 @@ class IPATransformer(hk.Module):
     """
 
     def __init__(
-        self, config: IPATransformerConfig, *, implementation: str | None = None, name: str = "ipa_transformer"
+        self,
+        config: IPATransformerConfig,
+        *,
+        implementation: Implementation | None = None,
+        name: str = "ipa_transformer",
     ) -> None:
         super().__init__(name=name)
         self.config = config
@@ -167,7 +173,9 @@ class IPATransformer(hk.Module):
         return Rigid(turned.rotation, frozen.apply(step[..., 3:]))
 
 
-def transform_ipa_transformer(config: IPATransformerConfig, *, implementation: str | None = None) -> hk.Transformed:
+def transform_ipa_transformer(
+    config: IPATransformerConfig, *, implementation: Implementation | None = None
+) -> hk.Transformed:
     """An IPA transformer as a pair of pure functions, init(rng, …) and apply(params, rng, …).
 
     Both take what `IPATransformer.__call__` takes; apply's rng may be None where is_training is False.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ipa_bridge import oracle
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import Implementation, IPAConfig
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case
@@ -31,7 +31,7 @@ def run_oracle(case: Case) -> Arrays:
     return {name: array for name, array in named.items() if array is not None}
 
 
-def run_jax(case: Case, *, gradients: bool = True, implementation: str | None = None) -> Arrays:
+def run_jax(case: Case, *, gradients: bool = True, implementation: Implementation | None = None) -> Arrays:
     """The Haiku model in the case's dtype, under jit, at the highest matrix precision."""
     import jax
 
@@ -53,7 +53,7 @@ def run_jax(case: Case, *, gradients: bool = True, implementation: str | None = 
 
 
 @lru_cache(maxsize=32)
-def _compiled_by_jax(config: IPAConfig, implementation: str | None) -> tuple[Callable, Callable]:
+def _compiled_by_jax(config: IPAConfig, implementation: Implementation | None) -> tuple[Callable, Callable]:
     """Every stage of a model, and the gradients of Σ cotangent·out; kept, since JAX compiles longer than it runs."""
     import haiku as hk
     import jax
@@ -85,7 +85,7 @@ def _compiled_by_jax(config: IPAConfig, implementation: str | None) -> tuple[Cal
     return jax.jit(transformed.apply), jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
-def run_torch(case: Case, *, gradients: bool = True, implementation: str | None = None) -> Arrays:
+def run_torch(case: Case, *, gradients: bool = True, implementation: Implementation | None = None) -> Arrays:
     """The torch model in the case's dtype, on CPU."""
     import torch
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from ipa_bridge import oracle, residues
-from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.config import Implementation, StructureModuleConfig
 from ipa_bridge.frames import idealised_peptide
 from ipa_bridge.structures import Structure
 from ipa_bridge.tensors import numpy_dtype, torch_tensor
@@ -230,7 +230,9 @@ def _lengths(expected: Arrays, layer: str) -> np.ndarray:
     return np.linalg.norm(expected[f"unnormalized_angles/{layer}"].astype(np.float64), axis=-1)
 
 
-def run_jax(case: StructureModuleCase, *, gradients: bool = True, implementation: str | None = None) -> Arrays:
+def run_jax(
+    case: StructureModuleCase, *, gradients: bool = True, implementation: Implementation | None = None
+) -> Arrays:
     """The Haiku model in the case's dtype, under jit, at the highest matrix precision."""
     import jax
 
@@ -257,7 +259,7 @@ def run_jax(case: StructureModuleCase, *, gradients: bool = True, implementation
 
 
 @lru_cache(maxsize=16)
-def _compiled_by_jax(config: StructureModuleConfig, implementation: str | None) -> tuple[Callable, Callable]:
+def _compiled_by_jax(config: StructureModuleConfig, implementation: Implementation | None) -> tuple[Callable, Callable]:
     """Outputs with losses, and the gradients of a weighted sum; kept, since JAX compiles longer than it runs."""
     import jax
 
@@ -278,7 +280,9 @@ def _compiled_by_jax(config: StructureModuleConfig, implementation: str | None) 
     return jax.jit(predict), jax.jit(jax.grad(weighted, (0, 1)))
 
 
-def run_torch(case: StructureModuleCase, *, gradients: bool = True, implementation: str | None = None) -> Arrays:
+def run_torch(
+    case: StructureModuleCase, *, gradients: bool = True, implementation: Implementation | None = None
+) -> Arrays:
     """The torch model in the case's dtype, on CPU."""
     import torch
 
@@ -291,7 +295,7 @@ def run_torch(case: StructureModuleCase, *, gradients: bool = True, implementati
     cotangents = {name: torch_tensor(x) for name, x in case.cotangents.items()}
     output = module(inputs["single"], inputs["pair"], torch_tensor(case.aatype), torch_tensor(case.mask))
     losses = _losses(ipa_torch, output, target_of(ipa_torch, case, torch_tensor))
-    detached = [
+    detached: list[Any] = [
         x.detach().numpy() if isinstance(x, torch.Tensor) else type(x)(*(y.detach() for y in x)) for x in output
     ]
     arrays = named_layers(type(output)(*detached)) | _named_losses(np.array([x.item() for x in losses]))

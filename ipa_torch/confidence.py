@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -27,6 +29,9 @@ class PredictedLDDT(Module):
         """Reads the activations of the structure module's last layer (Alg. 29, lines 1–3)."""
         hidden = self.input_layer_norm(act)
         return self.logits(F.relu(self.act_1(F.relu(self.act_0(hidden)))))
+
+    if TYPE_CHECKING:  # nn.Module's own returns anything
+        __call__ = forward
 
 
 def predicted_lddt(logits: Float[Tensor, "*B N bins"]) -> Float[Tensor, "*B N"]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ipa_bridge.checks import check_ipa_inputs, check_rigids, may_be_in_angstroms, warn_if_in_angstroms
-from ipa_bridge.config import IPAConfig
+from ipa_bridge.config import Implementation, IPAConfig
 from ipa_torch.attention import point_attention
 from ipa_torch.dtypes import at_least_float32, without_autocast
 from ipa_torch.layers import Linear, Module
@@ -29,7 +31,7 @@ class InvariantPointAttention(Module):
         implementation: of the attention, see `point_attention`.
     """
 
-    def __init__(self, config: IPAConfig, *, implementation: str | None = None) -> None:
+    def __init__(self, config: IPAConfig, *, implementation: Implementation | None = None) -> None:
         super().__init__()
         self.config = c = config
         self.implementation = implementation
@@ -59,6 +61,39 @@ class InvariantPointAttention(Module):
         """Initialises the parameters anew, in the order of construction."""
         nn.init.constant_(self.trainable_point_weights, self.config.point_weight_init)
         super().reset_parameters()
+
+    @overload
+    def forward(
+        self,
+        single: Float[Tensor, "*B N c_s"],
+        pair: Float[Tensor, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Tensor, "*B N"] | None = None,
+        *,
+        return_attention: Literal[False] = False,
+    ) -> Float[Tensor, "*B N c_s"]: ...
+
+    @overload
+    def forward(
+        self,
+        single: Float[Tensor, "*B N c_s"],
+        pair: Float[Tensor, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Tensor, "*B N"] | None = None,
+        *,
+        return_attention: Literal[True],
+    ) -> tuple[Float[Tensor, "*B N c_s"], Float[Tensor, "*B H N N"]]: ...
+
+    @overload
+    def forward(
+        self,
+        single: Float[Tensor, "*B N c_s"],
+        pair: Float[Tensor, "*B N N c_z"] | None,
+        rigids: Rigid,
+        mask: Shaped[Tensor, "*B N"] | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> Float[Tensor, "*B N c_s"] | tuple[Float[Tensor, "*B N c_s"], Float[Tensor, "*B H N N"]]: ...
 
     def forward(
         self,
@@ -114,6 +149,9 @@ class InvariantPointAttention(Module):
         read = features(self.config, o, rigids.apply_inverse(o_points), o_pair)
         output = self.output_projection(read).to(single.dtype)  # line 11
         return (output, *attention) if return_attention else output
+
+    if TYPE_CHECKING:  # nn.Module's own returns anything
+        __call__ = forward
 
     def project(self, single: Float[Tensor, "*B N c_s"], rigids: Rigid) -> Projections:
         """Lines 1–3: q, k, v (*B, N, H, C) and query, key and value points (*B, N, H, P, 3) in the global frame.

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipa_bridge.config import IPAConfig, NormForm
+from ipa_bridge.config import Implementation, IPAConfig, NormForm
 from ipa_bridge.dialects import Found, modules
 from ipa_bridge.frames import random_frames
 from ipa_bridge.replacement import RESIDUES, WITHIN, ReplacedLayer, ReplacementReport
@@ -39,7 +39,9 @@ LEAST_INFINITY = 1e4
 """What a layer that hides masked keys by subtracting a number must subtract at least: ours hides them altogether."""
 
 
-def replace_ipa(model: nn.Module, *, implementation: str | None = None, verify: bool = True) -> ReplacementReport:
+def replace_ipa(
+    model: nn.Module, *, implementation: Implementation | None = None, verify: bool = True
+) -> ReplacementReport:
     """Lets every invariant point attention in a model compute as ours does.
 
     Layers of OpenFold 1 and 2 (monomer and multimer), ESMFold, FrameDiff and its family, and the package
@@ -133,7 +135,7 @@ class _Settings:
 
     config: IPAConfig
     takes: tuple[_Argument, ...]
-    implementation: str | None = None
+    implementation: Implementation | None = None
     untouched: tuple[tuple[str, type], ...] = ()
     """Submodules that our attention does not call, or not as the layer called them, and the classes that they had."""
     points: str = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ipa_bridge.checks import check_rigids, check_structure_module_inputs
-from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.config import Implementation, StructureModuleConfig
 from ipa_bridge.parameters import numbered
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
@@ -45,7 +45,7 @@ class StructureModuleOutput(NamedTuple):
 class FoldIteration(Module):
     """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14)."""
 
-    def __init__(self, config: StructureModuleConfig, *, implementation: str | None = None) -> None:
+    def __init__(self, config: StructureModuleConfig, *, implementation: Implementation | None = None) -> None:
         super().__init__()
         self.config = c = config
         width = c.num_channel
@@ -133,7 +133,7 @@ class StructureModule(Module):
         implementation: of the attention, see `point_attention`.
     """
 
-    def __init__(self, config: StructureModuleConfig, *, implementation: str | None = None) -> None:
+    def __init__(self, config: StructureModuleConfig, *, implementation: Implementation | None = None) -> None:
         super().__init__()
         self.config = c = config
         self.single_layer_norm = LayerNorm(c.num_channel)
@@ -190,3 +190,6 @@ class StructureModule(Module):
         frames = torsion_angles_to_frames(rigids, angles, aatype, mask=mask)  # Alg. 24
         atom14 = frames_to_atom14(frames, aatype, mask=mask)
         return StructureModuleOutput(rigids, frames, angles, unnormalized_angles, atom14, act)
+
+    if TYPE_CHECKING:  # nn.Module's own returns anything
+        __call__ = forward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ipa_bridge.checks import check_rigids, check_tokens
-from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
+from ipa_bridge.config import Implementation, IPABlockConfig, IPATransformerConfig
 from ipa_bridge.parameters import numbered
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
@@ -44,7 +44,7 @@ class IPABlock(Module):
         implementation: of the attention, see `point_attention`.
     """
 
-    def __init__(self, config: IPABlockConfig, *, implementation: str | None = None) -> None:
+    def __init__(self, config: IPABlockConfig, *, implementation: Implementation | None = None) -> None:
         super().__init__()
         self.config = c = config
         width, layers = c.num_channel, c.num_layer_in_transition
@@ -86,6 +86,9 @@ class IPABlock(Module):
         act = F.dropout(act, c.transition_dropout, self.training)
         return transition_layer_norm(act) if c.post_norm else act
 
+    if TYPE_CHECKING:  # nn.Module's own returns anything
+        __call__ = forward
+
     def _transition(self, act: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N c_s"]:
         hidden, last = act, self.config.num_layer_in_transition - 1
         for i in range(last):
@@ -103,7 +106,7 @@ class IPATransformer(Module):
         implementation: of the attention, see `point_attention`.
     """
 
-    def __init__(self, config: IPATransformerConfig, *, implementation: str | None = None) -> None:
+    def __init__(self, config: IPATransformerConfig, *, implementation: Implementation | None = None) -> None:
         super().__init__()
         self.config = c = config
         initializer: Initializer = "zeros" if c.ipa.zero_init else "linear"
@@ -149,6 +152,9 @@ class IPATransformer(Module):
             rigids = self._moved(getattr(self, numbered("affine_update", i))(act), rigids, frozen)
         points = rigids.apply(self.predicted_points(act)) if c.predict_points else None
         return IPATransformerOutput(act, rigids, points)
+
+    if TYPE_CHECKING:  # nn.Module's own returns anything
+        __call__ = forward
 
     def _moved(self, step: Float[Tensor, "*B N 6"], rigids: Rigid, frozen: Rigid) -> Rigid:
         """Alg. 23 in each residue's own frame: the quaternion (1, b, c, d), normalised, and a translation."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,3 +208,38 @@ def test_imports_run_downwards(package):
     for module, tree in modules(package).items():
         assert not imported(tree) & FORBIDDEN.get(package, set()), f"{package}.{module}"
         assert not imported(at_import(tree)) & LAZY.get(package, set()), f"{package}.{module}"
+
+
+USER = """
+import jax
+import torch
+import ipa_jax
+import ipa_torch
+from ipa_bridge import IPAConfig, StructureModuleConfig, Weights
+
+config = IPAConfig.alphafold2()
+module = ipa_torch.InvariantPointAttention(config, implementation="streamed")
+module.load_state_dict(Weights.random(config).to_torch())
+single, pair, rigids = torch.randn(9, 384), torch.randn(9, 9, 128), ipa_torch.Rigid.random((9,))
+reveal_type(module(single, pair, rigids))
+reveal_type(module(single, pair, rigids, return_attention=True))
+reveal_type(ipa_torch.StructureModule(StructureModuleConfig.alphafold2())(single, pair, torch.arange(9)).atom14)
+def in_haiku(single: jax.Array, pair: jax.Array, rigids: ipa_jax.Rigid) -> None:
+    ipa = ipa_jax.InvariantPointAttention(config)
+    reveal_type(ipa(single, pair, rigids))
+    reveal_type(ipa(single, pair, rigids, return_attention=True))
+ipa_torch.InvariantPointAttention(config, implementation="fastest")  # type: ignore[arg-type]
+"""
+
+
+@pytest.mark.exhaustive  # `make lint` checks the packages' own types
+def test_types_reach_users(tmp_path):
+    """Under mypy's strictest rules."""
+    (tmp_path / "user.py").write_text(USER)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "user.py"]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    revealed = re.findall(r'user.py:\d+: note: Revealed type is "(.*)"', run.stdout)
+    tensor, array = "torch._tensor.Tensor", "jax._src.basearray.Array"
+    assert revealed == [tensor, f"tuple[{tensor}, {tensor}]", tensor, array, f"tuple[{array}, {array}]"], run.stdout
+    assert run.returncode == 0, run.stdout

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Float, Shaped
 
 from ipa_bridge.checks import check_point_attention_inputs
+from ipa_bridge.config import Implementation
 from ipa_jax.attention import reference, streamed
 from ipa_jax.dtypes import at_least_float32
 
@@ -46,7 +47,7 @@ def point_attention(
     pair_bias_weight: Float[Array, "c_z H"] | None,
     point_weights: Float[Array, " H"],
     mask: Shaped[Array, "*B N"] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     block_size: int | None = None,
     return_attention: bool = False,
 ) -> tuple[Any, ...]:
@@ -97,7 +98,7 @@ def point_attention(
 
 
 def choose_implementation(
-    implementation: str | None, number: int, *, block_size: int | None = None, return_attention: bool = False
+    implementation: Implementation | None, number: int, *, block_size: int | None = None, return_attention: bool = False
 ) -> Callable:
     """The function that a name stands for, of so many residues.
 

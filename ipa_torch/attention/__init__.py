@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ipa_bridge.checks import check_point_attention_inputs
+from ipa_bridge.config import Implementation
 from ipa_torch.attention import reference, streamed
 from ipa_torch.dtypes import at_least_float32, without_autocast
 
@@ -47,7 +48,7 @@ def point_attention(
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
     point_weights: Float[Tensor, " H"],
     mask: Shaped[Tensor, "*B N"] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     block_size: int | None = None,
     return_attention: bool = False,
 ) -> tuple[Any, ...]:
@@ -99,7 +100,7 @@ def point_attention(
 
 
 def choose_implementation(
-    implementation: str | None, number: int, *, block_size: int | None = None, return_attention: bool = False
+    implementation: Implementation | None, number: int, *, block_size: int | None = None, return_attention: bool = False
 ) -> Callable:
     """The function that a name stands for, of so many residues.
 
