@@ -304,6 +304,15 @@ def test_there_and_back_through_another_system_is_bitwise(name, target):
     assert_same_bits(state_of(home, source), state)
 
 
+def test_an_attention_without_a_pair_in_openfolds_names_is_unknown():
+    """MDGen's scales its logits as with a pair; nothing in its names or shapes tells."""
+    config = replace(ONE_WIDTH, pair_channel=None)
+    state = random_state("openfold_v1", config, seed=0)
+    with pytest.raises(ValueError, match=r"always reads a pair representation; .* Pass config= if they are scaled"):
+        find_module({name: x.shape for name, x in state.items()}, dialect="openfold_v1")
+    assert from_state(state, "openfold_v1", config).config == config
+
+
 @pytest.mark.parametrize(
     "config", [ODD, SMALL_MODULE, replace(SMALL_MODULE, tied_layers=False, num_layer=2), ODD_NO_PAIR]
 )

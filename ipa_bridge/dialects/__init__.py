@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from ipa_bridge.config import Config, IPAConfig
+from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, attention_of
 from ipa_bridge.dialects.alphafold import ALPHAFOLD, IPA_JAX, IPA_TORCH
 from ipa_bridge.dialects.esmfold import ESMFOLD
 from ipa_bridge.dialects.framediff import FRAMEDIFF, FRAMEFLOW
@@ -211,6 +211,14 @@ def find_module(
     if config is not None:
         return found[0], config, frozenset()
     readings = [each.infer(shapes) for each in found]
+    for each, reading in zip(found, readings, strict=True):
+        pairless = not isinstance(reading, PredictedLDDTConfig) and attention_of(reading).pair_channel is None
+        if pairless and each.dialect.forms and all(form.pair_required for form in each.dialect.forms.values()):
+            raise ValueError(
+                f"{source}: {each.dialect.title}'s attention always reads a pair representation; this one has no "
+                "parameters for it, so it is another system's, and how that scales its logits is unknown (MDGen: by "
+                "√(1/3)). Pass config= if they are scaled by √(1/2), as without a pair here"
+            )
     if any(functional(reading) != functional(readings[0]) for reading in readings):
         candidates = " or ".join(f"{each.dialect.name!r} ({each.dialect.title})" for each in found)
         raise ValueError(
