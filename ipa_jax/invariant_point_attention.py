@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from functools import wraps
+from typing import Any, Literal, overload
 
 import haiku as hk
 import jax
@@ -214,7 +215,10 @@ class PointProjection(hk.Module):
 def transform_ipa(config: IPAConfig, *, implementation: Implementation | None = None) -> hk.Transformed:
     """Invariant point attention as a pair of pure functions, init(rng, …) and apply(params, …).
 
-    Both take what `InvariantPointAttention.__call__` takes.
+    Both take what `InvariantPointAttention.__call__` takes. Attention has no dropout, so that apply takes no rng.
+
+    Raises:
+        ValueError: apply is given an rng, or None for one.
     """
 
     def forward(
@@ -228,7 +232,24 @@ def transform_ipa(config: IPAConfig, *, implementation: Implementation | None = 
         ipa = InvariantPointAttention(config, implementation=implementation)
         return ipa(single, pair, rigids, mask, return_attention=return_attention)
 
-    return hk.without_apply_rng(hk.transform(forward))
+    transformed: Any = hk.without_apply_rng(hk.transform(forward))
+
+    @wraps(transformed.apply)
+    def apply(params: hk.Params, *arguments: Any, **named: Any) -> Any:
+        if arguments and _is_rng(arguments[0]):
+            raise ValueError(
+                "apply(params, single, pair, rigids, mask) takes no rng, since attention has no dropout; got "
+                f"{'None' if arguments[0] is None else 'one'} after params: leave it out"
+            )
+        return transformed.apply(params, *arguments, **named)
+
+    return hk.Transformed(transformed.init, apply)
+
+
+def _is_rng(x: Any) -> bool:
+    if x is None or jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):
+        return True
+    return getattr(x, "dtype", None) == np.uint32  # jax.random.PRNGKey's
 
 
 def unpack_monomer(config: IPAConfig, q: Array, kv: Array, q_points: Array, kv_points: Array) -> Projections:

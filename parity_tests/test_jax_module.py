@@ -58,6 +58,26 @@ def test_init_has_the_canonical_parameters(config):
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
 
 
+@pytest.mark.parametrize("rng", [None, jax.random.key(0), jax.random.PRNGKey(0)], ids=["None", "key", "PRNGKey"])
+def test_a_misplaced_rng_is_told(rng):
+    params, *inputs = arguments(CATALOGUE["monomer"]())
+    for given in (inputs, inputs[:-1]):
+        with pytest.raises(ValueError, match=r"takes no rng, .*; got (None|one) after params: leave it out"):
+            ipa_jax.transform_ipa(ODD).apply(params, rng, *given)
+
+
+def test_a_missing_rng_is_told():
+    """By Haiku, of what takes one."""
+    config = IPATransformerConfig(block=IPABlockConfig(ipa=ODD_NO_PAIR, attention_dropout=0.5), num_layer=1)
+    apply = ipa_jax.transform_ipa_transformer(config).apply
+    params = Weights.random(config).to_haiku()
+    single = jnp.zeros((3, ODD.num_channel))
+    with pytest.raises(ValueError, match="must be called with an RNG as the second argument"):
+        apply(params, single)
+    with pytest.raises(ValueError, match="must pass a non-None PRNGKey"):
+        apply(params, None, single, is_training=True)
+
+
 @pytest.mark.parametrize("zero_init", [True, False])
 def test_initial_values(zero_init):
     config = replace(IPAConfig.esmfold(), zero_init=zero_init)
