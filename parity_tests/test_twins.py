@@ -236,7 +236,8 @@ ipa_torch.InvariantPointAttention(config, implementation="fastest")  # type: ign
 def test_types_reach_users(tmp_path):
     """Under mypy's strictest rules."""
     (tmp_path / "user.py").write_text(USER)
-    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "user.py"]
+    options = ["--strict", "--follow-imports", "silent", "--cache-dir", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "mypy", *options, "user.py"]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     revealed = re.findall(r'user.py:\d+: note: Revealed type is "(.*)"', run.stdout)
