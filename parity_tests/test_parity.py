@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import pytest
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.frames import idealised_peptide, random_frames
 from ipa_bridge.structures import load_structure
-from ipa_parity.cases import CATALOGUE, ODD, PRESETS, Case, load_weights, make_case
+from ipa_parity.cases import CATALOGUE, ODD, ODD_MULTIMER, PRESETS, Case, load_weights, make_case
 from ipa_parity.parity import installed_frameworks, judge
 from ipa_parity.report import Comparison, compare, table
 from ipa_parity.stages import RUNNERS, Arrays, run_oracle
@@ -63,6 +64,15 @@ def test_one_residue(dtype):
     rows = list(judge(case, dtype, frameworks=installed_frameworks(), gradients=False))
     assert {row.stage for row in rows if not row.passed} == {"logits"}
     assert {row.problem for row in rows if not row.passed} == {"the reference is all zero"}
+
+
+@pytest.mark.parametrize("name", installed_frameworks())
+def test_points_at_the_origin_are_as_long_as_epsilon_says(name):
+    """√(0 + ε), or √max(0, ε²): of points as random frames have them neither form tells ε from another."""
+    module = importlib.import_module(f"ipa_{name}.invariant_point_attention")
+    array = importlib.import_module("torch").zeros if name == "torch" else importlib.import_module("jax.numpy").zeros
+    for config, length in ((ODD, ODD.norm_epsilon**0.5), (ODD_MULTIMER, ODD_MULTIMER.norm_epsilon)):
+        np.testing.assert_allclose(np.asarray(module.lengths(config, array((2, 3)))), length, rtol=1e-6)
 
 
 @pytest.mark.covering
