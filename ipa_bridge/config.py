@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 Layout = Literal["monomer", "multimer"]
 NormForm = Literal["add", "clamp"]
 Implementation = Literal["reference", "streamed", "fused"]
-"""Of the attention, by name; see `point_attention`."""
+"""Names of the attention's implementations; see `point_attention`."""
 
 UNIT_SOFTPLUS = math.log(math.e - 1.0)
 """The γ at which softplus(γ) = 1, AlphaFold's initial point weight."""

@@ -335,7 +335,7 @@ class Weights:
         return Weights(self.arrays, config, assumed=assumed)
 
     def unsure(self) -> list[str]:
-        """What of the function is assumed and not told, as one sentence, or none."""
+        """A sentence that tells which functional fields are only assumed; none where all are told."""
         if not self.assumed_function:
             return []
         listed = ", ".join(f"{path}={x!r}" for path, x in self.assumed_function.items())
@@ -413,7 +413,7 @@ def read_module(
 
 
 def _part(whole: Config, assumed: Collection[str], kind: type) -> tuple[Config, frozenset[str]] | None:
-    """What a whole's config has of a module of that kind within it, and what of that is assumed; None for nothing."""
+    """The config of a module of that kind within a whole's, and its assumed fields; None where there is no such module."""
     prefix = path_within(whole, kind)
     if prefix is None:
         return None

@@ -1,4 +1,4 @@
-"""What the package needs of JAX: a jaxlib that computes right, dtypes of arithmetic, axes of `jax.shard_map`."""
+"""Needs of the package from JAX: a jaxlib that computes right, dtypes of arithmetic, axes of `jax.shard_map`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Found(NamedTuple):
         return self.dialect.infer({name: shapes[key] for name, key in self.names(shapes).items()}, self.kind)
 
     def parts(self, shapes: Mapping[str, tuple[int, ...]], config: Config) -> Parts:
-        """What lies at the module's path: its own parameters, those without effect, and other modules.
+        """Sorts what lies at the module's path: its own parameters, those without effect, and other modules.
 
         Other systems' layers may hold an attention's parameters beside other modules. What is named as a parameter or
         a projection of an attention is counted as its own, so that an unknown one is not passed over.
@@ -76,7 +76,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """What lies at a module's path."""
+    """Parameters at a module's path, by what they are to it."""
 
     found: Found
     below: Mapping[str, str]
@@ -92,7 +92,7 @@ class Parts:
         return tuple(self.below.values())
 
     def notes(self) -> list[str]:
-        """What is not read of it, and why."""
+        """Sentences that tell which parameters are not read, and why."""
         notes, where = [], f" at {self.found.root}" if self.found.root else ""
         if self.unused:
             notes.append(f"{', '.join(self.unused)}{where}: ignored, since {self.found.dialect.title} never reads them")
@@ -113,7 +113,7 @@ class Parts:
 
 @cache
 def _words_of_attentions() -> frozenset[str]:
-    """What the names of other systems' attentions are made of."""
+    """Words that the names of other systems' attentions are made of."""
     rows = (row for each in DIALECTS.values() for layout in each.rows.get(IPAConfig, {}).values() for row in layout)
     return frozenset(word for row in rows for word in _words(row.theirs.partition(".")[0]))
 
