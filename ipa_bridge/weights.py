@@ -413,7 +413,7 @@ def read_module(
 
 
 def _part(whole: Config, assumed: Collection[str], kind: type) -> tuple[Config, frozenset[str]] | None:
-    """The config of a module of that kind within a whole's, and its assumed fields; None where there is no such module."""
+    """The config of a module of that kind within a whole's, and its assumed fields; None where there is none."""
     prefix = path_within(whole, kind)
     if prefix is None:
         return None
