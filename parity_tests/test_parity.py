@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -64,6 +65,23 @@ def test_one_residue(dtype):
     rows = list(judge(case, dtype, frameworks=installed_frameworks(), gradients=False))
     assert {row.stage for row in rows if not row.passed} == {"logits"}
     assert {row.problem for row in rows if not row.passed} == {"the reference is all zero"}
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "problem"),
+    [
+        (np.ones(3), np.ones(2), r"shape \(3,\) where \(2,\) was expected"),
+        (np.array([1.0, np.nan]), np.ones(2), "not finite"),
+        (np.ones(2), np.array([1.0, np.inf]), "not finite"),
+        (np.ones(0), np.ones(0), "nothing to compare"),
+        (np.zeros(2), np.zeros(2), "the reference is all zero"),
+    ],
+)
+def test_what_cannot_be_compared_does_not_pass(actual, expected, problem):
+    names = {"case": "", "stage": "out", "dtype": "float64", "subject": "one", "reference": "other"}
+    row = compare(actual, expected, **names)
+    assert not row.passed
+    assert re.fullmatch(problem, row.problem)
 
 
 @pytest.mark.parametrize("name", installed_frameworks())
