@@ -213,7 +213,8 @@ def find_module(
     readings = [each.infer(shapes) for each in found]
     for each, reading in zip(found, readings, strict=True):
         pairless = not isinstance(reading, PredictedLDDTConfig) and attention_of(reading).pair_channel is None
-        if pairless and each.dialect.forms and all(form.pair_required for form in each.dialect.forms.values()):
+        forms = () if each.dialect.separator == "/" else each.dialect.forms.values()  # AlphaFold's names are ours too
+        if pairless and forms and all(form.pair_required for form in forms):
             raise ValueError(
                 f"{source}: {each.dialect.title}'s attention always reads a pair representation; this one has no "
                 "parameters for it, so it is another system's, and how that scales its logits is unknown (MDGen: by "
