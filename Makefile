@@ -19,7 +19,7 @@ parity: .venv/.runtime
 test: .venv/.dev
 	$(PYTEST) -m 'not exhaustive'
 
-# What `test` leaves out, other sizes and combinations, compiled with XLA's optimisations: 25 minutes more.
+# What `test` leaves out, other sizes and combinations, compiled with XLA's optimisations: ten minutes more.
 test-all: .venv/.dev
 	XLA_FLAGS= $(PYTEST) -m exhaustive
 

@@ -64,7 +64,7 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """What printing shows: the sizes."""
+        """The sizes, for printing."""
         return super().extra_repr() + (", full_precision=True" if self.full_precision else "")
 
     def forward(self, inputs: Float[Tensor, "*B c_in"]) -> Float[Tensor, "*B *c_out"]:
@@ -95,7 +95,7 @@ class LayerNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """What printing shows: the size."""
+        """The size, for printing."""
         return f"{len(self.weight)}, epsilon={self.epsilon}"
 
     def forward(self, inputs: Float[Tensor, "*B c"]) -> Float[Tensor, "*B c"]:

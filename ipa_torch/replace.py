@@ -235,7 +235,7 @@ def _openfold_projections(layer: Any, settings: _Settings, s: Tensor) -> Project
 
 
 def _arguments(layer: _Adapter, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """What the layer's own forward would take these arguments for, by name.
+    """Arguments by the names that the layer's own forward has for them.
 
     Raises:
         TypeError: it would not take them.
@@ -363,7 +363,7 @@ def _check_untouched(layer: Any) -> None:
 
 
 def _altered(module: Any, kind: type[Any]) -> str:
-    """What stands between a module and what its class does."""
+    """The reason why a module would not do what its class does, or none."""
     if module.__class__ is not kind:
         return f"is a {type(module).__name__} where a {kind.__name__} was"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -844,7 +844,7 @@ def _bare_copy(module: Any, dtype: torch.dtype) -> Any:
 
 
 def _rigids_of(layer: _Layer) -> Callable[[Tensor, Tensor], Any]:
-    """What makes the rigids that a layer is called with, of rotations and translations.
+    """The function that makes a layer's rigids of rotations and translations.
 
     Their class is the one that its forward is annotated with, or else one of the usual name that lies beside the layer,
     or beside a module that it lies in, which must make them to call it.

@@ -57,7 +57,7 @@ class Torch:
         return self.array(x)
 
     def run(self, function):
-        """What is no integer of the outputs."""
+        """The outputs that are no integers."""
         outputs = self.torch.utils._pytree.tree_leaves(function())
         return [x.numpy() for x in outputs if x is not None and "int" not in str(x.dtype)]
 

@@ -25,7 +25,7 @@ pytest.importorskip("torch")
 
 
 def refused(arguments: list[str], capsys) -> str:
-    """What the command says to a question that it cannot answer: a line, after its usage only where that was wrong."""
+    """The one line that refuses a question; the command's usage stands before it only where that was wrong."""
     start = "ipa-parity: "
     try:
         status = cli.main(arguments)

@@ -351,7 +351,7 @@ def test_a_pair_that_lies_otherwise(lies):
 
 @pytest.fixture(scope="module", params=["alphafold", pytest.param("every pair", marks=pytest.mark.exhaustive)])
 def resources(request):
-    """What kernels take of a GPU, compiled where nothing is interpreted."""
+    """Registers and memory that kernels take of a GPU, compiled where nothing is interpreted."""
     if not importlib.util.find_spec("triton"):
         pytest.skip("no triton")
     command = [sys.executable, "-W", "ignore", "-m", "ipa_bridge.kernels.resources", "--json"]
