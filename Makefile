@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 30 \
 	--require=$(REQUIRED)$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
 
-.PHONY: setup parity test test-all lint bench gpu docs clean
+.PHONY: setup parity test test-all lint bench gpu docs compat clean
 
 parity: .venv/.runtime
 	$(BIN)/ipa-parity
@@ -39,6 +39,10 @@ gpu: $(if $(filter file,$(origin PYTHON)),.venv-gpu/.ready)
 
 docs: .venv/.dev
 	$(BIN)/python docs/build_tutorial.py
+
+# The suite under the oldest and newest versions of Python, JAX and PyTorch: an hour and 30 GB, or 5 with CPU builds.
+compat: .venv/.compat
+	$(BIN)/nox
 
 setup: .venv/.dev
 
@@ -70,5 +74,9 @@ setup: .venv/.dev
 	$(PIP) install --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
+.venv/.compat: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install --constraint constraints.txt nox
+	touch $@
+
 clean:
-	rm -rf .venv .venv-gpu build *.egg-info
+	rm -rf .venv .venv-gpu .nox build *.egg-info

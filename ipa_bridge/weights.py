@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 import numpy as np
 
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
     from torch import Tensor
     from torch.nn import Module
+    from typing_extensions import TypeVar  # Python's own takes a default from 3.13
+
+    ConfigT = TypeVar("ConfigT", bound=Config, default=Any)
+    Given = TypeVar("Given", bound=Config, default=Any)
+else:
+    from typing import TypeVar
+
+    ConfigT = TypeVar("ConfigT")
 
 ROOTS: dict[type, str] = {
     IPAConfig: "invariant_point_attention",
@@ -56,8 +64,10 @@ _CONFIG_KEY, _ASSUMED_KEY, _DIALECT_KEY = "ipa_config", "ipa_assumed", "ipa_dial
 
 
 @dataclass(frozen=True, eq=False)
-class Weights:
+class Weights(Generic[ConfigT]):
     """The parameters of one attention, IPA block or transformer, structure module or confidence head.
+
+    To a type checker they are of their config's type: `Weights[IPAConfig]`, or `Weights` where a file tells.
 
     Attributes:
         arrays: canonical name (AlphaFold's haiku name below the module) to array in haiku's shape; read-only
@@ -74,7 +84,7 @@ class Weights:
     """
 
     arrays: Mapping[str, np.ndarray]
-    config: Config
+    config: ConfigT
     root: str = None  # type: ignore[assignment]
     assumed: frozenset[str] = frozenset()
 
@@ -109,7 +119,7 @@ class Weights:
         return {path: x for path, x in fields(self.config).items() if path in self.assumed and is_functional(path)}
 
     @classmethod
-    def random(cls, config: Config, *, seed: int = 0, dtype: DTypeLike = np.float32) -> Weights:
+    def random(cls, config: Given, *, seed: int = 0, dtype: DTypeLike = np.float32) -> Weights[Given]:
         """Seeded parameters of the size of trained ones, no array at its initial value.
 
         AlphaFold's own initialisation ends in zeros, on which every comparison succeeds.
@@ -127,10 +137,12 @@ class Weights:
             if "affine_update" in name or "/quat_rigid/" in name:
                 x = 0.2 * x  # a residue goes a few Å and turns by tens of degrees in a layer
             arrays[name] = x.astype(dtype)
-        return cls(arrays, config)
+        return Weights(arrays, config)
 
     @classmethod
-    def from_haiku(cls, params: Mapping[str, Any], *, root: str | None = None, config: Config | None = None) -> Weights:
+    def from_haiku(
+        cls, params: Mapping[str, Any], *, root: str | None = None, config: Given | None = None
+    ) -> Weights[Given]:
         """Takes one module out of haiku parameters, {module: {leaf: array}} or AlphaFold's {'module//leaf': array}.
 
         The largest module that we know (a structure module, a transformer, a block, an attention, a confidence head, in
@@ -154,8 +166,9 @@ class Weights:
                 flat.append((module.replace("//", "/"), leaves))
         tree = _without_duplicates(flat, "these parameters")
         shapes = {name: np.shape(x) for name, x in tree.items()}
-        found, config, assumed = find_module(shapes, root=root, config=config, haiku=True)
-        return cls(_read(found, config, shapes, lambda key: np.asarray(tree[key])), config, found.root, assumed)
+        found, settled, assumed = find_module(shapes, root=root, config=config, haiku=True)
+        arrays = _read(found, settled, shapes, lambda key: np.asarray(tree[key]))
+        return Weights(arrays, cast("Given", settled), found.root, assumed)
 
     @classmethod
     def from_torch(
@@ -164,8 +177,8 @@ class Weights:
         *,
         dialect: str | None = None,
         root: str | None = None,
-        config: Config | None = None,
-    ) -> Weights:
+        config: Given | None = None,
+    ) -> Weights[Given]:
         """Takes one module out of a torch state dict, with our names or another system's, alone or under a prefix.
 
         Args:
@@ -205,7 +218,7 @@ class Weights:
             except (TypeError, RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"{key} is no plain tensor ({error}): make it dense, on a device with data") from error
 
-        weights = cls(_read(found, settled, shapes, read), settled, assumed=assumed)
+        weights = Weights(_read(found, settled, shapes, read), cast("Given", settled), assumed=assumed)
         parts.mention(stacklevel=3)
         return weights
 
@@ -216,8 +229,8 @@ class Weights:
         *,
         dialect: str | None = None,
         root: str | None = None,
-        config: Config | None = None,
-    ) -> Weights:
+        config: Given | None = None,
+    ) -> Weights[Given]:
         """Reads one module from .npz, .safetensors or .pt, in AlphaFold's `module//leaf` names or any torch dialect's.
 
         It is found as `from_haiku` finds it; .pth, .ckpt and .bin are read as .pt. Only its own arrays are read, be the
@@ -324,7 +337,7 @@ class Weights:
         expressed = express(self, target, allow_lossy=allow_lossy).weights
         return {name: torch_tensor(x) for name, x in in_dialect(expressed, target, root).items()}
 
-    def astype(self, dtype: DTypeLike) -> Weights:
+    def astype(self, dtype: DTypeLike) -> Weights[ConfigT]:
         """The same parameters rounded to another dtype."""
         rounded = numpy_dtype(dtype)
         return dataclasses.replace(self, arrays={name: x.astype(rounded) for name, x in self.arrays.items()})

@@ -219,7 +219,11 @@ from ipa_bridge import IPAConfig, StructureModuleConfig, Weights
 
 config = IPAConfig.alphafold2()
 module = ipa_torch.InvariantPointAttention(config, implementation="streamed")
-module.load_state_dict(Weights.random(config).to_torch())
+weights = Weights.random(config)
+module.load_state_dict(weights.to_torch())
+ipa_torch.InvariantPointAttention(weights.config)
+ipa_jax.transform_ipa(Weights.load("ipa.safetensors").config)
+ipa_torch.StructureModule(weights.config)  # type: ignore[arg-type]
 single, pair, rigids = torch.randn(9, 384), torch.randn(9, 9, 128), ipa_torch.Rigid.random((9,))
 reveal_type(module(single, pair, rigids))
 reveal_type(module(single, pair, rigids, return_attention=True))
