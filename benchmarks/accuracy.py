@@ -13,9 +13,9 @@ from functools import partial
 
 import numpy as np
 
+from ipa_bridge import tolerance
 from ipa_bridge.config import IPAConfig
-from ipa_bridge.structures import load_structure
-from ipa_parity import tolerance
+from ipa_bridge.proteins import load_structure
 from ipa_parity.cases import Case, make_case
 from ipa_parity.stages import RUNNERS
 

@@ -483,7 +483,7 @@ def module_inputs(case: Case) -> tuple[Any, ...]:
     """Single, pair, rotations, translations and mask at random on the device; the pair is the core's."""
     import torch
 
-    from ipa_bridge.frames import random_frames
+    from ipa_bridge.proteins.frames import random_frames
 
     c = IPAConfig.alphafold2()
     n = case.residues

@@ -42,8 +42,8 @@ import torch
 import ipa_jax
 import ipa_torch
 from ipa_bridge import IPAConfig, Weights, load_structure
-from ipa_bridge.frames import idealised_peptide, random_rotations
-from ipa_parity.tolerance import bound
+from ipa_bridge.proteins.frames import idealised_peptide, random_rotations
+from ipa_bridge.tolerance import bound
 
 jax.config.update("jax_default_matmul_precision", "highest")  # an accelerator would round the factors of its products
 rng = np.random.default_rng(0)

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ipa_bridge import IPABlockConfig, IPAConfig, IPATransformerConfig, load_structure, save_structure
-from ipa_bridge.frames import HELIX, STRAND, TURN, build_backbone
-from ipa_bridge.residues import ATOM14_NAMES, ATOM14_POSITIONS, ATOM_TYPES, RESTYPES
-from ipa_bridge.structures import backbone_frames
+from ipa_bridge.proteins.frames import HELIX, STRAND, TURN, backbone_frames, build_backbone
+from ipa_bridge.proteins.residues import ATOM14_NAMES, ATOM14_POSITIONS, ATOM_TYPES, RESTYPES
 
 LENGTH = 40
 """Residues of an example."""

@@ -31,7 +31,7 @@ from alphafold.model.config import model_config
 
 import ipa_jax
 from ipa_bridge import StructureModuleConfig, Weights
-from ipa_bridge.residues import ATOM14_MASK, ATOM37_MASK, ATOM37_TO_ATOM14
+from ipa_bridge.proteins.residues import ATOM14_MASK, ATOM37_MASK, ATOM37_TO_ATOM14
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from before_and_after import arguments, same, table

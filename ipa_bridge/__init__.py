@@ -7,7 +7,7 @@ from ipa_bridge.config import (
     PredictedLDDTConfig,
     StructureModuleConfig,
 )
-from ipa_bridge.structures import Structure, load_structure, save_structure
+from ipa_bridge.proteins import Structure, load_structure, save_structure
 from ipa_bridge.version import __version__
 from ipa_bridge.weights import Weights
 

@@ -100,7 +100,7 @@ def write_arrays(
     check_destination(path, replace=replace)
     if suffix == ".npz" and any(x.dtype.name == "bfloat16" for x in arrays.values()):
         raise ValueError(f"{path}: .npz cannot hold bfloat16; cast to float32, or write .safetensors or .pt")
-    with _replacing(path, replace) as handle:
+    with replacing(path, replace) as handle:
         if suffix == ".npz":
             with zipfile.ZipFile(handle, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 for name, x in arrays.items():
@@ -268,7 +268,7 @@ def check_destination(path: Path, *, replace: bool) -> None:
 
 
 @contextmanager
-def _replacing(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
+def replacing(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """A file beside `path` that takes its place once it is whole and on disk."""
     beside = path.with_name(f".{secrets.token_hex(8)}.part")
     try:

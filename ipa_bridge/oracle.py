@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from ipa_bridge import residues
 from ipa_bridge.config import IPAConfig
+from ipa_bridge.proteins import residues
 
 einsum = partial(np.einsum, optimize=True)
 

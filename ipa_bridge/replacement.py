@@ -7,17 +7,6 @@ from dataclasses import dataclass, field
 RESIDUES = 101
 """Of the random input that before and after are compared on: enough to stream, and no multiple of a block."""
 
-WITHIN = {
-    "float64": {"out": 32, "gradient": 256},
-    "float32": {"out": 32, "gradient": 256},
-    "bfloat16": {"out": 1, "gradient": 2},
-    "float16": {"out": 1, "gradient": 2},
-}
-"""Epsilons that a layer may be off, by dtype: those of the tolerance table, which lies a floor above those who compare.
-
-The suite asserts that they are the same.
-"""
-
 
 @dataclass(frozen=True)
 class ReplacedLayer:

@@ -23,7 +23,7 @@ from ipa_bridge.config import (
     StructureModuleConfig,
     attention_of,
 )
-from ipa_bridge.frames import random_frames
+from ipa_bridge.proteins.frames import random_frames
 
 Parameters = Mapping[str, ndarray]
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from ipa_bridge import residues
 from ipa_bridge.checks import check_shape
+from ipa_bridge.proteins import residues
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.rigid import Rigid

@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array
 
 from ipa_bridge.config import Implementation, IPAConfig, Layout
-from ipa_bridge.frames import random_frames
-from ipa_bridge.replacement import RESIDUES, WITHIN, ReplacedLayer, ReplacementReport
+from ipa_bridge.proteins.frames import random_frames
+from ipa_bridge.replacement import RESIDUES, ReplacedLayer, ReplacementReport
+from ipa_bridge.tolerance import bound
 from ipa_bridge.weights import Weights
 from ipa_jax.attention import choose_implementation
 from ipa_jax.invariant_point_attention import InvariantPointAttention
@@ -216,12 +217,12 @@ def _verify(where: str, original: Any, adapted: Any, layout: Layout) -> float:
             f"{type(error).__name__}: {error}; pass verify=False to replace it unseen"
         ) from error
     apart = float(np.abs(actual - expected).max() / np.abs(expected).max() / np.finfo(np.float32).eps)
-    bound = WITHIN["float32"]["out"]
-    if not apart <= bound:
+    explained = bound("out", "float32")
+    if not apart <= explained:
         raise ValueError(
             f"{where}: its InvariantPointAttention has the parameters of AlphaFold's attention but computes another "
             f"function: {apart:.3g} eps of float32 apart on random input, where rounding explains "
-            f"{bound}; nothing was replaced"
+            f"{explained}; nothing was replaced"
         )
     return apart
 

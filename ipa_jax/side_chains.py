@@ -11,9 +11,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from ipa_bridge import residues
 from ipa_bridge.checks import check_per_atom, check_residue_types, check_shape
 from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.proteins import residues
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.layers import Initializer, Linear
@@ -51,7 +51,7 @@ class TorsionAngles(NamedTuple):
 
 
 def lookup(table: np.ndarray, aatype: Int[Array, "*B N"], dtype: DTypeLike | None = None) -> Shaped[Array, "*B N *T"]:
-    """The rows of a table of `ipa_bridge.residues` for residue types; all outside 0–20 have the unknown residue's."""
+    """The rows of a table of `residues` for residue types; all outside 0–20 have the unknown residue's."""
     unknown = (aatype < 0) | (aatype > residues.UNKNOWN_AATYPE)
     return jnp.asarray(table, dtype)[jnp.where(unknown, residues.UNKNOWN_AATYPE, aatype)]
 

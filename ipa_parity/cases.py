@@ -11,8 +11,8 @@ from typing import cast
 import numpy as np
 
 from ipa_bridge.config import IPAConfig, StructureModuleConfig
-from ipa_bridge.frames import idealised_peptide, random_frames
-from ipa_bridge.structures import Structure
+from ipa_bridge.proteins import Structure
+from ipa_bridge.proteins.frames import idealised_peptide, random_frames
 from ipa_bridge.tensors import numpy_dtype
 from ipa_bridge.weights import Weights
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from ipa_bridge.config import IPAConfig, StructureModuleConfig
-from ipa_bridge.frames import idealised_peptide
-from ipa_bridge.structures import Structure, load_structure
+from ipa_bridge.proteins import Structure, load_structure
+from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_bridge.version import __version__
 from ipa_bridge.weights import Weights
 from ipa_parity import parity, structure_module

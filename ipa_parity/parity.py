@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from ipa_parity import tolerance
+from ipa_bridge import tolerance
 from ipa_parity.cases import Case
 from ipa_parity.report import Comparison, compare
 from ipa_parity.stages import RUNNERS, Arrays, run_oracle

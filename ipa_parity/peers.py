@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ipa_bridge import residues
 from ipa_bridge.config import IPAConfig, StructureModuleConfig
+from ipa_bridge.proteins import residues
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
 from ipa_parity.cases import Case

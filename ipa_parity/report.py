@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ipa_parity.tolerance import bound, epsilon
+from ipa_bridge.tolerance import bound, epsilon
 
 Norm = Literal["max", "euclidean"]
 

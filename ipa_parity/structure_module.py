@@ -16,13 +16,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from ipa_bridge import oracle, residues
+from ipa_bridge import oracle, tolerance
 from ipa_bridge.config import Implementation, StructureModuleConfig
-from ipa_bridge.frames import idealised_peptide
-from ipa_bridge.structures import Structure
+from ipa_bridge.proteins import Structure, residues
+from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_bridge.tensors import numpy_dtype, torch_tensor
 from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
-from ipa_parity import tolerance
 from ipa_parity.report import Comparison, Norm, compare
 from ipa_parity.stages import Arrays
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
-from ipa_bridge import residues
 from ipa_bridge.checks import check_shape
+from ipa_bridge.proteins import residues
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.layers import take

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from ipa_bridge.config import Implementation, IPAConfig, NormForm
 from ipa_bridge.dialects import Found, modules
-from ipa_bridge.frames import random_frames
-from ipa_bridge.replacement import RESIDUES, WITHIN, ReplacedLayer, ReplacementReport
+from ipa_bridge.proteins.frames import random_frames
+from ipa_bridge.replacement import RESIDUES, ReplacedLayer, ReplacementReport
+from ipa_bridge.tolerance import DTYPES, bound
 from ipa_torch.attention import choose_implementation, point_attention
 from ipa_torch.dtypes import at_least_float32, without_autocast
 from ipa_torch.invariant_point_attention import Projections, centre, features, lengths, unpack_monomer
@@ -621,7 +622,7 @@ def _verify(layer: _Layer) -> tuple[_Layer, float]:
     """
     device, dtype = layer.module.get_submodule(layer.system.output).weight.device, layer.dtype
     name = str(dtype).removeprefix("torch.")
-    if name not in WITHIN or device.type == "meta":
+    if name not in DTYPES or device.type == "meta":
         raise ValueError(
             f"{layer.where}: floating-point parameters on a device were expected, to compare before and after; they "
             f"are {dtype} on {device}: pass verify=False to replace it unseen"
@@ -651,18 +652,18 @@ def _verify(layer: _Layer) -> tuple[_Layer, float]:
     # Subtracting a large number from all logits of a masked row has rounded them, in the truth too.
     rounded = layer.infinity * torch.finfo(wide).eps / eps
     parts = {
-        "outputs": ("out", WITHIN[name]["out"]),
-        "outputs of masked residues": ("masked", WITHIN[name]["out"] + rounded),
-        "gradients to the single representation": ("to_single", WITHIN[name]["gradient"]),
-        "gradients to the pair representation": ("to_pair", WITHIN[name]["gradient"]),
+        "outputs": ("out", bound("out", name)),
+        "outputs of masked residues": ("masked", bound("out", name) + rounded),
+        "gradients to the single representation": ("to_single", bound("gradient", name)),
+        "gradients to the pair representation": ("to_pair", bound("gradient", name)),
     }
     wrong = "outputs in training are others" if _apart(training.out, truth.out) else ""
     errors = _errors(after, truth)
     for what, (part, within) in parts.items():
         now = errors[part] / eps
-        bound = sides * max(within, 2 * own[part] / eps)  # large weights put the layer itself off
-        if not (wrong or now <= bound):
-            wrong = f"{what} are {now:.3g} eps of {name} apart on random input, where rounding explains {bound:.3g}"
+        explained = sides * max(within, 2 * own[part] / eps)  # large weights put the layer itself off
+        if not (wrong or now <= explained):
+            wrong = f"{what} are {now:.3g} eps of {name} apart on random input, where rounding explains {explained:.3g}"
     if wrong:
         raise ValueError(
             f"{layer.where}: this {layer.original.__name__} has the parameters of {layer.title}'s attention but "

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ipa_bridge import residues
 from ipa_bridge.checks import check_per_atom, check_residue_types, check_shape
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
+from ipa_bridge.proteins import residues
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.layers import Initializer, Linear, Module, take
@@ -53,7 +53,7 @@ class TorsionAngles(NamedTuple):
 def lookup(
     table: np.ndarray | Tensor, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None
 ) -> Shaped[Tensor, "*B N *T"]:
-    """The rows of a table of `ipa_bridge.residues` for residue types; all outside 0–20 have the unknown residue's."""
+    """The rows of a table of `residues` for residue types; all outside 0–20 have the unknown residue's."""
     aatype = aatype.long()
     unknown = (aatype < 0) | (aatype > residues.UNKNOWN_AATYPE)
     rows = table if isinstance(table, Tensor) else torch.from_numpy(table.copy())

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ipa_bridge.structures import load_structure
+from ipa_bridge.proteins import load_structure
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -124,7 +124,7 @@ def test_a_run_handed_over_goes_on(backbones):
 
 def test_scores_do_not_mind_where_a_chain_lies(backbones):
     chains = backbones.peptides(2, seed=3)
-    from ipa_bridge.frames import random_rotations
+    from ipa_bridge.proteins.frames import random_rotations
 
     turn = random_rotations(np.random.default_rng(0))
     moved = backbones.Backbones(turn @ chains.rotation, chains.translation @ turn.T + 5, chains.mask)

@@ -7,19 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipa_bridge.frames import (
+from ipa_bridge.proteins.frames import (
     BOND_ANGLES,
     BOND_LENGTHS,
     HELIX,
     STRAND,
     TURN,
+    backbone_frames,
     build_backbone,
     idealised_peptide,
     random_frames,
     random_rotations,
 )
-from ipa_bridge.residues import ATOM37_MASK, ATOM_TYPES
-from ipa_bridge.structures import backbone_frames
+from ipa_bridge.proteins.residues import ATOM37_MASK, ATOM_TYPES
 
 MANY = 40_000
 

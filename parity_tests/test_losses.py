@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipa_bridge import residues
-from ipa_bridge.frames import random_frames
-from ipa_bridge.structures import load_structure
+from ipa_bridge.proteins import load_structure, residues
+from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.tensors import torch_tensor
-from ipa_parity.tolerance import bound, epsilon
+from ipa_bridge.tolerance import bound, epsilon
 
 DTYPES = ("float32", "float64")
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ipa_bridge.config import IPAConfig
-from ipa_bridge.frames import idealised_peptide, random_frames
-from ipa_bridge.structures import load_structure
+from ipa_bridge.proteins import load_structure
+from ipa_bridge.proteins.frames import idealised_peptide, random_frames
 from ipa_parity.cases import CATALOGUE, ODD, ODD_MULTIMER, PRESETS, Case, load_weights, make_case
 from ipa_parity.parity import installed_frameworks, judge
 from ipa_parity.report import Comparison, compare, table

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ipa_bridge.config import IPAConfig
-from ipa_bridge.frames import idealised_peptide
-from ipa_bridge.structures import load_structure
+from ipa_bridge.proteins import load_structure
+from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_parity import peers
 from ipa_parity.cases import Case, make_case
 from ipa_parity.parity import installed_frameworks

@@ -13,8 +13,8 @@ import pytest
 
 from ipa_bridge import cli, residues
 from ipa_bridge.config import StructureModuleConfig
-from ipa_bridge.frames import idealised_peptide
-from ipa_bridge.structures import load_structure, save_structure
+from ipa_bridge.proteins import load_structure, save_structure
+from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
 from ipa_parity.report import compare

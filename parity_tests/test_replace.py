@@ -20,17 +20,16 @@ import pytest
 from ipa_bridge import semantics
 from ipa_bridge.config import IPABlockConfig, IPAConfig, StructureModuleConfig
 from ipa_bridge.dialects import named
+from ipa_bridge.tolerance import bound, epsilon
 from ipa_bridge.weights import Weights
 from ipa_parity import peers
 from ipa_parity.cases import ODD, ODD_NO_BIAS, make_case
 from ipa_parity.report import compare
-from ipa_parity.tolerance import bound, epsilon
 
 torch = pytest.importorskip("torch")
 from torch import nn
 
 import ipa_torch
-from ipa_bridge.replacement import WITHIN
 
 ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
 ROOT = Path(__file__).resolve().parent.parent
@@ -483,7 +482,7 @@ def test_esmfold_predicts_the_same(esmfold, swapped):
 
 def test_esmfold_learns_the_same(esmfold, swapped):
     """Gradients of a loss on its atoms, to every parameter that has one; in float32 through its ReLUs."""
-    from ipa_parity.tolerance import KINKED
+    from ipa_bridge.tolerance import KINKED
 
     gradients = []
     for model in (esmfold, swapped):
@@ -790,10 +789,6 @@ def test_what_is_left_alone_and_why(make, reason):
     assert report.left_alone["other"] in str(report)
     with pytest.raises(ValueError, match=rf"was expected somewhere.*(?s:.)*other: .*{reason}"):
         ipa_torch.replace_ipa(nn.ModuleDict({"other": make()}))
-
-
-def test_the_bounds_are_the_one_tables():
-    assert WITHIN == {dtype: {stage: bound(stage, dtype) for stage in x} for dtype, x in WITHIN.items()}
 
 
 def test_a_model_without_one():

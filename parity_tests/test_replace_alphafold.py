@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ipa_bridge.tolerance import bound
 from ipa_parity import peers, structure_module
 from ipa_parity.cases import ODD, ODD_MULTIMER, make_case
 from ipa_parity.report import compare
-from ipa_parity.tolerance import bound
 
 jax = pytest.importorskip("jax")
 hk = pytest.importorskip("haiku")

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipa_bridge.frames import random_frames, random_rotations
-from ipa_bridge.structures import backbone_frames
+from ipa_bridge.proteins.frames import backbone_frames, random_frames, random_rotations
 from ipa_bridge.tensors import torch_tensor
-from ipa_parity.tolerance import BOUNDS
+from ipa_bridge.tolerance import BOUNDS
 
 EPS = np.finfo(np.float64).eps
 TOLERANCE = BOUNDS["points"] * EPS

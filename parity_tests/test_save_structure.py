@@ -14,8 +14,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ipa_bridge import Structure, load_structure, save_structure
-from ipa_bridge.frames import idealised_peptide
-from ipa_bridge.residues import ATOM37_MASK, ATOM_TYPES, RESTYPE_NAMES, UNKNOWN_AATYPE
+from ipa_bridge.proteins.frames import idealised_peptide
+from ipa_bridge.proteins.residues import ATOM37_MASK, ATOM_TYPES, RESTYPE_NAMES, UNKNOWN_AATYPE
 
 pytest.importorskip("gemmi", reason="structures are written by gemmi")
 

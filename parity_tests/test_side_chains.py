@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ipa_bridge import oracle, residues
-from ipa_bridge.frames import random_frames
-from ipa_bridge.structures import load_structure
+from ipa_bridge.proteins import load_structure
+from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.tensors import numpy_array, torch_tensor
 from ipa_parity.report import compare
 

@@ -24,9 +24,15 @@ from ipa_bridge.config import (
     PredictedLDDTConfig,
     StructureModuleConfig,
 )
-from ipa_bridge.frames import build_backbone, idealised_peptide, random_frames, random_rotations
-from ipa_bridge.residues import ATOM37_MASK, ATOM_TYPES, RESTYPES, UNKNOWN_AATYPE
-from ipa_bridge.structures import Structure, backbone_frames, load_structure
+from ipa_bridge.proteins import Structure, load_structure
+from ipa_bridge.proteins.frames import (
+    backbone_frames,
+    build_backbone,
+    idealised_peptide,
+    random_frames,
+    random_rotations,
+)
+from ipa_bridge.proteins.residues import ATOM37_MASK, ATOM_TYPES, RESTYPES, UNKNOWN_AATYPE
 
 pytest.importorskip("gemmi", reason="structures are read by gemmi")
 
@@ -600,7 +606,7 @@ def test_without_gemmi_the_message_names_the_extra(monkeypatch, tmp_path):
 
 def test_import_loads_no_third_party_module_but_numpy():
     code = (
-        "import sys; before = set(sys.modules); import ipa_bridge.structures, ipa_bridge.frames; "
+        "import sys; before = set(sys.modules); import ipa_bridge.proteins, ipa_bridge.proteins.frames; "
         "loaded = {name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names; "
         "assert loaded == {'ipa_bridge', 'numpy'}, loaded"
     )

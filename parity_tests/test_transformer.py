@@ -17,13 +17,13 @@ from ipa_bridge import semantics
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
 from ipa_bridge.conversion import express
 from ipa_bridge.dialects import named
-from ipa_bridge.frames import random_frames
+from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.tensors import numpy_dtype, torch_tensor
+from ipa_bridge.tolerance import bound, epsilon
 from ipa_bridge.weights import Weights, in_dialect
 from ipa_parity.cases import ODD, ODD_MULTIMER, ODD_NO_PAIR
 from ipa_parity.parity import installed_frameworks
 from ipa_parity.report import compare
-from ipa_parity.tolerance import bound, epsilon
 
 FRAMEWORKS = ("jax", "torch")
 BLOCKS = {

@@ -8,8 +8,9 @@ activations and not a sum's, has its own.
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
+
+from ipa_bridge.tensors import numpy_dtype
 
 BOUNDS = {
     "logits": 16,
@@ -48,11 +49,15 @@ the structure module on 2RBG: an eighteenth of this. It sees what is grossly wro
 """
 
 HALF_DTYPES = ("bfloat16", "float16")
+DTYPES = ("float64", "float32", *HALF_DTYPES)
+"""That have bounds, by name."""
 
 
 def epsilon(dtype: str) -> float:
     """Machine epsilon of a dtype by name: "float64", "float32", "bfloat16" or "float16"."""
-    return float(ml_dtypes.finfo(np.dtype(dtype)).eps)
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)
 
 
 def bound(stage: str, dtype: str) -> int:

@@ -1,4 +1,4 @@
-"""Frames without a file: uniform random ones, and those of an idealised peptide."""
+"""Frames: of a backbone (Suppl. Alg. 21), uniform random ones, and those of an idealised peptide."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ipa_bridge.residues import ATOM14_NAMES, ATOM14_POSITIONS, ATOM37_MASK, ATOM_TYPES, GROUP_ROTATION, RESTYPES
-from ipa_bridge.structures import Structure, backbone_frames
+from ipa_bridge.proteins.residues import (
+    ATOM14_NAMES,
+    ATOM14_POSITIONS,
+    ATOM37_MASK,
+    ATOM_ORDER,
+    ATOM_TYPES,
+    GROUP_ROTATION,
+    RESTYPES,
+)
+from ipa_bridge.proteins.structure import Structure
 
 if TYPE_CHECKING:
-    from jaxtyping import Float64
+    from jaxtyping import Bool, Float, Float64
     from numpy import ndarray
 
 BOND_LENGTHS = {"N-CA": 1.458, "CA-C": 1.525, "C-N": 1.329}
@@ -20,6 +28,9 @@ BOND_LENGTHS = {"N-CA": 1.458, "CA-C": 1.525, "C-N": 1.329}
 
 BOND_ANGLES = {"N-CA-C": 111.0, "CA-C-N": 117.2, "C-N-CA": 121.7}
 """Degrees; the same authors' revision, International Tables for Crystallography F (2001), ch. 18.3."""
+
+SMALLEST_AREA = 1e-3
+"""Å²; three backbone atoms that span less lie on a line and define no frame."""
 
 PSI = 3
 """The rigid group that turns by ψ and carries O."""
@@ -29,6 +40,30 @@ STRAND = (-120.0, 115.0)
 TURN = ((-60.0, -30.0), (-90.0, 0.0))
 """φ, ψ in degrees: textbook values for the α-helix and, close to the parallel sheet's (−119, 113), a β-strand;
 residues 2 and 3 of a type I turn as in Venkatachalam, Biopolymers 6 (1968) 1425."""
+
+
+def backbone_frames(
+    n: Float[ndarray, "*B 3"], ca: Float[ndarray, "*B 3"], c: Float[ndarray, "*B 3"]
+) -> tuple[Float64[ndarray, "*B 3 3"], Float64[ndarray, "*B 3"]]:
+    """Rotations and translations from N, Cα and C positions (Suppl. Alg. 21, rigidFrom3Points).
+
+    The origin is Cα, the x-axis points to C, and N lies in the xy-plane with y > 0. Where an atom is missing (NaN) or
+    the three lie on a line the rotation is the identity and the translation zero. In float64 whatever comes.
+    """
+    n, ca, c = (np.asarray(atom, np.float64) for atom in (n, ca, c))
+    defined = defines_frame(n, ca, c)[..., None]
+    v1, v2 = np.where(defined, c - ca, [1.0, 0.0, 0.0]), np.where(defined, n - ca, [0.0, 1.0, 0.0])  # lines 1–2
+    e1 = v1 / np.linalg.norm(v1, axis=-1, keepdims=True)  # line 3
+    u2 = v2 - e1 * np.sum(e1 * v2, -1, keepdims=True)  # line 4
+    e2 = u2 / np.linalg.norm(u2, axis=-1, keepdims=True)  # line 5
+    return np.stack([e1, e2, np.cross(e1, e2)], -1), np.where(defined, ca, 0.0)  # lines 6–8
+
+
+def defines_frame(
+    n: Float[ndarray, "*B 3"], ca: Float[ndarray, "*B 3"], c: Float[ndarray, "*B 3"]
+) -> Bool[ndarray, "*B"]:
+    """Where the three atoms are there and not on a line; NaN, a missing atom, compares as False."""
+    return np.linalg.norm(np.cross(n - ca, c - ca), axis=-1) > SMALLEST_AREA
 
 
 def random_rotations(rng: np.random.Generator, shape: Sequence[int] = ()) -> Float64[ndarray, "*shape 3 3"]:
@@ -75,7 +110,7 @@ def idealised_peptide() -> Structure:
     o = c + np.einsum("nij,jk,nkl,l->ni", rotation, GROUP_ROTATION[alanine, PSI], _turns(dihedrals), local["O"])
     atom37 = np.zeros((number, len(ATOM_TYPES), 3))
     for name, position in {"N": n, "CA": ca, "C": c, "CB": cb, "O": o}.items():
-        atom37[:, ATOM_TYPES.index(name)] = position
+        atom37[:, ATOM_ORDER[name]] = position
     return Structure(
         name="idealised peptide",
         rotation=rotation,

@@ -36,6 +36,9 @@ ATOM_TYPES = (
 # fmt: on
 """Heavy atom names in the order of atom37, one slot per name whatever the residue."""
 
+ATOM_ORDER = {name: slot for slot, name in enumerate(ATOM_TYPES)}
+"""atom37 slot by atom name."""
+
 ATOM14_NAMES = (
     *((*(name for name, *_ in acid["atoms"]), *[""] * (14 - len(acid["atoms"]))) for acid in _AMINO_ACIDS.values()),
     ("",) * 14,
@@ -86,19 +89,19 @@ def _chis() -> list[tuple[int, int, list[str], bool]]:
 
 
 def _atom37(names: list[str]) -> list[int]:
-    return [ATOM_TYPES.index(name) for name in names]
+    return [ATOM_ORDER[name] for name in names]
 
 
 ATOM14_MASK = _fill((14,), {(a, slot): True for a, slot, *_ in _atoms()}, bool)
 """The residue has that atom."""
 
-ATOM37_MASK = _fill((37,), {(a, ATOM_TYPES.index(name)): True for a, _, name, *_ in _atoms()}, bool)
+ATOM37_MASK = _fill((37,), {(a, ATOM_ORDER[name]): True for a, _, name, *_ in _atoms()}, bool)
 """The same in atom37; OXT belongs to no residue type."""
 
-ATOM14_TO_ATOM37 = _fill((14,), {(a, slot): ATOM_TYPES.index(name) for a, slot, name, *_ in _atoms()}, int)
+ATOM14_TO_ATOM37 = _fill((14,), {(a, slot): ATOM_ORDER[name] for a, slot, name, *_ in _atoms()}, int)
 """atom37 slot of each atom14 slot."""
 
-ATOM37_TO_ATOM14 = _fill((37,), {(a, ATOM_TYPES.index(name)): slot for a, slot, name, *_ in _atoms()}, int)
+ATOM37_TO_ATOM14 = _fill((37,), {(a, ATOM_ORDER[name]): slot for a, slot, name, *_ in _atoms()}, int)
 """atom14 slot of each atom37 slot."""
 
 ATOM14_GROUP = _fill((14,), {(a, slot): group for a, slot, _, group, _ in _atoms()}, int)
@@ -281,3 +284,8 @@ def atom14_distance_bounds(
     lower = np.where(ATOM14_PAIR_MASK, ATOM14_PAIR_RADIUS - overlap_tolerance, 0.0)
     upper = np.where(ATOM14_PAIR_MASK, 1e10, 0.0)
     return np.where(known, ATOM14_DISTANCE - slack, lower), np.where(known, ATOM14_DISTANCE + slack, upper)
+
+
+def may_have(aatype: int) -> ndarray:
+    """The atoms of atom37 that a residue can have: its type's and OXT, or any if it is unknown."""
+    return ATOM37_MASK[aatype] | (aatype == UNKNOWN_AATYPE) | (np.arange(len(ATOM_TYPES)) == ATOM_ORDER["OXT"])
