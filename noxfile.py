@@ -67,7 +67,10 @@ def compat(session: nox.Session, name: str) -> None:
         *("--upgrade", *index, "--editable", ".[jax,torch,structures]", "pytest", "pytest-xdist", "hypothesis"),
         *requirements(jax, torch),
     )
-    has = json.loads(session.run("python", "-c", VERSIONS, silent=True))
+    versions = session.run("python", "-c", VERSIONS, silent=True)
+    if versions is None:  # nox --install-only
+        return
+    has = json.loads(versions)
     report = Path(session.create_tmp()) / "report.xml"
     start = time.monotonic()
     session.run(

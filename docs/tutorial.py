@@ -22,8 +22,8 @@
 # shapes and the values of the two are asserted to be the same. Then come the reasons for its constants, and pictures of
 # what it does.
 #
-# `pip install '.[examples]'` in the repository has what this needs. Put
-# [2rbg.pdb](https://files.rcsb.org/download/2RBG.pdb) in a folder and name it in `IPA_STRUCTURES`; without it, an
+# `pip install '.[notebook]' jupyterlab` in the repository installs what this needs. Put
+# [2rbg.pdb](https://files.rcsb.org/download/2rbg.pdb) in a folder and name it in `IPA_STRUCTURES`; without it, an
 # idealised peptide takes the protein's place.
 
 # %%
@@ -97,7 +97,7 @@ R = rotation.astype(np.float32)  # (N, 3, 3)
 t = (translation - translation.mean(0)).astype(np.float32)  # (N, 3), 10 Å
 aatype = structure.aatype[chain]
 N = len(aatype)
-print(f"{structure.name}: {N} residues in its first chain")
+print(f"{structure.name}: {N} residues in its first chain" + ("" if file.exists() else f" (there is no {file})"))
 
 # %% [markdown]
 # No trained network stands before the attention here, so the representations are simple ones. The single representation

@@ -5,6 +5,7 @@ Numpy only; the examples of both frameworks see the same numbers.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,21 +109,57 @@ def peptides(number: int, seed: int) -> Backbones:
     return Backbones(rotations, translations, np.ones(translations.shape[:2], bool)).astype(np.float32)
 
 
-def proteins(folder: Path) -> list[Backbones]:
-    """Windows of the chains in a folder's PDB and mmCIF files, by file; residues without a backbone are masked."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".pdb", ".cif"))
+def structure_files(folder: Path) -> list[Path]:
+    """The PDB and mmCIF files in a folder, two at the least."""
+    if not folder.is_dir():
+        raise ValueError(f"no such folder: {folder}")
+    kinds = (".pdb", ".cif", ".pdb.gz", ".cif.gz")
+    files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(kinds))
     if len(files) < 2:
-        raise ValueError(
-            f"{folder}: two structures or more (.pdb, .cif) were expected, one to hold out; got {len(files)}"
-        )
+        raise ValueError(f"{folder}: two structures or more ({', '.join(kinds)}) were expected; got {len(files)}")
+    return files
+
+
+def number_of_steps(text: str) -> int:
+    """One or more, as a command's argument."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"a whole number from 1 was expected; got {text!r}")
+    return int(text)
+
+
+def folder_to_write(text: str) -> Path:
+    """A folder that is there or can be made, as a command's argument: better known before training than after."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"no folder to write to: {error}") from error
+    return Path(text)
+
+
+def folder_of_structures(text: str) -> Path:
+    """Such a folder, as a command's argument."""
+    try:
+        structure_files(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
+
+
+def proteins(folder: Path) -> list[Backbones]:
+    """Windows of the chains in a folder's PDB and mmCIF files, by file; residues without a backbone are masked.
+
+    A file without a chain of that length, or without any backbone, is passed over.
+    """
     found = []
-    for path in files:
+    for path in structure_files(folder):
         structure = load_structure(path)
         windows = []
         for chain in dict.fromkeys(structure.chain_id):
             (where,) = np.nonzero(structure.chain_id == chain)
             for start in range(0, len(where) - LENGTH + 1, LENGTH // 2):
                 window = where[start : start + LENGTH]
+                if not structure.mask[window].any():
+                    continue
                 centre = structure.translation[window][structure.mask[window]].mean(0)
                 translation = structure.translation[window] - centre
                 windows.append((structure.rotation[window], translation, structure.mask[window]))
@@ -135,9 +172,10 @@ def training_and_held_out(folder: Path | None) -> tuple[Backbones, Backbones]:
     """Peptides, or a folder's structures with the last held out."""
     if folder is None:
         return peptides(128, seed=1), peptides(16, seed=2)
-    *known, unseen = proteins(folder)
-    if not known:
-        raise ValueError(f"{folder}: chains of {LENGTH} residues in two files or more were expected")
+    found = proteins(folder)
+    if len(found) < 2:
+        raise SystemExit(f"{folder}: chains of {LENGTH} residues with a backbone in two files or more were expected")
+    *known, unseen = found
     joined = (np.concatenate([getattr(x, field) for x in known]) for field in ("rotation", "translation", "mask"))
     return Backbones(*joined), unseen
 

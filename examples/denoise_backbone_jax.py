@@ -23,7 +23,18 @@ from tqdm import tqdm
 import ipa_jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from backbones import LEARNING_RATE, Backbones, batches, inputs, model_config, report, training_and_held_out
+from backbones import (
+    LEARNING_RATE,
+    Backbones,
+    batches,
+    folder_of_structures,
+    folder_to_write,
+    inputs,
+    model_config,
+    number_of_steps,
+    report,
+    training_and_held_out,
+)
 
 MODEL = ipa_jax.transform_ipa_transformer(model_config())
 ADAM = optax.adam(LEARNING_RATE)
@@ -86,9 +97,16 @@ def denoise(params: Any, noised: Backbones, *, alone: bool = False) -> Backbones
 def main() -> None:
     """Trains, scores, draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--structures", type=Path, help="folder of PDB and mmCIF files (default: idealised peptides)")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path("denoised_jax"))
+    parser.add_argument(
+        "--structures", type=folder_of_structures, help="folder of PDB and mmCIF files (default: idealised peptides)"
+    )
+    parser.add_argument("--steps", type=number_of_steps, default=300, help="of training (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=folder_to_write,
+        default="denoised_jax",
+        help="folder to write to (default: %(default)s)",
+    )
     args = parser.parse_args()
     training, truth = training_and_held_out(args.structures)
     noised = truth.noised(np.random.default_rng(7)).astype(np.float32)

@@ -23,7 +23,7 @@ from ipa_bridge import Weights
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import denoise_backbone as in_torch
 import denoise_backbone_jax as in_jax
-from backbones import Backbones, model_config, peptides, plot_losses
+from backbones import Backbones, folder_to_write, model_config, number_of_steps, peptides, plot_losses
 
 
 def to_torch(params: Any, state: Any) -> tuple[ipa_torch.IPATransformer, torch.optim.Optimizer]:
@@ -56,12 +56,15 @@ def curves(clean: Backbones, steps: int, at: int, *, quiet: bool = False) -> dic
 def main() -> None:
     """Trains thrice, compares, draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--at", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=Path("handoff"))
+    parser.add_argument("--steps", type=number_of_steps, default=120, help="of training (default: %(default)s)")
+    parser.add_argument("--at", type=number_of_steps, default=60, help="when to hand over (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=folder_to_write, default="handoff", help="folder to write to (default: %(default)s)"
+    )
     args = parser.parse_args()
+    if args.at >= args.steps:
+        parser.error(f"--at must be less than --steps; got {args.at} of {args.steps}")
     found = curves(peptides(128, seed=1), args.steps, args.at)
-    args.out.mkdir(parents=True, exist_ok=True)
     plot_losses(args.out / "handoff.png", found, f"handed over at step {args.at}")
     haiku, _, handed = (np.array(x) for x in found.values())
     apart = np.abs(handed - haiku) / haiku

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
 
-from ipa_bridge.config import IPAConfig, IPATransformerConfig, StructureModuleConfig
+from ipa_bridge.config import Implementation, IPAConfig, IPATransformerConfig, StructureModuleConfig
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -43,18 +43,61 @@ def check_rigids(rigids: Any, array: type | None = None) -> None:
     Raises:
         ValueError: it is something else.
     """
+    if hasattr(rigids, "rigids"):
+        raise ValueError(
+            f"rigids must be Rigid(rotation, translation); got {type(rigids).__name__}: make a Rigid of the two "
+            "arrays of structure.rigids(config), which are in the config's unit"
+        )
     if not (hasattr(rigids, "rotation") and hasattr(rigids, "translation")):
         shape = f" {tuple(rigids.shape)}" if hasattr(rigids, "shape") else ""
         raise ValueError(
             f"rigids must be Rigid(rotation (*batch, N, 3, 3), translation (*batch, N, 3)); got {type(rigids).__name__}"
             f"{shape}: make a Rigid of the two arrays, or of homogeneous matrices with Rigid.from_4x4(matrix)"
         )
-    if array is not None:
-        for name in ("rotation", "translation"):
-            if not isinstance(x := getattr(rigids, name), array):
-                raise ValueError(
-                    f"rigids.{name} must be a {array.__name__}; got {type(x).__name__}: pass torch.as_tensor(x)"
-                )
+    check_arrays(array, **{f"rigids.{name}": getattr(rigids, name) for name in ("rotation", "translation")})
+
+
+def check_config(config: Any, kind: type) -> None:
+    """A module is made from the config of its own kind.
+
+    Raises:
+        ValueError: it is of another, or no config at all.
+    """
+    if not isinstance(config, kind):
+        came = repr(config) if isinstance(config, str) else type(config).__name__
+        raise ValueError(
+            f"config must be {_a(kind.__name__)}, as its presets or the config of weights of that kind are; got {came}"
+        )
+
+
+def check_arrays(kind: type | None = None, /, **arrays: Any) -> None:
+    """All are arrays of the framework, or None.
+
+    Args:
+        kind: the framework's; None where it takes whatever has a shape and a dtype.
+        **arrays: by the name that the caller knows them by.
+
+    Raises:
+        ValueError: one is something else.
+    """
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        if kind is not None and not isinstance(x, kind):
+            raise ValueError(f"{name} must be a {kind.__name__}; got {type(x).__name__}: pass torch.as_tensor(x)")
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            raise ValueError(f"{name} must be an array; got {type(x).__name__}: pass jnp.asarray(x)")
+
+
+def check_implementation(implementation: str | None) -> None:
+    """The name of an implementation of the attention, or None to choose one.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    known = get_args(Implementation)
+    if implementation is not None and implementation not in known:
+        raise ValueError(f"implementation must be None or one of {', '.join(known)}; got {implementation!r}")
 
 
 def check_ipa_inputs(
@@ -68,9 +111,10 @@ def check_ipa_inputs(
     """The inputs of an invariant point attention fit its config and each other.
 
     Raises:
-        ValueError: a wrong rank, size or batch shape; a pair representation where the config has none, or none
-            where it has one.
+        ValueError: no arrays, or single or pair not floating; a wrong rank, size or batch shape; a pair representation
+            where the config has none, or none where it has one.
     """
+    _check_activations(single, pair, mask=mask)
     if len(single.shape) < 2 or single.shape[-1] != config.num_channel:
         raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
     if (pair is None) != (config.pair_channel is None):
@@ -141,8 +185,10 @@ def check_structure_module_inputs(
     """The inputs of a structure module fit its config and each other.
 
     Raises:
-        ValueError: a wrong rank, size or batch shape, or an aatype that is no integer.
+        ValueError: no arrays, or single or pair not floating; a wrong rank, size or batch shape, or an aatype of other
+            than integers.
     """
+    _check_activations(single, pair, aatype=aatype, mask=mask, update_mask=update_mask)
     if len(single.shape) < 2 or single.shape[-1] != config.num_channel:
         raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
     check_residue_types(aatype)
@@ -161,17 +207,27 @@ def check_structure_module_inputs(
     )
 
 
-def check_tokens(config: IPATransformerConfig, single: Shaped) -> None:
+def check_tokens(config: IPATransformerConfig, single: Shaped, outside: Sequence[int] = ()) -> None:
     """An IPA transformer's input is tokens if it embeds them, and a single representation if not.
 
+    Args:
+        config: of the transformer.
+        single: what was passed.
+        outside: tokens found that the vocabulary does not have.
+
     Raises:
-        ValueError: it is the other.
+        ValueError: it is the other, or there are such tokens.
     """
+    if config.num_token is None:
+        _check_activations(single, None)
     if config.num_token is not None and ("int" not in str(single.dtype) or len(single.shape) < 1):
         raise ValueError(
             f"single must hold tokens, integers (*batch, N), as config.num_token is {config.num_token}; got "
             f"{_shape(single)} of {single.dtype}"
         )
+    if len(outside):
+        found = ", ".join(map(str, sorted(set(outside))))
+        raise ValueError(f"tokens must be 0–{(config.num_token or 0) - 1}, as config.num_token says; got {found}")
     if config.num_token is None and (len(single.shape) < 2 or single.shape[-1] != config.num_channel):
         raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
 
@@ -266,6 +322,17 @@ def _check_shapes(anchor: str, expected: Mapping[str, tuple[Shaped | None, tuple
     for name, (array, shape) in expected.items():
         if array is not None and tuple(array.shape) != shape:
             raise ValueError(f"{name} must be {shape} beside {anchor}; got {_shape(array)}")
+
+
+def _check_activations(single: Any, pair: Any, **others: Any) -> None:
+    check_arrays(single=single, pair=pair, **others)
+    for name, array in (("single", single), ("pair", pair)):
+        if array is not None and "float" not in str(array.dtype):
+            raise ValueError(f"{name} must be floating; got {array.dtype}: cast it, as to float32")
+
+
+def _a(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def _shape(array: Shaped) -> tuple[int, ...]:

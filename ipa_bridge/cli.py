@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -19,6 +17,7 @@ import numpy as np
 
 from ipa_bridge import semantics
 from ipa_bridge.config import PredictedLDDTConfig, attention_of, replace_attention
+from ipa_bridge.console import as_command
 from ipa_bridge.conversion import LOSSES, express, in_layout
 from ipa_bridge.dialects import DIALECTS, KINDS, Dialect, Found, Parts, modules, named
 from ipa_bridge.files import SUFFIXES, ArrayFile, check_destination, open_arrays
@@ -40,18 +39,15 @@ VERIFIED_WITHIN = 1024
 """Units of eps of float64; what only orders numbers anew stays below ten, a swapped axis is at 1e14."""
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 if all is well, 1 if files differ or a conversion does not hold, 2 if it cannot be done."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may have no √
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except BrokenPipeError:  # as of `| head`
-        sys.stdout = open(os.devnull, "w")
-        return 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError) as error:
         print(f"ipa-port {args.command}: {error}", file=sys.stderr)
         return 2
@@ -378,8 +374,9 @@ def _compare(args: argparse.Namespace) -> int:
     (a, found_a), (b, found_b) = read
     if found_a.kind is not found_b.kind:
         raise ValueError(
-            f"{args.files[0]} holds a {KINDS[found_a.kind]} and {args.files[1]} a {KINDS[found_b.kind]}: name a module "
-            f"in one of them with --root-a or --root-b"
+            f"one kind of module was expected in both; got {KINDS[found_a.kind]} in {args.files[0]} and "
+            f"{KINDS[found_b.kind]} in {args.files[1]}: name a module in one of them with --root-a or --root-b, as "
+            f"`ipa-port inspect` lists them"
         )
     one, other = (_common(weights) for weights in (a, b))
     configs = [functional(weights.config) for weights in (one, other)]

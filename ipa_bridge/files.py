@@ -270,6 +270,8 @@ def check_destination(path: Path, *, replace: bool) -> None:
 @contextmanager
 def replacing(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
     """A file beside `path` that takes its place once it is whole and on disk."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder: {path.parent}")
     beside = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(beside, "xb") as handle:

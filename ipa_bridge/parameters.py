@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import get_args
 
 from ipa_bridge.config import (
     Config,
@@ -164,7 +165,11 @@ LANDMARKS: dict[type, str] = {
 
 
 def parameter_shapes(config: Config) -> Shapes:
-    """Canonical parameter names and shapes of whatever the config is of."""
+    """Canonical parameter names and shapes of whatever the config is of.
+
+    Raises:
+        ValueError: it is no config.
+    """
     if isinstance(config, IPAConfig):
         return ipa_parameters(config)
     if isinstance(config, StructureModuleConfig):
@@ -173,7 +178,10 @@ def parameter_shapes(config: Config) -> Shapes:
         return ipa_transformer_parameters(config)
     if isinstance(config, IPABlockConfig):
         return ipa_block_parameters(config)
-    return predicted_lddt_parameters(config)
+    if isinstance(config, PredictedLDDTConfig):
+        return predicted_lddt_parameters(config)
+    kinds = ", ".join(kind.__name__ for kind in get_args(Config))
+    raise ValueError(f"config must be one of {kinds}; got {config!r}")
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:

@@ -55,6 +55,11 @@ def fields(config: Config) -> dict[str, Any]:
     return found
 
 
+def frame_units(config: Config) -> dict[str, Any]:
+    """The units of frames by their paths, which say not what a module computes but what it must be given."""
+    return {path: x for path, x in fields(config).items() if path.rpartition(".")[2] == "frame_unit"}
+
+
 def told_by_shapes(config: Config) -> frozenset[str]:
     """Paths of the fields that names and shapes of the config's parameters tell."""
     told = set(TOLD_BY_SHAPES[type(config)])

@@ -27,7 +27,7 @@ from ipa_bridge.dialects import DIALECTS, Dialect, Found, Parts, Transform, find
 from ipa_bridge.files import ArrayFile, open_arrays, write_arrays
 from ipa_bridge.parameters import Shapes, infer_config, parameter_shapes, torch_name
 from ipa_bridge.tensors import numpy_array, numpy_dtype, torch_tensor
-from ipa_bridge.told import expression, fields, functional, is_functional, path_within
+from ipa_bridge.told import expression, fields, frame_units, functional, is_functional, path_within
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
@@ -364,7 +364,9 @@ class Weights(Generic[ConfigT]):
         """
         if os.fspath(path).endswith(".safetensors"):
             return []
-        inferred, told = (functional(config) for config in (_config_of(self.arrays), self.config))
+        inferred, told = (
+            {**functional(config), **frame_units(config)} for config in (_config_of(self.arrays), self.config)
+        )
         untold = [f"{name} is {x!r}, not {inferred[name]!r}" for name, x in told.items() if x != inferred[name]]
         if not untold:
             return []

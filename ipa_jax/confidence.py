@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ipa_bridge.checks import check_config
 from ipa_bridge.config import PredictedLDDTConfig
 from ipa_jax.dtypes import at_least_float32
-from ipa_jax.layers import LayerNorm, Linear
+from ipa_jax.layers import LayerNorm, Linear, without_rng
 
 
 class PredictedLDDT(hk.Module):
     """Logits over bins of each residue's lDDT-Cα, with the parameters of AlphaFold's `predicted_lddt_head`."""
 
     def __init__(self, config: PredictedLDDTConfig, *, name: str = "predicted_lddt_head") -> None:
+        check_config(config, PredictedLDDTConfig)
         super().__init__(name=name)
         self.config = config
 
@@ -38,4 +40,5 @@ def predicted_lddt(logits: Float[Array, "*B N bins"]) -> Float[Array, "*B N"]:
 
 def transform_predicted_lddt(config: PredictedLDDTConfig) -> hk.Transformed:
     """The head as a pair of pure functions, init(rng, act) and apply(params, act)."""
-    return hk.without_apply_rng(hk.transform(lambda act: PredictedLDDT(config)(act)))
+    check_config(config, PredictedLDDTConfig)
+    return without_rng(hk.transform(lambda act: PredictedLDDT(config)(act)), "act")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import wraps
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import haiku as hk
 import jax
@@ -12,12 +11,21 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from ipa_bridge.checks import check_ipa_inputs, check_rigids, may_be_in_angstroms, warn_if_in_angstroms
+from ipa_bridge.checks import (
+    check_arrays,
+    check_config,
+    check_implementation,
+    check_ipa_inputs,
+    check_rigids,
+    may_be_in_angstroms,
+    warn_if_in_angstroms,
+)
 from ipa_bridge.config import Implementation, IPAConfig
 from ipa_jax.attention import point_attention
 from ipa_jax.dtypes import at_least_float32
-from ipa_jax.layers import Initializer, Linear
+from ipa_jax.layers import Initializer, Linear, without_rng
 from ipa_jax.rigid import Rigid
+from ipa_jax.values import at_hand
 
 Projections = tuple[Array, Array, Array, Array, Array, Array]
 """q, k and v, then query, key and value points."""
@@ -42,6 +50,8 @@ class InvariantPointAttention(hk.Module):
         implementation: Implementation | None = None,
         name: str = "invariant_point_attention",
     ) -> None:
+        check_config(config, IPAConfig)
+        check_implementation(implementation)
         super().__init__(name=name)
         self.config = config
         self.implementation = implementation
@@ -107,6 +117,8 @@ class InvariantPointAttention(hk.Module):
             UserWarning: a protein's frames seem to be in Å where the unit is 10 Å or more; only where values are at
                 hand, on CPU and in no trace or transform. Nucleic acids in Å are not detected.
         """
+        check_arrays(single=single, pair=pair, mask=mask)
+        single, pair = jnp.asarray(single), None if pair is None else jnp.asarray(pair)
         check_rigids(rigids)
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
         _check_unit(self.config, rigids, mask)
@@ -232,24 +244,9 @@ def transform_ipa(config: IPAConfig, *, implementation: Implementation | None = 
         ipa = InvariantPointAttention(config, implementation=implementation)
         return ipa(single, pair, rigids, mask, return_attention=return_attention)
 
-    transformed: Any = hk.without_apply_rng(hk.transform(forward))
-
-    @wraps(transformed.apply)
-    def apply(params: hk.Params, *arguments: Any, **named: Any) -> Any:
-        if arguments and _is_rng(arguments[0]):
-            raise ValueError(
-                "apply(params, single, pair, rigids, mask) takes no rng, since attention has no dropout; got "
-                f"{'None' if arguments[0] is None else 'one'} after params: leave it out"
-            )
-        return transformed.apply(params, *arguments, **named)
-
-    return hk.Transformed(transformed.init, apply)
-
-
-def _is_rng(x: Any) -> bool:
-    if x is None or jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):
-        return True
-    return getattr(x, "dtype", None) == np.uint32  # jax.random.PRNGKey's
+    check_config(config, IPAConfig)
+    check_implementation(implementation)
+    return without_rng(hk.transform(forward), "single, pair, rigids, mask")
 
 
 def unpack_monomer(config: IPAConfig, q: Array, kv: Array, q_points: Array, kv_points: Array) -> Projections:
@@ -302,13 +299,6 @@ def _check_unit(config: IPAConfig, rigids: Rigid, mask: Shaped[Array, "*B N"] | 
     """Warns of frames in Å where values are at hand: on CPU, and in no trace or transform."""
     if not may_be_in_angstroms(config):
         return
-    arrays = [rigids.translation, *(() if mask is None else (mask,))]
-    if all(_at_hand(x) for x in arrays) and _at_hand(jnp.zeros(())):  # under jit a constant is a tracer
-        translation, *valid = (np.asarray(x) for x in arrays)
-        warn_if_in_angstroms(config, translation, valid[0] if valid else None)
-
-
-def _at_hand(x: Array) -> bool:
-    if isinstance(x, jax.core.Tracer):
-        return False
-    return not isinstance(x, jax.Array) or (x.is_fully_addressable and {d.platform for d in x.devices()} == {"cpu"})
+    if at_hand(rigids.translation, mask, jnp.zeros(())):  # under jit a constant is a tracer
+        valid = None if mask is None else np.asarray(mask)
+        warn_if_in_angstroms(config, np.asarray(rigids.translation), valid)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from functools import wraps
+from typing import Any, Literal
 
 import haiku as hk
 import jax
@@ -98,3 +99,50 @@ def weight_initializer(initializer: Initializer, num_input: int) -> hk.initializ
     gain = {"linear": 1.0, "relu": 2.0}[initializer]
     stddev = np.sqrt(gain / num_input) / TRUNCATED_NORMAL_STDDEV
     return hk.initializers.TruncatedNormal(stddev=stddev)
+
+
+def with_rng(transformed: hk.Transformed, call: str) -> hk.Transformed:
+    """An apply that says where the rng goes when it is left out.
+
+    Args:
+        transformed: whose apply takes an rng, or None for none.
+        call: what follows the rng, for the error.
+    """
+
+    @wraps(transformed.apply)
+    def apply(params: hk.Params, *arguments: Any, **named: Any) -> Any:
+        if "rng" not in named and (not arguments or (hasattr(arguments[0], "shape") and not _is_rng(arguments[0]))):
+            raise ValueError(
+                f"apply(params, rng, {call}) takes an rng after the parameters, or None where is_training is False; "
+                f"got {'an array of ' + str(arguments[0].dtype) if arguments else 'nothing'}"
+            )
+        return transformed.apply(params, *arguments, **named)
+
+    return hk.Transformed(transformed.init, apply)
+
+
+def without_rng(transformed: hk.Transformed, call: str) -> hk.Transformed:
+    """An apply without an rng, that says so when it is given one.
+
+    Args:
+        transformed: of a module without dropout.
+        call: what apply takes after the parameters, for the error.
+    """
+    inner: Any = hk.without_apply_rng(transformed)
+
+    @wraps(inner.apply)
+    def apply(params: hk.Params, *arguments: Any, **named: Any) -> Any:
+        if arguments and _is_rng(arguments[0]):
+            raise ValueError(
+                f"apply(params, {call}) takes no rng, since there is no dropout; got "
+                f"{'None' if arguments[0] is None else 'one'} after params: leave it out"
+            )
+        return inner.apply(params, *arguments, **named)
+
+    return hk.Transformed(inner.init, apply)
+
+
+def _is_rng(x: Any) -> bool:
+    if x is None or jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):
+        return True
+    return getattr(x, "dtype", None) == np.uint32  # jax.random.PRNGKey's

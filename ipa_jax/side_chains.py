@@ -11,13 +11,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from ipa_bridge.checks import check_per_atom, check_residue_types, check_shape
+from ipa_bridge.checks import check_arrays, check_per_atom, check_residue_types, check_shape
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.proteins import residues
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.layers import Initializer, Linear
 from ipa_jax.rigid import SMALLEST_LENGTH, Rigid
+from ipa_jax.values import integers_outside
 
 SMALLEST_ANGLE_LENGTH = 1e-6
 """A predicted (sin, cos) shorter than this is divided by it instead of its length."""
@@ -64,12 +65,8 @@ def check_aatype(aatype: Int[Array, "*B N"], mask: Shaped[Array, "*B N"] | None 
     Raises:
         ValueError: they are no integers, or others than 0–20 at a valid residue.
     """
-    check_residue_types(aatype)
-    if all(_at_hand(x) for x in (aatype, mask)):
-        types = np.asarray(aatype)
-        outside = (types < 0) | (types > residues.UNKNOWN_AATYPE)
-        outside = outside if mask is None else outside & (np.asarray(mask) != 0)
-        check_residue_types(aatype, np.broadcast_to(types, outside.shape)[outside].tolist())
+    check_arrays(aatype=aatype, mask=mask)
+    check_residue_types(aatype, integers_outside(aatype, residues.UNKNOWN_AATYPE, mask))
 
 
 class MultiRigidSidechain(hk.Module):
@@ -252,15 +249,6 @@ def atom37_to_torsion_angles(
 
 def _group(groups: Rigid, group: int) -> Rigid:
     return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
-
-
-def _at_hand(x: Shaped[Array, "..."] | None) -> bool:
-    if isinstance(x, jax.core.Tracer):
-        return False
-    on_devices = isinstance(x, jax.Array) and not (
-        x.is_fully_addressable and {d.platform for d in x.devices()} == {"cpu"}
-    )
-    return not on_devices
 
 
 def _unit(vectors: Float[Array, "*B D"], smallest_length: float) -> Float[Array, "*B D"]:

@@ -10,12 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from ipa_bridge.checks import check_rigids, check_structure_module_inputs
+from ipa_bridge.checks import (
+    check_arrays,
+    check_config,
+    check_implementation,
+    check_rigids,
+    check_structure_module_inputs,
+)
 from ipa_bridge.config import Implementation, StructureModuleConfig
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32, varying_alike
 from ipa_jax.invariant_point_attention import InvariantPointAttention
-from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout
+from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout, with_rng
 from ipa_jax.rigid import Rigid
 from ipa_jax.side_chains import MultiRigidSidechain, check_aatype, frames_to_atom14, torsion_angles_to_frames
 
@@ -51,6 +57,8 @@ class FoldIteration(hk.Module):
         implementation: Implementation | None = None,
         name: str = "fold_iteration",
     ) -> None:
+        check_config(config, StructureModuleConfig)
+        check_implementation(implementation)
         super().__init__(name=name)
         self.config = config
         self.implementation = implementation
@@ -141,6 +149,8 @@ class StructureModule(hk.Module):
         implementation: Implementation | None = None,
         name: str = "structure_module",
     ) -> None:
+        check_config(config, StructureModuleConfig)
+        check_implementation(implementation)
         super().__init__(name=name)
         self.config = config
         self.implementation = implementation
@@ -171,6 +181,8 @@ class StructureModule(hk.Module):
             ValueError: shapes that do not fit the config or each other, or an aatype not among 0–20.
         """
         c = self.config
+        check_arrays(single=single, pair=pair, aatype=aatype, mask=mask, update_mask=update_mask)
+        single, pair = jnp.asarray(single), jnp.asarray(pair)
         if rigids is not None:
             check_rigids(rigids)
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
@@ -234,4 +246,6 @@ def transform_structure_module(
         module = StructureModule(config, implementation=implementation)
         return module(single, pair, aatype, mask, rigids=rigids, update_mask=update_mask, is_training=is_training)
 
-    return hk.transform(forward)
+    check_config(config, StructureModuleConfig)
+    check_implementation(implementation)
+    return with_rng(hk.transform(forward), "single, pair, aatype, mask")

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from ipa_bridge.checks import check_rigids, check_tokens
+from ipa_bridge.checks import check_arrays, check_config, check_implementation, check_rigids, check_tokens
 from ipa_bridge.config import Implementation, IPABlockConfig, IPATransformerConfig
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.invariant_point_attention import InvariantPointAttention
-from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout
+from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout, with_rng
 from ipa_jax.rigid import Rigid
+from ipa_jax.values import integers_outside
 
 
 @by_name
@@ -47,6 +48,8 @@ class IPABlock(hk.Module):
     def __init__(
         self, config: IPABlockConfig, *, implementation: Implementation | None = None, name: str = "ipa_block"
     ) -> None:
+        check_config(config, IPABlockConfig)
+        check_implementation(implementation)
         super().__init__(name=name)
         self.config = config
         self.implementation = implementation
@@ -116,6 +119,8 @@ class IPATransformer(hk.Module):
         implementation: Implementation | None = None,
         name: str = "ipa_transformer",
     ) -> None:
+        check_config(config, IPATransformerConfig)
+        check_implementation(implementation)
         super().__init__(name=name)
         self.config = config
         self.implementation = implementation
@@ -139,12 +144,17 @@ class IPATransformer(hk.Module):
             is_training: apply dropout, with haiku's rng. A Python bool: `jax.jit` wants it among static_argnames.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other, or tokens that are no integers.
+            ValueError: shapes that do not fit the config or each other; tokens that are no integers, or outside the
+                vocabulary where the mask is 1 (told on CPU and in no trace).
         """
         c = self.config
+        check_arrays(single=single, pair=pair, mask=mask)
+        single = jnp.asarray(single)
         if rigids is not None:
             check_rigids(rigids)
         check_tokens(c, single)
+        if c.num_token is not None:
+            check_tokens(c, single, integers_outside(single, c.num_token - 1, mask))
         act = single
         if c.num_token is not None:
             embedding = hk.Embed(
@@ -192,4 +202,6 @@ def transform_ipa_transformer(
         transformer = IPATransformer(config, implementation=implementation)
         return transformer(single, pair, rigids, mask, is_training=is_training)
 
-    return hk.transform(forward)
+    check_config(config, IPATransformerConfig)
+    check_implementation(implementation)
+    return with_rng(hk.transform(forward), "single, pair, rigids, mask")

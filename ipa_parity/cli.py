@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ipa_bridge.config import IPAConfig, StructureModuleConfig
+from ipa_bridge.console import as_command
 from ipa_bridge.proteins import Structure, load_structure
 from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_bridge.version import __version__
@@ -30,12 +31,14 @@ examples:
 
 KINKS = (
     "Gradients in float32 are in the Euclidean norm: a few of millions of ReLUs open in one run and not in the other.\n"
-    "In float64 none does, and what they may err grows with how short the shortest predicted torsion vector is."
+    "In float64 none does. Their bounds there grow as the shortest predicted torsion vector shrinks, for\n"
+    "gradients are divided by its length."
 )
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 if everything compared is within its bound, 1 if not, 2 if the question is wrong."""
     parser = _parser()
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = []
     for make in cases:
         case = make()
-        described.append(f"{case.name}: {case.mask.size} residues, {case.mask.size - case.mask.sum()} of them masked")
+        masked = case.mask.size - case.mask.sum()
+        described.append(f"{case.name}: {case.mask.size} residues, {masked} masked for the test")
         for dtype in args.dtype or ("float32", "float64"):
             comparisons += judge(
                 case,
@@ -63,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         del case  # before the next is drawn
     progress.clear()
+    if not comparisons:
+        print(
+            f"ipa-parity: nothing was compared: {frameworks[0]} alone has nothing to be held against in "
+            f"{' and '.join(args.dtype)}; add --dtype float32, or install the other framework",
+            file=sys.stderr,
+        )
+        return 2
     failures = [row for row in comparisons if not row.passed]
     if args.json:
         report = {"passed": not failures, "frameworks": list(frameworks), "comparisons": as_json(comparisons)}
@@ -94,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=DTYPES, action="append", help="may be repeated (default: float32 and float64)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, activations and frames (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, help="of weights, activations and frames (default: %(default)s)"
+    )
     parser.add_argument("--no-gradients", action="store_true", help="compare outputs only")
     parser.add_argument(
         "--require", default="jax,torch", help="frameworks that must be installed (default: %(default)s)"
@@ -105,12 +118,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _several(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
     if number < 2:
         raise argparse.ArgumentTypeError(
             f"must be at least 2, for a residue alone has only itself to see; got {number}"
         )
     return number
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0; got {text!r}")
+    return int(text)
 
 
 def _frameworks(require: str) -> tuple[str, ...]:
@@ -215,7 +237,10 @@ def _report(
     verdict = (
         f"{len(failures)} of {len(comparisons)} comparisons failed"
         if failures
-        else (f"all {len(comparisons)} comparisons passed; closest to its bound: {worst}")
+        else (
+            f"all {len(comparisons)} comparisons passed: the same function to rounding, whatever the weights and the "
+            f"protein are worth; closest to its bound: {worst}"
+        )
     )
     alone = ""
     if len(frameworks) < 2:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ipa_bridge.checks import check_config
 from ipa_bridge.config import PredictedLDDTConfig
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.layers import LayerNorm, Linear, Module
@@ -18,6 +19,7 @@ class PredictedLDDT(Module):
     """Logits over bins of each residue's lDDT-Cα, with the parameters of AlphaFold's `predicted_lddt_head`."""
 
     def __init__(self, config: PredictedLDDTConfig) -> None:
+        check_config(config, PredictedLDDTConfig)
         super().__init__()
         self.config = c = config
         self.input_layer_norm = LayerNorm(c.num_channel)

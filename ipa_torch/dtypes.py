@@ -7,6 +7,9 @@ from functools import reduce
 
 import torch
 
+_WITH_AUTOCAST = frozenset(x for x in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(x))
+"""Known beforehand, since the Dynamo of PyTorch 2.6 cannot trace the question."""
+
 
 def widest_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype that holds all of these."""
@@ -20,6 +23,6 @@ def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Autocast off: on CPU it would turn float32 matrix products into bfloat16."""
-    if torch.amp.is_autocast_available(device_type):
+    if device_type in _WITH_AUTOCAST or torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -9,12 +9,21 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from ipa_bridge.checks import check_ipa_inputs, check_rigids, may_be_in_angstroms, warn_if_in_angstroms
+from ipa_bridge.checks import (
+    check_arrays,
+    check_config,
+    check_implementation,
+    check_ipa_inputs,
+    check_rigids,
+    may_be_in_angstroms,
+    warn_if_in_angstroms,
+)
 from ipa_bridge.config import Implementation, IPAConfig
 from ipa_torch.attention import point_attention
 from ipa_torch.dtypes import at_least_float32, without_autocast
 from ipa_torch.layers import Linear, Module
 from ipa_torch.rigid import Rigid
+from ipa_torch.values import at_hand
 
 Projections = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """q, k and v, then query, key and value points."""
@@ -32,6 +41,8 @@ class InvariantPointAttention(Module):
     """
 
     def __init__(self, config: IPAConfig, *, implementation: Implementation | None = None) -> None:
+        check_config(config, IPAConfig)
+        check_implementation(implementation)
         super().__init__()
         self.config = c = config
         self.implementation = implementation
@@ -124,6 +135,7 @@ class InvariantPointAttention(Module):
                 hand, on CPU and in no trace or transform. Nucleic acids in Å are not detected.
         """
         check_rigids(rigids, Tensor)
+        check_arrays(Tensor, single=single, pair=pair, mask=mask)
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
         _check_unit(self.config, rigids, mask)
         dtype = at_least_float32(*(x.dtype for x in (single, pair) if x is not None))
@@ -271,13 +283,8 @@ def centre(rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
 
 def _check_unit(config: IPAConfig, rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> None:
     """Warns of frames in Å where values are at hand: on CPU, and in no trace or transform."""
-    if not may_be_in_angstroms(config) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not may_be_in_angstroms(config):
         return
-    arrays = [rigids.translation, *(() if mask is None else (mask,))]
-    if all(_at_hand(x) for x in arrays) and torch._C._functorch.peek_interpreter_stack() is None:
-        translation, *valid = (x.detach() for x in arrays)
-        warn_if_in_angstroms(config, translation.float().numpy(), valid[0].bool().numpy() if valid else None)
-
-
-def _at_hand(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"  # tensors of other classes may have no values
+    if at_hand(rigids.translation, mask) and torch._C._functorch.peek_interpreter_stack() is None:
+        valid = None if mask is None else mask.detach().bool().numpy()
+        warn_if_in_angstroms(config, rigids.translation.detach().float().numpy(), valid)

@@ -173,6 +173,10 @@ class Rigid(NamedTuple):
         """The same frames in another dtype."""
         return Rigid(self.rotation.to(dtype), self.translation.to(dtype))
 
+    def to(self, device: torch.device | str | int) -> Rigid:
+        """The same frames on another device."""
+        return Rigid(self.rotation.to(device), self.translation.to(device))
+
     def _over(self, points: Tensor) -> Rigid:
         """These frames with an axis of length 1 for each axis of several points per frame."""
         batch = tuple(self.translation.shape[:-1])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ipa_bridge.checks import check_per_atom, check_residue_types, check_shape
+from ipa_bridge.checks import check_arrays, check_per_atom, check_residue_types, check_shape
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.parameters import numbered
 from ipa_bridge.proteins import residues
@@ -18,6 +18,7 @@ from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.layers import Initializer, Linear, Module, take
 from ipa_torch.rigid import SMALLEST_LENGTH, Rigid
+from ipa_torch.values import integers_outside
 
 SMALLEST_ANGLE_LENGTH = 1e-6
 """A predicted (sin, cos) shorter than this is divided by it instead of its length."""
@@ -68,18 +69,8 @@ def check_aatype(aatype: Int[Tensor, "*B N"], mask: Shaped[Tensor, "*B N"] | Non
     Raises:
         ValueError: they are no integers, or others than 0–20 at a valid residue.
     """
-    check_residue_types(aatype)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not all(_on_cpu(x) for x in (aatype, mask)):
-        return
-    types = aatype.long()
-    outside = (types < 0) | (types > residues.UNKNOWN_AATYPE)
-    outside = outside if mask is None else outside & (mask != 0)
-    try:
-        found = bool(outside.any())
-    except RuntimeError:  # under vmap, or of tensors without values
-        return
-    if found:
-        check_residue_types(aatype, types.expand_as(outside)[outside].tolist())
+    check_arrays(Tensor, aatype=aatype, mask=mask)
+    check_residue_types(aatype, integers_outside(aatype, residues.UNKNOWN_AATYPE, mask))
 
 
 class MultiRigidSidechain(Module):
@@ -266,10 +257,6 @@ def atom37_to_torsion_angles(
 
 def _group(groups: Rigid, group: int) -> Rigid:
     return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
-
-
-def _on_cpu(x: Tensor | None) -> bool:
-    return x is None or x.device.type == "cpu"
 
 
 def _unit(vectors: Float[Tensor, "*B D"], smallest_length: float) -> Float[Tensor, "*B D"]:

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ipa_bridge.checks import check_rigids, check_structure_module_inputs
+from ipa_bridge.checks import (
+    check_arrays,
+    check_config,
+    check_implementation,
+    check_rigids,
+    check_structure_module_inputs,
+)
 from ipa_bridge.config import Implementation, StructureModuleConfig
 from ipa_bridge.parameters import numbered
 from ipa_bridge.tuples import by_name
@@ -46,6 +52,8 @@ class FoldIteration(Module):
     """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14)."""
 
     def __init__(self, config: StructureModuleConfig, *, implementation: Implementation | None = None) -> None:
+        check_config(config, StructureModuleConfig)
+        check_implementation(implementation)
         super().__init__()
         self.config = c = config
         width = c.num_channel
@@ -134,6 +142,8 @@ class StructureModule(Module):
     """
 
     def __init__(self, config: StructureModuleConfig, *, implementation: Implementation | None = None) -> None:
+        check_config(config, StructureModuleConfig)
+        check_implementation(implementation)
         super().__init__()
         self.config = c = config
         self.single_layer_norm = LayerNorm(c.num_channel)
@@ -166,6 +176,7 @@ class StructureModule(Module):
             ValueError: shapes that do not fit the config or each other, or an aatype not among 0–20.
         """
         c = self.config
+        check_arrays(Tensor, single=single, pair=pair, aatype=aatype, mask=mask, update_mask=update_mask)
         if rigids is not None:
             check_rigids(rigids, Tensor)
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ipa_bridge.checks import check_rigids, check_tokens
+from ipa_bridge.checks import check_arrays, check_config, check_implementation, check_rigids, check_tokens
 from ipa_bridge.config import Implementation, IPABlockConfig, IPATransformerConfig
 from ipa_bridge.parameters import numbered
 from ipa_bridge.tuples import by_name
@@ -17,6 +17,7 @@ from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
 from ipa_torch.layers import Initializer, LayerNorm, Linear, Module
 from ipa_torch.rigid import Rigid
+from ipa_torch.values import integers_outside
 
 
 @by_name
@@ -45,6 +46,8 @@ class IPABlock(Module):
     """
 
     def __init__(self, config: IPABlockConfig, *, implementation: Implementation | None = None) -> None:
+        check_config(config, IPABlockConfig)
+        check_implementation(implementation)
         super().__init__()
         self.config = c = config
         width, layers = c.num_channel, c.num_layer_in_transition
@@ -107,6 +110,8 @@ class IPATransformer(Module):
     """
 
     def __init__(self, config: IPATransformerConfig, *, implementation: Implementation | None = None) -> None:
+        check_config(config, IPATransformerConfig)
+        check_implementation(implementation)
         super().__init__()
         self.config = c = config
         initializer: Initializer = "zeros" if c.ipa.zero_init else "linear"
@@ -135,12 +140,16 @@ class IPATransformer(Module):
             mask: 1 or True where a residue is valid; valid residues ignore all others in every layer.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other, or tokens that are no integers.
+            ValueError: shapes that do not fit the config or each other; tokens that are no integers, or outside the
+                vocabulary where the mask is 1 (told on CPU and in no trace).
         """
         c = self.config
+        check_arrays(Tensor, single=single, pair=pair, mask=mask)
         if rigids is not None:
             check_rigids(rigids, Tensor)
         check_tokens(c, single)
+        if c.num_token is not None:
+            check_tokens(c, single, integers_outside(single, c.num_token - 1, mask))
         act = single if c.num_token is None else self.token_embedding(single)
         dtype = at_least_float32(act.dtype)  # whatever the start frames' is
         if rigids is None:

@@ -7,6 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
+from ipa_bridge import IPAConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig, Weights
+from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_parity.cases import CATALOGUE, ODD
 
 
@@ -98,6 +100,14 @@ IPA = {
     "mask rank": (lambda s, z, r, t, m: (s, z, r, t, m[:, None]), r"mask must be \(7,\) beside .*; got \(7, 1\)"),
     "mask size": (lambda s, z, r, t, m: (s, z, r, t, m[:4]), r"mask must be \(7,\)"),
     "batch": (lambda s, z, r, t, m: (s[None], z, r, t, m), r"must be \(1, 7"),
+    "whole numbers": (
+        lambda s, z, r, t, m: (s.astype(np.int32), z, r, t, m),
+        r"single must be floating; got (torch\.)?int32: cast it",
+    ),
+    "true and false": (
+        lambda s, z, r, t, m: (s, z > 0, r, t, m),
+        r"pair must be floating; got (torch\.)?bool: cast it",
+    ),
 }
 
 
@@ -118,6 +128,7 @@ def test_ipa(framework, spoil, message):
         ("tuple", r"rigids must be Rigid\(rotation .*\); got tuple: make a Rigid of the two arrays"),
         ("4x4", r"rigids must be Rigid\(.*; got .* \(7, 4, 4\): .*Rigid.from_4x4\(matrix\)"),
         ("numpy", "rigids.rotation must be a Tensor; got ndarray: pass torch.as_tensor"),
+        ("structure", r"rigids must be Rigid\(.*\); got Structure: make a Rigid of .* structure.rigids\(config\)"),
     ],
 )
 def test_what_is_no_rigid(framework, kind, message):
@@ -126,6 +137,7 @@ def test_what_is_no_rigid(framework, kind, message):
         "tuple": (framework.array(case.rotation), framework.array(case.translation)),
         "4x4": framework.array(np.zeros((7, 4, 4), np.float32)),
         "numpy": framework.package.Rigid(case.rotation, case.translation),
+        "structure": idealised_peptide(),
     }[kind]
     arrays = framework.array(case.single), framework.array(case.pair), rigids, framework.array(case.mask)
     if kind == "numpy" and isinstance(framework, Jax):
@@ -133,6 +145,59 @@ def test_what_is_no_rigid(framework, kind, message):
         return
     with pytest.raises(ValueError, match=message):
         framework.ipa(case, *arrays)
+
+
+@pytest.mark.parametrize("name", ["single", "pair", "mask"])
+def test_what_is_no_array(framework, name):
+    """Numpy's arrays are among them in PyTorch, and taken by JAX."""
+    case = CATALOGUE["monomer"]().astype("float32")
+    rigids = framework.package.Rigid(framework.array(case.rotation), framework.array(case.translation))
+    arrays = {name: framework.array(getattr(case, name)) for name in ("single", "pair", "mask")}
+    for given in (getattr(case, name).tolist(), getattr(case, name)):
+        inputs = {**arrays, name: given}
+        if given is not inputs[name] or isinstance(given, list) or isinstance(framework, Torch):
+            with pytest.raises(ValueError, match=rf"{name} must be an? (array|Tensor); got (list|ndarray): pass"):
+                framework.ipa(case, inputs["single"], inputs["pair"], rigids, inputs["mask"])
+        else:
+            assert framework.ipa(case, inputs["single"], inputs["pair"], rigids, inputs["mask"]).dtype == "float32"
+
+
+def test_what_is_no_config(framework):
+    """A preset not called, another module's config, weights, or a name."""
+    package, attention = framework.package, IPAConfig.alphafold2()
+    jax = isinstance(framework, Jax)
+    kinds = {
+        IPAConfig: package.transform_ipa if jax else package.InvariantPointAttention,
+        StructureModuleConfig: package.transform_structure_module if jax else package.StructureModule,
+        IPATransformerConfig: package.transform_ipa_transformer if jax else package.IPATransformer,
+        PredictedLDDTConfig: package.transform_predicted_lddt if jax else package.PredictedLDDT,
+    }
+    for kind, make in kinds.items():
+        for config in (IPAConfig.alphafold2, "alphafold2", None, *([] if kind is IPAConfig else [attention])):
+            with pytest.raises(ValueError, match=rf"config must be an? {kind.__name__}, as its presets .*; got"):
+                make(config)
+    with pytest.raises(ValueError, match=r"must be None or one of reference, .*; got 'fastest'"):
+        kinds[IPAConfig](attention, implementation="fastest")
+    with pytest.raises(ValueError, match="config must be one of"):
+        Weights.random("alphafold2")
+
+
+def test_tokens_outside_the_vocabulary(framework):
+    """Told where values are at hand and the mask is 1."""
+    config = IPATransformerConfig.lucidrains(8, depth=1, heads=2, num_tokens=5, require_pairwise_repr=False)
+    if isinstance(framework, Jax):
+        params, transformed = Weights.random(config).to_haiku(), framework.package.transform_ipa_transformer(config)
+
+        def run(tokens, **options):
+            return transformed.apply(params, None, tokens, **options)
+    else:
+        run = framework.package.IPATransformer(config)
+    for wrong in ([0, 5, 1], [0, -1, 1]):
+        with pytest.raises(ValueError, match=rf"tokens must be 0–4, as config.num_token says; got {wrong[1]}"):
+            run(framework.array(wrong and np.array(wrong)))
+    if isinstance(framework, Jax):
+        mask = framework.array(np.array([1, 0, 1]))
+        assert np.isfinite(run(framework.array(np.array([0, -1, 1])), mask=mask).act).all()
 
 
 def test_pair_where_the_config_has_none(framework):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -159,6 +160,9 @@ def test_one_framework_alone_is_said(capsys, monkeypatch):
     arguments = [*arguments, "--dtype", "float64", "--json"]
     assert cli.main(arguments) == 0
     assert not any("gradient" in row["stage"] for row in json.loads(capsys.readouterr().out)["comparisons"])
+    arguments = ["--module", "structure-module", "--require", "torch", "--dtype", "float64", "--quiet", "--json"]
+    assert cli.main([*arguments, "--preset", "esmfold", "--no-gradients"]) == 2
+    assert "nothing was compared: torch alone has nothing to be held against in float64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -167,6 +171,7 @@ def test_one_framework_alone_is_said(capsys, monkeypatch):
         (["--structure", "nowhere.pdb"], "no such file: nowhere.pdb"),
         (["--weights", "nowhere.npz"], "no such file: nowhere.npz"),
         (["--structure", "x.pdb", "--residues", "9"], "--structure brings its own residues"),
+        (["--residues", "many"], "must be a whole number; got 'many'"),
         (["--residues", "1"], "must be at least 2, for a residue alone has only itself to see; got 1"),
         (["--preset", "alphafold9"], "invalid choice"),
         (["--require", "jax,tensorflow"], "--require takes jax, torch or both, as jax,torch; got tensorflow"),
@@ -209,3 +214,15 @@ def test_a_missing_requirement_fails_the_suite():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "--require: not installed: nonesuch" in result.stderr
+
+
+@pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 0)])
+def test_what_ends_a_command_is_no_traceback(raised, status, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(cli, "make_case", stopped)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli.main(["--residues", "5", "--preset", "lucidrains"]) == status
+    sys.stdout.close()  # where a closed pipe was, it is the null device
+    assert ("interrupted" in capsys.readouterr().err) == (raised is KeyboardInterrupt)

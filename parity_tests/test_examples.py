@@ -148,3 +148,34 @@ def test_a_folder_of_proteins(backbones, structures_dir, tmp_path):
     (tmp_path / "2rbg.pdb").unlink()
     with pytest.raises(ValueError, match="two structures or more"):
         backbones.training_and_held_out(tmp_path)
+
+
+def test_proteins_without_a_backbone_or_too_short_are_passed_over(backbones, structures_dir, tmp_path):
+    """A file of Cα atoms alone had made every loss NaN."""
+    lines = (structures_dir / "5nmu.pdb").read_text().splitlines(keepends=True)
+    (tmp_path / "traced.pdb").write_text("".join(x for x in lines if x[12:16] == " CA "))
+    for name, copy in {"1gcn.pdb": "1GCN.PDB", "2rbg.pdb": "2RBG.PDB", "3u8v.cif": "3u8v.cif"}.items():
+        shutil.copy(structures_dir / name, tmp_path / copy)
+    assert len(backbones.structure_files(tmp_path)) == 4
+    assert len(backbones.proteins(tmp_path)) == 2
+    (tmp_path / "2RBG.PDB").unlink()
+    with pytest.raises(SystemExit, match="chains of 40 residues with a backbone in two files or more"):
+        backbones.training_and_held_out(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("denoise_backbone", ["--structures", "nope"], "argument --structures: no such folder: nope"),
+        ("denoise_backbone_jax", ["--steps", "-3"], "argument --steps: a whole number from 1 was expected; got '-3'"),
+        ("denoise_backbone", ["--out", "taken"], "argument --out: no folder to write to: "),
+        ("handoff", ["--steps", "5", "--at", "5"], "--at must be less than --steps; got 5 of 5"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_trained(name, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("")
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(name).main()
+    assert f": error: {message}" in capsys.readouterr().err

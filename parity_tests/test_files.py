@@ -160,3 +160,10 @@ def test_written_files_replace_and_have_ordinary_permissions(suffix, tmp_path):
     Weights.random(ODD).save(path)
     assert Weights.load(path).config == ODD
     assert path.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_folder_that_is_not_there_is_named(suffix, tmp_path):
+    path = tmp_path / "nowhere" / f"x{suffix}"
+    with pytest.raises(FileNotFoundError, match=rf"x\{suffix}: no such folder: .*nowhere$"):
+        Weights.random(ODD).save(path)

@@ -67,13 +67,16 @@ def test_a_misplaced_rng_is_told(rng):
 
 
 def test_a_missing_rng_is_told():
-    """By Haiku, of what takes one."""
     config = IPATransformerConfig(block=IPABlockConfig(ipa=ODD_NO_PAIR, attention_dropout=0.5), num_layer=1)
     apply = ipa_jax.transform_ipa_transformer(config).apply
     params = Weights.random(config).to_haiku()
     single = jnp.zeros((3, ODD.num_channel))
-    with pytest.raises(ValueError, match="must be called with an RNG as the second argument"):
+    with pytest.raises(ValueError, match=r"takes an rng after the parameters, or None where .*; got an array of float"):
         apply(params, single)
+    with pytest.raises(ValueError, match="takes an rng after the parameters"):
+        apply(params)
+    assert apply(params, 0, single, is_training=True).act.shape == single.shape
+    assert apply(params, single=single, rng=None).act.shape == single.shape
     with pytest.raises(ValueError, match="must pass a non-None PRNGKey"):
         apply(params, None, single, is_training=True)
 

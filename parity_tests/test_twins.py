@@ -22,6 +22,7 @@ ONLY_IN_ONE = {
     "confidence.transform_predicted_lddt": "a torch module is called as it is",
     "transformer.transform_ipa_transformer": "a torch module is called as it is",
     "layers.dropout": "torch has its own",
+    **dict.fromkeys(("layers.with_rng", "layers.without_rng"), "torch draws numbers from a state of its own"),
     "layers.Linear.parameters": "torch modules hold their parameters as attributes",
     **dict.fromkeys(
         (
@@ -34,6 +35,7 @@ ONLY_IN_ONE = {
     **dict.fromkeys(("layers.Linear.extra_repr", "layers.LayerNorm.extra_repr"), "a torch module prints itself"),
     "layers.weight_initializer": "haiku takes an initialiser to get_parameter …",
     "layers.initialize_weight": "… torch fills a parameter in place",
+    "rigid.Rigid.to": "JAX has device_put for any tree",
     "dtypes.without_autocast": "JAX has no autocast",
     "dtypes.MISCOMPILING_JAXLIB": "torch's are not known to return wrong gradients",
     "dtypes.refuse_miscompiling_jaxlib": "torch's are not known to return wrong gradients",

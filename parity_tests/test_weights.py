@@ -739,3 +739,16 @@ def test_copies_are_read_only_too(copied, dtype):
 def test_weights_print_in_a_line_or_two():
     assert repr(Weights.random(ODD)).startswith("Weights(13 arrays of ")
     assert len(repr(Weights.random(StructureModuleConfig.alphafold2()))) < 500
+
+
+@pytest.mark.parametrize(("unit", "suffix"), [(1.0, ".npz"), (None, ".pt")])
+def test_the_unit_of_frames_that_a_file_cannot_say_is_warned_of(unit, suffix, tmp_path):
+    """A protein's frames would come ten times too small, and nothing else would tell."""
+    weights = Weights.random(dataclasses.replace(IPAConfig.alphafold2(), frame_unit=unit))
+    with pytest.warns(UserWarning, match=f"cannot say that frame_unit is {unit}, not 10.0, as Weights.load will"):
+        weights.save(tmp_path / f"w{suffix}")
+
+
+def test_what_is_no_config_has_no_weights():
+    with pytest.raises(ValueError, match=r"config must be one of IPAConfig, .*; got 'alphafold2'"):
+        Weights.random("alphafold2")

@@ -1,0 +1,28 @@
+"""Values that can be looked at before the computation runs: on CPU, and in no trace or transform."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor, nn
+
+
+def at_hand(*arrays: Tensor | None) -> bool:
+    """Whether the values of all these are known here and now, but for `torch.func`'s transforms."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    plain = (Tensor, nn.Parameter)  # tensors of other classes may have no values
+    return all(x is None or (type(x) in plain and x.device.type == "cpu") for x in arrays)
+
+
+def integers_outside(x: Int[Tensor, "..."], most: int, mask: Shaped[Tensor, "..."] | None = None) -> list[int]:
+    """Those of x that are not from 0 to most where the mask is 1; none if values are not at hand."""
+    if not at_hand(x, mask):
+        return []
+    values = x.long()
+    outside = (values < 0) | (values > most)
+    outside = outside if mask is None else outside & (mask != 0)
+    try:
+        return values.expand_as(outside)[outside].tolist() if bool(outside.any()) else []
+    except RuntimeError:  # under vmap, or of tensors without values
+        return []
