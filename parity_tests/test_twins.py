@@ -42,15 +42,27 @@ ONLY_IN_ONE = {
     "dtypes.Tree": "the type of a tree of arrays",
     "dtypes.varying_alike": "the types of torch's tensors know no axes of devices",
     "layers.take": "JAX has take_along_axis",
-    "replace.replace_ipa": "a torch model is an object whose layers can be swapped …",
-    "replace.restore_ipa": "… and given back",
-    "replace.LEAST_INFINITY": "AlphaFold's own is one number",
-    "replace.SYSTEMS": "in JAX there is AlphaFold alone",
-    "replace.replace_alphafold_ipa": "AlphaFold builds its modules anew in each trace",
-    "replace.AlphaFoldReplacement": "what undoes it",
-    "replace.AlphaFoldReplacement.__init__": "what undoes it",
-    "replace.AlphaFoldReplacement.restore": "what undoes it",
-    "replace.MODULES": "where AlphaFold looks its attention up",
+    "replace.__init__.replace_ipa": "a torch model is an object whose layers can be swapped …",
+    "replace.__init__.restore_ipa": "… and given back",
+    "replace.__init__.replace_alphafold_ipa": "AlphaFold builds its modules anew in each trace",
+    **{
+        f"replace.__init__.AlphaFoldReplacement{name}": "what undoes it: no object holds AlphaFold's modules"
+        for name in ("", ".__init__", ".restore")
+    },
+    **{
+        f"replace.adapters.{name}": "torch layers of several systems keep their own calls, parameters and hooks"
+        for name in (
+            *("Argument", "Settings", "Adapter", "OpenFoldAdapter", "OpenFoldAdapter.__call__", "LucidrainsAdapter"),
+            *("LucidrainsAdapter.__call__", "is_as_replaced", "empty_layer", "is_neutral", "alteration"),
+        )
+    },
+    **{
+        f"replace.recognise.{name}": "in JAX there is AlphaFold alone, known by where its modules lie"
+        for name in (
+            *("System", "Recognised", "Recognised.original", "Recognised.replacement", "Recognised.dtype"),
+            "Recognised.where",
+        )
+    },
     "attention.streamed.LANES": "XLA's products on CPU want padded heads",
     "attention.streamed.SMALLEST_WEIGHT": "subnormal numbers slow torch's products on CPU",
     "attention.streamed.scaled": "a torch operator takes tensors, …",
@@ -72,6 +84,9 @@ ONLY_IN_ONE = {
 """Names that one framework has and the other has no use for."""
 
 OTHER_SIGNATURES = {
+    "replace.adapters.replaced_class": "a torch layer keeps its numbers, a haiku module is built from a config",
+    "replace.recognise.find_attentions": "a torch model is searched, AlphaFold's modules are imported",
+    "replace.verify.compare_with_original": "a torch layer has its config and its parameters with it",
     "rigid.Rigid.identity": "torch places tensors on a device",
     "rigid.Rigid.random": "JAX takes a key, torch a generator and a device",
     "layers.Linear.__init__": "torch needs the input width, haiku takes a name",

@@ -23,9 +23,9 @@ folding = pytest.importorskip("alphafold.model.folding")
 folding_multimer = pytest.importorskip("alphafold.model.folding_multimer")
 
 import ipa_jax
-from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.config import IPAConfig, StructureModuleConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 README = (ROOT / "README.md").read_text()
 ITS_OWN = {folding: folding.InvariantPointAttention, folding_multimer: folding_multimer.InvariantPointAttention}
@@ -232,7 +232,8 @@ def test_another_function_is_seen_and_nothing_replaced(monkeypatch):
 
 
 def test_without_alphafold(monkeypatch):
-    monkeypatch.setattr("ipa_jax.replace.MODULES", {"alphafold_of_another_name.model.folding": "monomer"})
+    elsewhere = {"alphafold_of_another_name.model.folding": IPAConfig.alphafold2()}
+    monkeypatch.setattr("ipa_jax.replace.recognise.SYSTEMS", elsewhere)
     with pytest.raises(ValueError, match="package alphafold was expected"):
         ipa_jax.replace_alphafold_ipa()
 

@@ -1,0 +1,97 @@
+"""Our attention inside AlphaFold: its structure module builds ours, with the same parameters under the same names."""
+
+from __future__ import annotations
+
+from types import ModuleType, TracebackType
+from typing import Any
+
+import jax
+
+from ipa_bridge.config import Implementation
+from ipa_bridge.replacement import RESIDUES, ReplacedLayer, ReplacementReport
+from ipa_jax.attention import choose_implementation
+from ipa_jax.replace.adapters import original_class, replaced_class
+from ipa_jax.replace.recognise import find_attentions
+from ipa_jax.replace.verify import compare_with_original
+
+
+def replace_alphafold_ipa(*, implementation: Implementation | None = None, verify: bool = True) -> AlphaFoldReplacement:
+    """Lets AlphaFold's structure modules, monomer and multimer, build our attention instead of their own.
+
+    As a function it holds until `.restore()`; as a context manager until the end of the block:
+
+        with ipa_jax.replace_alphafold_ipa():
+            result = model_runner.predict(features, random_seed=0)
+
+    Parameters keep their names and shapes, so that published ones go on loading; a fresh `init` draws other numbers of
+    the same distribution. What was traced before is another program: JAX's caches are cleared, here and when it is
+    undone, so that jitted functions are traced again when they are called next. Executables that were compiled ahead
+    of time stay what they are.
+
+    Args:
+        implementation: of the attention, see `point_attention`.
+        verify: compare with AlphaFold's own on random input of its sizes, in float32.
+
+    Raises:
+        ValueError: there is no `alphafold` package, or its attention computes something else than AlphaFold's; nothing
+            is replaced then.
+    """
+    choose_implementation(implementation, RESIDUES)
+    ours, rows = {}, []
+    for name, (module, config) in find_attentions().items():
+        original = original_class(module.InvariantPointAttention)
+        ours[module] = replaced_class(original, config, implementation)
+        error = compare_with_original(name, original, ours[module], config) if verify else None
+        rows.append(ReplacedLayer(name, f"AlphaFold, {config.layout}", original.__name__, "float32", error))
+    before = {module: module.InvariantPointAttention for module in ours}
+    for module, attention in ours.items():
+        module.InvariantPointAttention = attention  # type: ignore[attr-defined]
+    jax.clear_caches()
+    return AlphaFoldReplacement(ReplacementReport(tuple(rows)), before, ours)
+
+
+class AlphaFoldReplacement:
+    """AlphaFold's attentions are ours until `restore` is called, or the `with` block ends that this was made for.
+
+    Attributes:
+        report: what was replaced, and how far before and after are apart.
+    """
+
+    def __init__(
+        self, report: ReplacementReport, before: dict[ModuleType, Any], installed: dict[ModuleType, Any]
+    ) -> None:
+        self.report = report
+        self._before, self._installed = before, installed
+
+    def __enter__(self) -> ReplacementReport:
+        if not self._before:
+            raise ValueError(
+                "a replacement that holds was expected; this one is undone: call replace_alphafold_ipa again"
+            )
+        return self.report
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        return str(self.report)
+
+    def restore(self) -> None:
+        """Gives AlphaFold back the attentions that it had before; the second time it does nothing.
+
+        Raises:
+            ValueError: somebody has put another attention there since; nothing is changed then.
+        """
+        for module in self._before:
+            if module.InvariantPointAttention is not self._installed[module]:
+                raise ValueError(
+                    f"{module.__name__}: the attention that was put there was expected; there is another one since "
+                    f"({module.InvariantPointAttention!r}): undo that first"
+                )
+        for module, attention in self._before.items():
+            module.InvariantPointAttention = attention  # type: ignore[attr-defined]
+        if self._before:
+            jax.clear_caches()
+        self._before = {}

@@ -1,0 +1,287 @@
+"""Whose layer an attention in a model is, by the names and shapes of its parameters, and whether ours can replace it.
+
+A system more is an adapter and a row of `SYSTEMS`, whose key is a dialect of `ipa_bridge.dialects`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from ipa_bridge.config import IPAConfig, NormForm
+from ipa_bridge.dialects import Found, modules
+from ipa_torch.replace.adapters import (
+    Adapter,
+    Argument,
+    LucidrainsAdapter,
+    OpenFoldAdapter,
+    Settings,
+    alteration,
+    is_as_replaced,
+    is_neutral,
+    original_class,
+    replaced_class,
+)
+
+
+class System(NamedTuple):
+    """What is to be known of a system's layers: one row of `SYSTEMS`."""
+
+    adapter: type[Adapter]
+    takes: tuple[str, ...]
+    """The arguments of its forward that are ours too."""
+    inputs: Callable[..., dict[str, Any]]
+    """Makes these arguments of single, pair, rotation, translation, mask and a function that makes the rigids."""
+    bias: str
+    """The submodule that projects the pair to one number a head."""
+    output: str
+    """The submodule that reads the features."""
+    pair_values: str = ""
+    """The submodule, where it has one, that narrows the pair's channels; our attention calls it on the sum over it."""
+    epsilon: str = "eps"
+    """The attribute in which its published class holds the epsilon of lengths; one of `_EPSILONS`."""
+    points: str = ""
+    """Where in a point projection its linear layer lies."""
+    norm_forms: Mapping[str, tuple[NormForm, ...]] = {}
+    """By layout, the forms of lengths that its versions compute; the comparison finds which one a layer does."""
+    flags: tuple[str, ...] = ()
+    """Arguments of some versions that change how the layer computes, but not what."""
+    neutral_arguments: Mapping[str, Any] = {}
+    """Arguments of some versions, and the value at which each changes nothing."""
+    neutral_attributes: Mapping[str, Any] = {}
+    """Attributes of some versions, and the value at which each changes nothing."""
+
+
+_EPSILONS = ("eps", "config.epsilon")
+"""Attributes in which a layer may hold its epsilon."""
+
+
+def _openfold(**options: Any) -> System:
+    """The row of a system of OpenFold's kin."""
+    return System(
+        OpenFoldAdapter,
+        takes=("s", "z", "r", "mask"),
+        inputs=lambda s, z, rotation, translation, mask, rigids: {
+            "s": s,
+            "z": z,
+            "r": rigids(rotation, translation),
+            "mask": mask,
+        },
+        bias="linear_b",
+        output="linear_out",
+        pair_values="down_z",
+        flags=("inplace_safe", "_offload_inference", "_z_reference_list"),
+        **options,
+    )
+
+
+SYSTEMS = {
+    "openfold": _openfold(
+        points="linear",
+        norm_forms={"multimer": ("clamp", "add")},  # OpenFold 2 has a class of each
+    ),
+    "openfold_v1": _openfold(),
+    "esmfold": _openfold(epsilon="config.epsilon"),
+    "frameflow": _openfold(
+        neutral_arguments={
+            "attention_mask": None,  # MultiFlow's
+            "z_factor_1": None,  # FlashIPA's, of its flash mode
+            "z_factor_2": None,
+        },
+        neutral_attributes={"dropout_prob": 0, "use_flash_attn": False},  # MultiFlow's and FlashIPA's
+    ),
+    "framediff": _openfold(),
+    "lucidrains": System(
+        LucidrainsAdapter,
+        takes=("single_repr", "pairwise_repr", "rotations", "translations", "mask"),
+        inputs=lambda s, z, rotation, translation, mask, _: {
+            "single_repr": s,
+            "pairwise_repr": z,
+            "rotations": rotation.transpose(-1, -2).to(s.dtype),
+            "translations": translation.to(s.dtype),
+            "mask": mask.bool(),
+        },
+        bias="to_pairwise_attn_bias.0",
+        output="to_out",
+    ),
+}
+"""By dialect, the systems whose layers can be replaced, and what of theirs has no effect. All else is refused.
+
+Parameters without effect are in the dialect itself.
+"""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """An attention that can be replaced."""
+
+    path: str
+    title: str
+    module: Any
+    system: System
+    settings: Settings
+    infinity: float
+    """What it subtracts from the logits of masked keys; 0 for a layer that fills them."""
+    unused: tuple[str, ...] = ()
+    """Parameters that no forward reads."""
+    callers: tuple[type, ...] = ()
+    """Classes of the modules that it lies in, the innermost first."""
+
+    @property
+    def original(self) -> Any:
+        """The class that it has, or had before it was replaced."""
+        return original_class(self.module)
+
+    @property
+    def replacement(self) -> Any:
+        """The class that it gets."""
+        return replaced_class(cast(Any, self.system.adapter), self.original)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its parameters."""
+        return self.module.get_submodule(self.system.output).weight.dtype
+
+    @property
+    def where(self) -> str:
+        """Its path as error messages name it."""
+        return self.path or "the model itself"
+
+
+def find_attentions(model: nn.Module) -> dict[str, Recognised | str]:
+    """By path, every attention that can be replaced, and for what looks like one the reason why it cannot."""
+    shapes = {name: tuple(x.shape) for name, x in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, Recognised | str] = {}
+    seen: set[int] = set()
+    attentions = [candidate for candidate in modules(shapes, haiku=False) if candidate.kind is IPAConfig]
+    attentions.sort(key=lambda candidate: not _holds_epsilon_as_its_system_does(candidate, model))
+    for candidate in attentions:
+        if isinstance(found.get(candidate.root), Recognised):
+            continue
+        module = model.get_submodule(candidate.root)
+        if id(module) not in seen:
+            layer = _recognise(candidate, module, shapes)
+            if isinstance(layer, Recognised):
+                layer = replace(layer, callers=_classes_around(model, candidate.root))
+                found[candidate.root] = layer
+            found.setdefault(candidate.root, layer)
+            seen |= {id(module)} if isinstance(layer, Recognised) else set()
+    # Ends of names that only such an attention has.
+    ends = re.compile(r"(?<![^.])(head_weights|point_weights|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$")
+    likely = {path for path, module in model.named_modules() if "pointattention" in type(module).__name__.lower()}
+    likely |= {name.removesuffix(end[0]).removesuffix(".") for name in shapes if (end := ends.search(name))}
+    for path in sorted(likely):
+        if not any(_within(path, other) or _within(other, path) for other in found):
+            found[path] = "its parameters have the names of no system that is known here"
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    return {path: found[path] for path in paths if path in found}
+
+
+_MIN_INFINITY = 1e4
+"""What a layer that hides masked keys by subtracting a number must subtract at least: ours hides them altogether."""
+
+
+def _holds_epsilon_as_its_system_does(found: Found, model: nn.Module) -> bool:
+    """True if a layer holds its epsilon where that system's class does: two systems have the same parameters."""
+    name = found.dialect.name
+    return name in SYSTEMS and _attribute_at(model.get_submodule(found.root), SYSTEMS[name].epsilon) is not None
+
+
+def _attribute_at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _classes_around(model: nn.Module, path: str) -> tuple[type, ...]:
+    """The classes of the modules around one, the innermost first."""
+    steps = path.split(".") if path else []
+    return tuple(type(model.get_submodule(".".join(steps[:n]))) for n in reversed(range(len(steps))))
+
+
+def _within(inner: str, outer: str) -> bool:
+    return not outer or f"{inner}.".startswith(f"{outer}.")
+
+
+def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) -> Recognised | str:
+    """A layer that can be replaced, or why it cannot."""
+    title = found.dialect.title
+    if found.dialect.name not in SYSTEMS:
+        return "it is this project's own"
+    system, names = SYSTEMS[found.dialect.name], found.names(shapes)
+    try:
+        config = cast(IPAConfig, found.infer(shapes))
+        expected = {theirs: transform.their_shape for theirs, transform in found.dialect.names(config).values()}
+    except ValueError as error:
+        return f"its parameters are not {title}'s: {error}"
+    without_effect = found.dialect.unused.get(found.kind, {})
+    unused = {name: shape for name, shape in without_effect.items() if name in names and name not in expected}
+    expected |= unused
+    strange = {name for name in expected if name in names and shapes[names[name]] != expected[name]}
+    strange |= set(expected) ^ set(names)
+    if strange:
+        return f"its parameters are not {title}'s: missing, misshapen or of another are {', '.join(sorted(strange))}"
+    if config.pair_channel is None and all(form.pair_required for form in found.dialect.forms.values()):
+        return f"it has no {system.bias}, and {title}'s attention without a pair is not known here"
+    if isinstance(module, Adapter) and not is_as_replaced(module):
+        return f"a class was put on top of it since it was replaced: {type(module).__name__}"
+    replaced = [path for path, x in module.named_modules() if "forward" in vars(x)]
+    if replaced:
+        where = replaced[0] or "itself"
+        return f"the forward of {where} was replaced on that very object, as hooks that move layers between devices do"
+    takes = _arguments_taken(system, original_class(module))
+    if isinstance(takes, str):
+        return takes
+    for name, neutral in system.neutral_attributes.items():
+        if not is_neutral(value := getattr(module, name, neutral), neutral):
+            return f"its {name} is {value}, and only at {neutral} it computes what ours does"
+    untouched = _untouched_submodules(module, system, {name.rpartition(".")[0] for name in expected}, unused)
+    for path, kind in untouched:
+        if problem := alteration(module.get_submodule(path), kind):
+            return f"its {path} {problem}, which would not be seen: ours does not call it as it is called there"
+    infinity = getattr(module, "inf", getattr(getattr(module, "config", None), "inf", 0))
+    if not isinstance(infinity, float | int) or 0 < infinity < _MIN_INFINITY:
+        return f"it hides masked keys by {infinity} only; ours hides them altogether"
+    epsilons = {float(x) for x in (_attribute_at(module, path) for path in _EPSILONS) if isinstance(x, float | int)}
+    if len(epsilons) != 1:
+        told = f"tells {len(epsilons)} epsilons" if epsilons else "does not tell its epsilon"
+        return f"it {told}, as .eps or .config.epsilon"
+    try:
+        ours = replace(config, norm_epsilon=epsilons.pop())
+    except ValueError as error:
+        return str(error)
+    settings = Settings(ours, takes, untouched=untouched, points=system.points)
+    return Recognised(found.root, title, module, system, settings, infinity, tuple(sorted(unused)))
+
+
+def _arguments_taken(system: System, original: Any) -> tuple[Argument, ...] | str:
+    """The arguments of a layer's own forward, or why they are not those of its system."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters]
+    harmless = (*system.flags, *system.neutral_arguments)
+    plain = all(x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY) for x in parameters)
+    if not plain or set(names) - set(harmless) != set(system.takes):
+        beside = f", beside them at most {', '.join(harmless)}" if harmless else ""
+        return f"its forward takes {', '.join(names)}, and not {', '.join(system.takes)}{beside}"
+    neutral = {name: (value,) for name, value in system.neutral_arguments.items()}
+    return tuple(Argument(x.name, x.default, x.kind is x.KEYWORD_ONLY, neutral.get(x.name, ())) for x in parameters)
+
+
+def _untouched_submodules(
+    module: nn.Module, system: System, with_parameters: Iterable[str], unused: Iterable[str]
+) -> tuple[tuple[str, type], ...]:
+    """Submodules that ours does not call as the layer does, but for those that its own forward does not call either."""
+    differently = (system.bias, system.pair_values)
+    called = set(with_parameters) - set(differently)
+    ignored = {name.rpartition(".")[0] for name in unused}
+    return tuple(
+        (path, nn.Linear if path in differently and not isinstance(x, nn.Linear) else type(x))
+        for path, x in module.named_modules()
+        if path and not any(_within(path, other) for other in (called | ignored) - {""})
+    )

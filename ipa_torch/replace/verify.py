@@ -1,0 +1,324 @@
+"""A layer before and after it is replaced, on random input: how far outputs and gradients are apart.
+
+The frames that it is called with are rigids of its own package, whose class is looked for around the layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import typing
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ipa_bridge.proteins.frames import random_frames
+from ipa_bridge.replacement import RESIDUES
+from ipa_bridge.tolerance import DTYPES, bound
+from ipa_torch.dtypes import at_least_float32, without_autocast
+from ipa_torch.replace.adapters import original_class
+from ipa_torch.replace.recognise import Recognised
+
+
+def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
+    """A layer as it is to be replaced, and how far it is from what it was, in epsilons of its dtype.
+
+    The reference is what it was, run in wider arithmetic. If that cannot be, the difference holds the errors of both:
+    bounds are twice as wide then, and its own error, which nobody can measure, is taken to be as large as ours.
+
+    Raises:
+        ValueError: further than rounding explains, or it cannot be told.
+    """
+    device, dtype = layer.module.get_submodule(layer.system.output).weight.device, layer.dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES or device.type == "meta":
+        raise ValueError(
+            f"{layer.where}: floating-point parameters on a device were expected, to compare before and after; they "
+            f"are {dtype} on {device}: pass verify=False to replace it unseen"
+        )
+    try:
+        with _full_precision():
+            wide, batch, truth = _reference(layer)
+            layer = _with_nearest_norm(layer, truth, wide, batch)
+            training = _run(layer, layer.original, wide, batch=batch, training=True)
+            after = _run(layer, layer.replacement, dtype, batch=batch)
+            wider = torch.finfo(wide).eps < torch.finfo(dtype).eps
+            if wider or dtype is torch.float64:
+                own = _errors(_run(layer, layer.original, dtype, batch=batch), truth)
+            else:
+                own = _own_errors(layer, after, batch)
+            if not all(map(math.isfinite, own.values())):  # float16 cannot hold what hides masked keys
+                nobody = {x: _run(layer, layer.original, x, batch=batch, masked=False) for x in (wide, dtype)}
+                own = _errors(nobody[dtype], nobody[wide])
+                own["masked"] = own["out"]
+    except Exception as error:
+        raise ValueError(
+            f"{layer.where}: it was run on random input, to compare before and after, and said {type(error).__name__}: "
+            f"{error}; pass verify=False to replace it unseen"
+        ) from error
+    sides = 1 if wider or dtype is torch.float64 else 2
+    eps = torch.finfo(dtype).eps
+    # Subtracting a large number from all logits of a masked row has rounded them, in the truth too.
+    rounded = layer.infinity * torch.finfo(wide).eps / eps
+    parts = {
+        "outputs": ("out", bound("out", name)),
+        "outputs of masked residues": ("masked", bound("out", name) + rounded),
+        "gradients to the single representation": ("to_single", bound("gradient", name)),
+        "gradients to the pair representation": ("to_pair", bound("gradient", name)),
+    }
+    wrong = "outputs in training are others" if _apart(training.out, truth.out) else ""
+    errors = _errors(after, truth)
+    for what, (part, within) in parts.items():
+        now = errors[part] / eps
+        explained = sides * max(within, 2 * own[part] / eps)  # large weights put the layer itself off
+        if not (wrong or now <= explained):
+            wrong = f"{what} are {now:.3g} eps of {name} apart on random input, where rounding explains {explained:.3g}"
+    if wrong:
+        raise ValueError(
+            f"{layer.where}: this {layer.original.__name__} has the parameters of {layer.title}'s attention but "
+            f"computes another function: {wrong}; nothing was replaced"
+        )
+    return layer, errors["out"] / eps
+
+
+def _reference(layer: Recognised) -> tuple[torch.dtype, tuple[int, ...], _Run]:
+    """The widest arithmetic that a layer runs in as it is, the batch axes that it takes, and what it computes."""
+    device = layer.module.get_submodule(layer.system.output).weight.device
+    dtypes = [torch.float64] if layer.dtype is torch.float64 else [torch.float64, torch.float32]
+    if device.type == "mps":
+        dtypes = [torch.float32]
+    errors: list[Exception] = []
+    for dtype, batch in product(dtypes, ((1,), ())):
+        try:
+            return dtype, batch, _run(layer, layer.original, dtype, batch=batch)
+        except Exception as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _with_nearest_norm(layer: Recognised, truth: _Run, dtype: torch.dtype, batch: tuple[int, ...]) -> Recognised:
+    """The layer with the form of lengths that it computes, of those that its system's versions do."""
+    config = layer.settings.config
+    candidates = [
+        replace(layer, settings=replace(layer.settings, config=replace(config, norm_form=form)))
+        for form in layer.system.norm_forms.get(config.layout, ())
+    ]
+    if not candidates:
+        return layer
+    return min(candidates, key=lambda x: _apart(_run(x, x.replacement, dtype, batch=batch).out, truth.out))
+
+
+def _own_errors(layer: Recognised, after: _Run, batch: tuple[int, ...]) -> dict[str, float]:
+    """How far ours is from itself in float64, by rounding alone; zeros if it cannot run in that."""
+    try:
+        return _errors(after, _run(layer, layer.replacement, torch.float64, batch=batch))
+    except Exception:
+        return dict.fromkeys(_Run._fields, 0.0)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Turns gradients on, and lower precision in float32 matrix products off; afterwards all is as before.
+
+    PyTorch's newer switches make the older one raise, and the older one writes into the newer ones.
+    """
+    switches = [
+        x.matmul
+        for x in (torch.backends.cuda, torch.backends.mkldnn)
+        if hasattr(getattr(x, "matmul", None), "fp32_precision")
+    ]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        precision = None
+    try:
+        if precision is None:
+            for switch in switches:
+                switch.fp32_precision = "ieee"
+        else:
+            torch.set_float32_matmul_precision("highest")
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = "none"  # as the switch above it says
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
+
+
+class _Run(NamedTuple):
+    """What a layer computes on random input, as float64 arrays."""
+
+    out: np.ndarray
+    """Outputs of valid residues."""
+    masked: np.ndarray
+    """Outputs of masked residues."""
+    to_single: np.ndarray
+    """Gradient to the single representation."""
+    to_pair: np.ndarray
+    """Gradient to the pair representation; empty without a pair."""
+
+
+def _run(
+    layer: Recognised,
+    kind: Any,
+    dtype: torch.dtype,
+    *,
+    batch: tuple[int, ...],
+    training: bool = False,
+    masked: bool = True,
+) -> _Run:
+    """Runs a copy of a layer as a class, on random input that its own dtype can hold, in a dtype."""
+    config, system = layer.settings.config, layer.system
+    copied = _bare_copy(layer.module, dtype).train(training)
+    copied.__class__ = kind
+    copied._ipa_twins = layer.settings
+    rng, shape = np.random.default_rng(0), (*batch, RESIDUES)
+    device = copied.get_submodule(system.output).weight.device
+
+    def tensor(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(device, layer.dtype).to(dtype)
+
+    def draw(path: str) -> None:
+        linear = cast(Any, copied.get_submodule(path))
+        drawn = rng.standard_normal(tuple(linear.weight.shape)) / math.sqrt(linear.weight.shape[1])
+        linear.weight = nn.Parameter(tensor(drawn), requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
+
+    draw(system.output)
+    if config.pair_channel is not None and not cast(Any, copied.get_submodule(system.bias)).weight.any():
+        draw(system.bias)
+    for name in layer.unused:  # so that it would show if they were used
+        owner, _, leaf = name.rpartition(".")
+        parameter = getattr(copied.get_submodule(owner), leaf)
+        drawn = tensor(rng.standard_normal(tuple(parameter.shape)))
+        setattr(copied.get_submodule(owner), leaf, nn.Parameter(drawn, requires_grad=False))
+    placed = (torch.from_numpy(x).to(device, at_least_float32(dtype)) for x in random_frames(rng, shape, spread=1.5))
+    valid = (rng.random(shape) > 0.1) | (not masked)
+    single = tensor(rng.standard_normal((*shape, config.num_channel))).requires_grad_()
+    pair = None
+    if config.pair_channel is not None:
+        pair = tensor(rng.standard_normal((*shape, RESIDUES, config.pair_channel))).requires_grad_()
+    cotangent = tensor(rng.standard_normal(single.shape) * valid[..., None])
+    inputs = [single] if pair is None else [single, pair]
+    given = system.inputs(single, pair, *placed, tensor(valid), partial(_make_rigids, layer))
+    needed = {x.name: next(iter(x.neutral), None) for x in layer.settings.takes if x.default is inspect.Parameter.empty}
+    with without_autocast(device.type), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = type(copied).forward(copied, **(needed | given))
+        gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
+    to_single, *to_pair = (
+        _numpy(torch.zeros_like(x) if g is None else g) for g, x in zip(gradients, inputs, strict=True)
+    )
+    rows = _numpy(out)
+    return _Run(rows[valid], rows[~valid], to_single, to_pair[0] if to_pair else np.zeros(0))
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
+
+
+def _errors(run: _Run, truth: _Run) -> dict[str, float]:
+    """Of every part, how far one is from the other."""
+    return {part: _apart(x, y) for part, x, y in zip(_Run._fields, run, truth, strict=True)}
+
+
+def _apart(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference over the largest number."""
+    largest = np.abs(expected).max(initial=0)
+    difference = np.abs(actual - expected).max(initial=0)
+    return float(difference / largest) if largest else float(difference)
+
+
+def _bare_copy(module: Any, dtype: torch.dtype) -> Any:
+    """The same modules without hooks, on the same numbers in that dtype, which are shared where it is theirs."""
+    copied = object.__new__(original_class(module))
+    vars(copied).update(vars(module))
+    for name, value in vars(module).items():
+        if "hooks" in name and isinstance(value, dict):
+            vars(copied)[name] = type(value)()
+
+    def plain(x: Tensor) -> Tensor:
+        """Those made in inference mode take no part in gradients elsewhere."""
+        return x.clone() if x.is_inference() else x
+
+    copied._parameters = {
+        name: None if x is None else nn.Parameter(plain(x.detach().to(dtype)), requires_grad=False)
+        for name, x in module._parameters.items()
+    }
+    copied._buffers = {name: None if x is None else plain(x) for name, x in module._buffers.items()}
+    copied._modules = {name: None if x is None else _bare_copy(x, dtype) for name, x in module._modules.items()}
+    return copied
+
+
+def _make_rigids(layer: Recognised, rotation: Tensor, translation: Tensor) -> Any:
+    """The rigids that a layer's forward takes.
+
+    Their class is the one that its forward is annotated with, or else one of the usual name that lies beside the layer,
+    or beside a module that it lies in, which must make them to call it.
+    """
+    kinds = _annotated_rigids(layer.original) or _rigids_beside((layer.original, *layer.callers))
+    if not kinds:
+        around = " or ".join(dict.fromkeys(x.__name__ for x in (layer.original, *layer.callers)))
+        raise ValueError(
+            f"a forward whose r is annotated with the class of its rigids, or a Rigid or Rigid3Array in the module "
+            f"that defines {around}, was expected; there is none"
+        )
+    arrays = [kind for kind in kinds if not hasattr(kind, "get_rots") and hasattr(kind, "from_tensor_4x4")]
+    if arrays and (layer.settings.config.layout == "multimer" or arrays == kinds):
+        return arrays[0].from_tensor_4x4(_homogeneous(rotation, translation))
+    rigid = next((kind for kind in kinds if kind not in arrays), kinds[0])
+    rotations = vars(sys.modules[rigid.__module__]).get("Rotation")
+    if rotations is None:
+        raise ValueError(
+            f"a Rotation was expected in {rigid.__module__}, which {rigid.__name__} is made of; there is none"
+        )
+    return rigid(rotations(rot_mats=rotation, quats=None), translation)
+
+
+def _annotated_rigids(original: Any) -> list[Any]:
+    """The classes that a forward's `r` may be of, by its annotation."""
+    try:
+        annotation = inspect.signature(original.forward, eval_str=True).parameters["r"].annotation
+    except Exception:  # some name that only type checkers import
+        return []
+    named = typing.get_args(annotation) or (annotation,)
+    return [x for x in named if isinstance(x, type) and _is_rigid(x)]
+
+
+def _is_rigid(kind: type) -> bool:
+    return hasattr(kind, "get_rots") or hasattr(kind, "from_tensor_4x4")
+
+
+def _rigids_beside(kinds: Iterable[type]) -> list[Any]:
+    """Classes called `Rigid` or `Rigid3Array` in the modules that define these, or in what those import as modules."""
+    names = [x.__module__ for kind in kinds for x in kind.__mro__]
+    for name in dict.fromkeys(x for x in names if x in sys.modules):
+        own = vars(sys.modules[name])
+        imported = [vars(x) for x in own.values() if isinstance(x, ModuleType)]
+        for spaces in ([own], imported):
+            found = [space[x] for x in ("Rigid", "Rigid3Array") for space in spaces if x in space]
+            if rigids := [x for x in found if isinstance(x, type) and _is_rigid(x)]:
+                return rigids
+    return []
+
+
+def _homogeneous(rotation: Tensor, translation: Tensor) -> Tensor:
+    """Rotations and translations as 4×4 matrices."""
+    last = torch.tensor([0.0, 0, 0, 1], dtype=rotation.dtype, device=rotation.device)
+    upper = torch.cat([rotation, translation[..., None]], -1)
+    return torch.cat([upper, last.expand(*upper.shape[:-2], 1, 4)], -2)

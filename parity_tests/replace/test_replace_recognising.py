@@ -1,0 +1,212 @@
+"""Whose layers are known, and what is left alone and why."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from ipa_parity.cases import ODD
+
+torch = pytest.importorskip("torch")
+from stand_ins import DOWN_Z, ONE_WIDTH, FlashIPA, FrameDiff, FrameFlow, MultiFlow, OpenFold, OpenFold1
+from torch import nn
+
+import ipa_torch
+
+
+def test_parameters_that_no_forward_reads():
+    """The report names them; they stay in the state dict, and get no gradient; one that is read would show."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"ipa_0": FrameDiff(DOWN_Z), "ipa_1": FrameFlow(DOWN_Z)})
+    model["ipa_0"].linear_rbf.requires_grad_(False)  # as FoldFlow's
+    keys = list(model.state_dict())
+    report = ipa_torch.replace_ipa(model)
+    assert [x.unused for x in report.replaced] == [("linear_rbf.bias", "linear_rbf.weight"), ()]
+    assert str(report).splitlines()[-1] == "not read, before or after: ipa_0.linear_rbf.bias, ipa_0.linear_rbf.weight"
+    assert list(model.state_dict()) == keys
+
+    class Reads(FrameDiff):
+        def forward(self, s, z, r, mask):
+            return super().forward(s, z, r, mask) + self.linear_rbf(mask[..., None].expand(*mask.shape, 20))
+
+    layer = Reads(DOWN_Z)
+    for x in layer.linear_rbf.parameters():
+        x.data.zero_()
+    with pytest.raises(ValueError, match="another function"):
+        ipa_torch.replace_ipa(layer)
+
+
+class OtherCall(OpenFold):
+    def forward(self, s, pair, r, mask) -> torch.Tensor:
+        return super().forward(s, pair, r, mask)
+
+
+class SomePointAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(2, 2)
+
+
+class Unnamed(nn.Module):
+    """Some of OpenFold's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear_kv_points = nn.Linear(2, 2)
+
+
+class Variadic(OpenFold):
+    def forward(self, s, z, r, mask, *others) -> torch.Tensor:
+        return super().forward(s, z, r, mask)
+
+
+class OpenFold1WithoutBias(OpenFold1):
+    """What has no pair bias, and reads no pair."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.linear_b
+        width = config.num_feature - config.num_head * config.pair_channel
+        self.linear_out = nn.Linear(width, config.num_channel)
+
+
+class OneMoreArgument(OpenFold):
+    def forward(self, s, z, r, mask, edge_bias=None) -> torch.Tensor:
+        return super().forward(s, z, r, mask)
+
+
+def with_forward(layer, of=""):
+    layer.get_submodule(of).forward = lambda *arguments: None
+    return layer
+
+
+def with_hook(layer, register="register_forward_hook", of="linear_b"):
+    getattr(layer.get_submodule(of), register)(lambda *_: None)
+    return layer
+
+
+def with_two_epsilons(layer):
+    layer.config = SimpleNamespace(epsilon=1e-12)
+    return layer
+
+
+def with_infinity(layer, infinity):
+    layer.inf = infinity
+    return layer
+
+
+def with_adapters(layer):
+    layer.linear_q.lora_A = nn.Linear(2, 2)
+    return layer
+
+
+def without_epsilon(layer):
+    del layer.eps
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda: OtherCall(ONE_WIDTH),
+            "its forward takes s, pair, r, mask, and not s, z, r, mask, beside them at most inplace_safe, _off",
+        ),
+        (lambda: OneMoreArgument(ONE_WIDTH), "its forward takes s, z, r, mask, edge_bias, and not"),
+        (lambda: Variadic(ONE_WIDTH), "its forward takes s, z, r, mask, others, and not"),
+        (lambda: MultiFlow(DOWN_Z, dropout=0.1), r"its dropout_prob is 0\.1, and only at 0"),
+        (lambda: FlashIPA(DOWN_Z, use_flash_attn=True), "its use_flash_attn is True, and only at False"),
+        (lambda: FrameDiff(DOWN_Z, width=19), r"of another are linear_rbf\.weight$"),
+        (lambda: with_two_epsilons(OpenFold1(ONE_WIDTH)), r"it tells 2 epsilons, as \.eps or \.config\.epsilon"),
+        (
+            lambda: with_hook(OpenFold(ONE_WIDTH), "register_full_backward_hook"),
+            "its linear_b has backward hooks, which",
+        ),
+        (lambda: with_hook(MultiFlow(DOWN_Z), of="softmax"), "its softmax has hooks, which would not be seen"),
+        (lambda: with_hook(MultiFlow(DOWN_Z), of="down_z"), "its down_z has hooks, which would not be seen"),
+        (lambda: OpenFold1WithoutBias(ONE_WIDTH), "it has no linear_b, and OpenFold 1's attention without a pair"),
+        (lambda: with_forward(OpenFold(ONE_WIDTH)), "the forward of itself was replaced on that very object"),
+        (lambda: with_forward(OpenFold(ONE_WIDTH), "linear_q"), "the forward of linear_q was replaced on that very"),
+        (lambda: with_hook(OpenFold(ONE_WIDTH)), "its linear_b has hooks, which would not be seen"),
+        (lambda: with_infinity(OpenFold(ONE_WIDTH), 9), "it hides masked keys by 9 only"),
+        (lambda: with_infinity(OpenFold(ONE_WIDTH), None), "it hides masked keys by None only"),
+        (Unnamed, "its parameters have the names of no system that is known here"),
+        (lambda: with_adapters(OpenFold(ONE_WIDTH)), r"missing, misshapen or of another are linear_q\.lora_A"),
+        (lambda: without_epsilon(OpenFold(ONE_WIDTH)), "it does not tell its epsilon"),
+        (SomePointAttention, "its parameters have the names of no system that is known here"),
+        (lambda: ipa_torch.InvariantPointAttention(ODD), "it is this project's own"),
+    ],
+)
+def test_what_is_left_alone_and_why(make, reason):
+    model = nn.ModuleDict({"known": OpenFold(ONE_WIDTH), "other": make()})
+    report = ipa_torch.replace_ipa(model, verify=False)
+    assert [x.path for x in report.replaced] == ["known"]
+    assert list(report.left_alone) == ["other"]
+    assert re.search(reason, report.left_alone["other"])
+    assert report.left_alone["other"] in str(report)
+    with pytest.raises(ValueError, match=rf"was expected somewhere.*(?s:.)*other: .*{reason}"):
+        ipa_torch.replace_ipa(nn.ModuleDict({"other": make()}))
+
+
+def test_a_model_without_one():
+    with pytest.raises(ValueError, match=r"was expected somewhere in this Linear; there is none$"):
+        ipa_torch.replace_ipa(nn.Linear(2, 2))
+
+
+def test_the_report_is_in_the_models_order():
+    """Whosever the layers are; and so is what is left alone."""
+    kinds = {"b": OpenFold1, "a": OpenFold, "d": OpenFold1, "c": FrameFlow}
+    model = nn.ModuleDict({name: kind(DOWN_Z if kind is FrameFlow else ONE_WIDTH) for name, kind in kinds.items()})
+    model.update({"z": SomePointAttention(), "y": Unnamed(), "x": OtherCall(ONE_WIDTH)})
+    report = ipa_torch.replace_ipa(model, verify=False)
+    assert [x.path for x in report.replaced] == ["b", "a", "d", "c"]
+    assert list(report.left_alone) == ["z", "y", "x"]
+
+
+def test_a_layer_in_two_places_is_one():
+    layer = OpenFold(ONE_WIDTH)
+    model = nn.ModuleDict({"a": layer, "b": nn.ModuleDict({"c": layer})})
+    assert [x.path for x in ipa_torch.replace_ipa(model).replaced] == ["a"]
+    assert ipa_torch.restore_ipa(model) == ["a"]
+
+
+def test_no_other_package_is_imported():
+    code = """
+import sys, torch, ipa_torch, ipa_bridge
+from ipa_bridge import IPAConfig
+try: ipa_torch.replace_ipa(torch.nn.Linear(1, 1))
+except ValueError: pass
+foreign = {"transformers", "alphafold", "openfold", "invariant_point_attention", "jax", "haiku"} & set(sys.modules)
+assert not foreign, foreign
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def published(kind, path="", **attributes):
+    """A layer of that class at a path, which tells its epsilon as such."""
+    layer = kind(ONE_WIDTH)
+    del layer.eps
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    for step in reversed([x for x in path.split(".") if x]):
+        layer = nn.ModuleDict({step: layer})
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("path", "told", "system"),
+    [
+        ("trunk.structure_module.ipa", {"eps": 1e-8}, "ESMFold"),  # the original: OpenFold 1's class
+        ("trunk.structure_module.ipa", {"config": SimpleNamespace(epsilon=1e-8)}, "ESMFold"),
+        ("ipa", {"config": SimpleNamespace(epsilon=1e-8)}, "ESMFold"),
+        ("ipa", {"eps": 1e-8}, "OpenFold 1"),
+        ("ipa", {"eps": 1e-8, "config": SimpleNamespace(epsilon=1e-8)}, "OpenFold 1"),
+    ],
+)
+def test_epsilon_is_told_in_either_place(path, told, system):
+    (row,) = ipa_torch.replace_ipa(published(OpenFold1, path, **told)).replaced
+    assert (row.path, row.system) == (path, system)
