@@ -21,9 +21,9 @@ from benchmarks import memory, roofline
 from benchmarks.clock import seconds
 from benchmarks.systems import DIRECTIONS, MODULES, Inputs, System
 from ipa_bridge.config import IPAConfig
-from ipa_parity import parity
-from ipa_parity.cases import CATALOGUE
-from ipa_parity.stages import RUNNERS
+from ipa_parity.attention.cases import CATALOGUE
+from ipa_parity.attention.judge import judge
+from ipa_parity.attention.stages import RUNNERS
 
 HEADROOM = 1.1
 """Of the memory that a call is known to need, before it is timed; beside as much as the others keep."""
@@ -76,7 +76,7 @@ def gate() -> Iterator[str]:
     for implementation in ("streamed", "reference"):
         runners = {name: partial(run, implementation=implementation) for name, run in RUNNERS.items()}
         for make in (CATALOGUE["alphafold2"], CATALOGUE["alphafold-multimer"]):
-            rows = parity.judge(make(), "float32", runners=runners)
+            rows = judge(make(), "float32", runners=runners)
             yield from (f"{implementation}: {row}" for row in rows if not row.passed)
 
 

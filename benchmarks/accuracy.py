@@ -16,8 +16,8 @@ import numpy as np
 from ipa_bridge import tolerance
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.proteins import load_structure
-from ipa_parity.cases import Case, make_case
-from ipa_parity.stages import RUNNERS
+from ipa_parity.attention.cases import Case, make_case
+from ipa_parity.attention.stages import RUNNERS
 
 
 def main() -> int:

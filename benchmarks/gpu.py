@@ -33,8 +33,8 @@ import numpy as np
 from benchmarks.systems import BACKWARD, DIRECTIONS, FORWARD
 from ipa_bridge.config import Implementation, IPAConfig
 from ipa_parity import peers
-from ipa_parity.attention import jax_point_attention
-from ipa_parity.cases import make_case
+from ipa_parity.attention.cases import make_case
+from ipa_parity.frameworks import jax_point_attention
 from ipa_parity.report import compare
 
 RESIDUES = (256, 512, 1024, 2048, 4096, 8192)

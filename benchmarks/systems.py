@@ -21,8 +21,9 @@ from ipa_bridge.config import Implementation, IPAConfig, StructureModuleConfig
 from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
-from ipa_parity import peers, structure_module
-from ipa_parity.cases import Case
+from ipa_parity import peers
+from ipa_parity.attention.cases import Case
+from ipa_parity.structure_module.cases import StructureModuleCase
 
 FORWARD, BACKWARD = "forward", "forward + backward"
 DIRECTIONS = (FORWARD, BACKWARD)
@@ -196,9 +197,7 @@ def alphafold_structure_module(inputs: Inputs) -> Calls:
 
     weights = Weights.random(StructureModuleConfig.alphafold2())
     none = np.zeros(0, np.float32)
-    case = structure_module.StructureModuleCase(
-        "", weights, none, none, inputs.aatype, inputs.mask, none, None, none, none, {}
-    )
+    case = StructureModuleCase("", weights, none, none, inputs.aatype, inputs.mask, none, None, none, none, {})
     transformed: Any = hk.transform(peers.alphafold_structure_module(case))
 
     def forward(params: Any, single: Any, pair: Any) -> Any:

@@ -17,10 +17,12 @@ from ipa_bridge.proteins import Structure, load_structure
 from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_bridge.version import __version__
 from ipa_bridge.weights import Weights
-from ipa_parity import parity, structure_module
-from ipa_parity.cases import PRESETS, load_weights, make_case
-from ipa_parity.parity import installed_frameworks
+from ipa_parity.attention.cases import PRESETS, load_weights, make_case
+from ipa_parity.attention.judge import judge as judge_attention
+from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import Comparison, as_json, table
+from ipa_parity.structure_module import cases as structure_modules
+from ipa_parity.structure_module.judge import judge as judge_structure_module
 
 EXAMPLES = """\
 examples:
@@ -172,7 +174,7 @@ def _ipa(args: argparse.Namespace) -> Question:
         for model, (config, weights) in models.items()
         for frames, structure in structures.items()
     ]
-    return cast(list[Callable[[], Any]], cases), parity.judge
+    return cast(list[Callable[[], Any]], cases), judge_attention
 
 
 def _structure_module(args: argparse.Namespace) -> Question:
@@ -181,12 +183,12 @@ def _structure_module(args: argparse.Namespace) -> Question:
     half = [dtype for dtype in args.dtype or () if dtype not in ("float32", "float64")]
     if half:
         raise ValueError(f"--module structure-module is compared in float32 and float64; got --dtype {half[0]}")
-    presets = structure_module.PRESETS
+    presets = structure_modules.PRESETS
     if args.preset not in (None, *presets):
         raise ValueError(f"--module structure-module has the presets {', '.join(presets)}; got {args.preset}")
     models: dict[str, tuple[StructureModuleConfig, Weights | None]]
     if args.weights:
-        weights = structure_module.load_weights(args.weights, args.preset)
+        weights = structure_modules.load_weights(args.weights, args.preset)
         attention = "fold_iteration/invariant_point_attention"
         _check_trained(args.weights, weights, f"{attention}/output_projection/weights")
         models = {Path(args.weights).name: (cast(StructureModuleConfig, weights.config), weights)}
@@ -196,12 +198,12 @@ def _structure_module(args: argparse.Namespace) -> Question:
     protein, structure = "idealised peptide", None
     if args.structure:
         protein, structure = Path(args.structure).name, _protein(args.structure)
-    make = structure_module.make_case
+    make = structure_modules.make_case
     cases = [
         partial(make, f"{model}, {protein}", config, structure=structure, seed=args.seed, weights=weights)
         for model, (config, weights) in models.items()
     ]
-    return cast(list[Callable[[], Any]], cases), structure_module.judge
+    return cast(list[Callable[[], Any]], cases), judge_structure_module
 
 
 MODULES: dict[str, Callable[[argparse.Namespace], Question]] = {"ipa": _ipa, "structure-module": _structure_module}

@@ -9,7 +9,7 @@ import pytest
 
 from ipa_bridge import IPAConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig, Weights
 from ipa_bridge.proteins.frames import idealised_peptide
-from ipa_parity.cases import CATALOGUE, ODD
+from ipa_parity.attention.cases import CATALOGUE, ODD
 
 
 class Jax:

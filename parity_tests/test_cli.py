@@ -16,8 +16,12 @@ import ipa_bridge
 from ipa_bridge import cli as port
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.weights import Weights
-from ipa_parity import cli, parity, stages, structure_module
-from ipa_parity.cases import ODD_MULTIMER, load_weights
+from ipa_parity import cli
+from ipa_parity.attention import stages
+from ipa_parity.attention.cases import ODD_MULTIMER, load_weights
+from ipa_parity.frameworks import installed_frameworks
+from ipa_parity.structure_module import cases as structure_modules
+from ipa_parity.structure_module.stages import TERMS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,7 +124,7 @@ def test_a_structure_module_layer_by_layer(capsys, structures_dir):
     passed = {line.split("  ")[0] for line in printed if line.endswith("pass")}
     fields = ("rotation", "translation", "angles", "atom14", "act")
     assert {f"{field}/layer {i + 1}" for field in fields for i in range(8)} <= passed
-    assert {f"loss/{term}" for term in structure_module.TERMS} <= passed
+    assert {f"loss/{term}" for term in TERMS} <= passed
     assert "  alphafold-multimer, 1gcn.pdb: 29 residues" in printed[2]
     assert "comparisons passed" in printed[-1]
 
@@ -141,8 +145,8 @@ def test_a_structure_modules_weights_come_from_a_file(tmp_path, capsys):
     config = StructureModuleConfig.alphafold_multimer()
     Weights.random(config).save(tmp_path / "module.safetensors")
     Weights.random(config.ipa).save(tmp_path / "ipa.safetensors")
-    assert structure_module.load_weights(tmp_path / "module.safetensors").config == config
-    told = structure_module.load_weights(tmp_path / "module.safetensors", "esmfold").config
+    assert structure_modules.load_weights(tmp_path / "module.safetensors").config == config
+    told = structure_modules.load_weights(tmp_path / "module.safetensors", "esmfold").config
     assert (told.position_scale, told.ipa.norm_form) == (10.0, "add")
     said = refused(["--module", "structure-module", "--weights", str(tmp_path / "ipa.safetensors")], capsys)
     assert "holds an attention's weights, not a structure module's: use --module ipa" in said
@@ -194,7 +198,7 @@ def test_version_and_examples_of_the_commands(command, capsys):
 
 
 def test_installed_frameworks_are_found():
-    assert parity.installed_frameworks() == ("jax", "torch")
+    assert installed_frameworks() == ("jax", "torch")
 
 
 @pytest.mark.parametrize("both", [True, pytest.param(False, marks=pytest.mark.exhaustive)])

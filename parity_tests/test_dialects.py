@@ -29,11 +29,14 @@ from ipa_bridge.dialects import DIALECTS, Transform, find_module, named
 from ipa_bridge.dialects.spec import Order
 from ipa_bridge.told import is_functional
 from ipa_bridge.weights import Weights, _read, in_dialect
-from ipa_parity import peers, structure_module
-from ipa_parity.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR, make_case
-from ipa_parity.parity import installed_frameworks
+from ipa_parity import peers
+from ipa_parity.attention.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR, make_case
+from ipa_parity.attention.stages import RUNNERS
+from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import compare
-from ipa_parity.stages import RUNNERS
+from ipa_parity.structure_module import cases as structure_modules
+from ipa_parity.structure_module.judge import compare_stage
+from ipa_parity.structure_module.stages import RUNNERS as STRUCTURE_MODULE_RUNNERS
 
 ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
 SMALL_MODULE = StructureModuleConfig(ipa=ONE_WIDTH, sidechain_channel=5, num_layer=8)
@@ -157,17 +160,17 @@ def test_the_same_function_in_both_frameworks(name, num_layer, direction, conver
         weights = Weights.random(config, seed=4)
     whole = isinstance(config, StructureModuleConfig)
     case = (
-        structure_module.make_case(name, config, weights=weights)
+        structure_modules.make_case(name, config, weights=weights)
         if whole
         else make_case(name, config, (33,), weights=weights)
     )
     case = case.astype("float32")
     theirs = run_theirs(case, dialect, package)
-    runners = structure_module.RUNNERS if whole else RUNNERS
+    runners = STRUCTURE_MODULE_RUNNERS if whole else RUNNERS
     for framework, run in runners.items():
         ours = run(case, gradients=False)
         rows = [
-            structure_module.compare_stage(case, "float32", stage, framework, ours, "theirs", theirs, valid_only=True)
+            compare_stage(case, "float32", stage, framework, ours, "theirs", theirs, valid_only=True)
             if whole
             else compare(
                 ours[stage],
@@ -191,17 +194,15 @@ def run_theirs(case, dialect: str, package: str | None) -> dict[str, np.ndarray]
     """By stage: of the package's module, or of the dialect's semantics in float64."""
     if isinstance(case.config, StructureModuleConfig):
         if package:
-            run = {"alphafold": peers.run_alphafold_structure_module, "esmfold": peers.run_esmfold_structure_module}
-            found = run[dialect](case, gradients=False)
+            found = peers.PEERS[dialect].run_structure_module(case, gradients=False)
             return {stage: x for stage, x in found.items() if stage.partition("/")[0] in LAYERS}
         state = {name: x.astype(np.float64) for name, x in state_of(case.weights, dialect).items()}
         single, pair = case.single.astype(np.float64), case.pair.astype(np.float64)
         layers = semantics.structure_module(dialect, state, case.config, single, pair, case.mask)
         return {f"{field}/layer {i + 1}": y for field, x in layers.items() for i, y in enumerate(x)}
     if package:
-        run = {"alphafold": peers.run_alphafold, "esmfold": peers.run_esmfold, "lucidrains": peers.run_lucidrains}
         only_valid = replace(case, cotangent=case.cotangent * case.mask[:, None])
-        return {"out": run[dialect](only_valid)["out"]}
+        return {"out": peers.PEERS[dialect].run(only_valid)["out"]}
     state = {name: x.astype(np.float64) for name, x in state_of(case.weights, dialect).items()}
     inputs = (x.astype(np.float64) for x in (case.single, case.pair, case.rotation, case.translation))
     return {"out": semantics.attention(dialect, state, case.config, *inputs, case.mask)}

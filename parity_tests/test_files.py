@@ -13,7 +13,7 @@ import pytest
 from ipa_bridge import files
 from ipa_bridge.files import open_arrays, write_arrays
 from ipa_bridge.weights import Weights
-from ipa_parity.cases import ODD
+from ipa_parity.attention.cases import ODD
 
 SUFFIXES = (".npz", ".safetensors", ".pt")
 ARRAYS = {"a//b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.ones((), np.float64)}

@@ -15,7 +15,7 @@ import pytest
 
 from ipa_bridge import kernels
 from ipa_bridge.tensors import torch_tensor
-from ipa_parity.attention import jax_point_attention
+from ipa_parity.frameworks import jax_point_attention
 from ipa_parity.report import compare
 
 RAGGED = {
@@ -479,7 +479,7 @@ sys.meta_path.insert(0, NoHaiku())
 import importlib.util
 found, importlib.util.find_spec = importlib.util.find_spec, lambda name: None if name == "haiku" else found(name)
 import jax.numpy as jnp
-from ipa_parity.attention import jax_point_attention
+from ipa_parity.frameworks import jax_point_attention
 x, points = jnp.ones((3, 2, 4)), jnp.ones((3, 2, 4, 3))
 out = jax_point_attention()(x, x, x, points, points, points, None, pair_bias_weight=None, point_weights=jnp.ones(2))
 assert out[0].shape == (3, 2, 4) and "haiku" not in sys.modules

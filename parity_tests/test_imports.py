@@ -76,7 +76,7 @@ import importlib
 import jax  # which compares its own version with jaxlib's
 import jaxlib.version
 jaxlib.version.__version__ = "0.10.2"
-for name in ["ipa_jax", "ipa_jax.attention", "ipa_parity.attention"]:
+for name in ["ipa_jax", "ipa_jax.attention", "ipa_parity.frameworks"]:
     try:
         package = importlib.import_module(name)
         getattr(package, "jax_point_attention", lambda: None)()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.proteins.frames import idealised_peptide, random_frames
-from ipa_parity.cases import CATALOGUE, ODD, ODD_MULTIMER, ODD_NO_PAIR, Case, make_case
+from ipa_parity.attention.cases import CATALOGUE, ODD, ODD_MULTIMER, ODD_NO_PAIR, Case, make_case
+from ipa_parity.attention.stages import RUNNERS
 from ipa_parity.report import compare
-from ipa_parity.stages import RUNNERS
 
 MIRROR = np.diag([-1.0, 1.0, 1.0])
 

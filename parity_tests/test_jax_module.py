@@ -20,7 +20,7 @@ from ipa_bridge.config import IPABlockConfig, IPAConfig, IPATransformerConfig, S
 from ipa_bridge.parameters import ipa_parameters
 from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_bridge.weights import Weights
-from ipa_parity.cases import CATALOGUE, ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR, make_case
+from ipa_parity.attention.cases import CATALOGUE, ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR, make_case
 from ipa_parity.report import compare
 
 ROOT = "invariant_point_attention"

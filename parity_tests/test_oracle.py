@@ -10,8 +10,8 @@ import pytest
 
 from ipa_bridge import oracle
 from ipa_bridge.tolerance import BOUNDS
-from ipa_parity.cases import CATALOGUE, ODD, Case, make_case
-from ipa_parity.stages import RUNNERS
+from ipa_parity.attention.cases import CATALOGUE, ODD, Case, make_case
+from ipa_parity.attention.stages import RUNNERS
 
 EPS = np.finfo(np.float64).eps
 

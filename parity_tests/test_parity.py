@@ -14,10 +14,11 @@ import pytest
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.proteins import load_structure
 from ipa_bridge.proteins.frames import idealised_peptide, random_frames
-from ipa_parity.cases import CATALOGUE, ODD, ODD_MULTIMER, PRESETS, Case, load_weights, make_case
-from ipa_parity.parity import installed_frameworks, judge
+from ipa_parity.attention.cases import CATALOGUE, ODD, ODD_MULTIMER, PRESETS, Case, load_weights, make_case
+from ipa_parity.attention.judge import judge
+from ipa_parity.attention.stages import RUNNERS, Arrays, run_oracle
+from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import Comparison, compare, table
-from ipa_parity.stages import RUNNERS, Arrays, run_oracle
 
 DTYPES = ("float32", "float64")
 HALF_DTYPES = ("bfloat16", "float16")
@@ -239,7 +240,7 @@ def test_negative_controls_are_caught(mutate: Callable[[Case], Case], framework,
     """A framework that runs a slightly other function fails against the oracle, on outputs and on gradients."""
     if len(installed_frameworks()) < 2:
         pytest.skip("one framework is held against the other, and one of them is not installed")
-    from ipa_parity import stages
+    from ipa_parity.attention import stages
 
     other = "torch" if framework == "jax" else "jax"
     dtype_of = lambda case: np.dtype(case.single.dtype).name  # noqa: E731

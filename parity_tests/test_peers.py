@@ -11,10 +11,10 @@ from ipa_bridge.config import IPAConfig
 from ipa_bridge.proteins import load_structure
 from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_parity import peers
-from ipa_parity.cases import Case, make_case
-from ipa_parity.parity import installed_frameworks
+from ipa_parity.attention.cases import Case, make_case
+from ipa_parity.attention.stages import RUNNERS, run_oracle
+from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import compare
-from ipa_parity.stages import RUNNERS, run_oracle
 
 PEERS = {
     "alphafold monomer": ("alphafold", peers.run_alphafold, IPAConfig.alphafold2(), ("float32", "float64")),

@@ -7,7 +7,7 @@ import pytest
 
 from ipa_bridge import oracle
 from ipa_bridge.tensors import numpy_array, torch_tensor
-from ipa_parity.cases import CATALOGUE
+from ipa_parity.attention.cases import CATALOGUE
 from ipa_parity.report import compare
 
 NAMES = ("q", "k", "v", "q_points", "k_points", "v_points", "pair")

@@ -19,7 +19,7 @@ from ipa_bridge.cli import main
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig
 from ipa_bridge.parameters import parameter_shapes
 from ipa_bridge.weights import Weights
-from ipa_parity.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS
+from ipa_parity.attention.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS
 
 ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
 SMALL_MODULE = StructureModuleConfig(ipa=ONE_WIDTH, sidechain_channel=5)

@@ -13,9 +13,9 @@ import pytest
 
 from ipa_bridge import tolerance
 from ipa_bridge.tensors import torch_tensor
-from ipa_parity.cases import CATALOGUE, ODD, make_case
+from ipa_parity.attention.cases import CATALOGUE, ODD, make_case
+from ipa_parity.attention.stages import RUNNERS, run_oracle
 from ipa_parity.report import compare
-from ipa_parity.stages import RUNNERS, run_oracle
 
 
 class Jax:

@@ -17,10 +17,12 @@ from ipa_bridge.proteins.frames import idealised_peptide, random_frames
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
 from ipa_parity import peers
-from ipa_parity import structure_module as parity
-from ipa_parity.cases import ODD, ODD_MULTIMER
-from ipa_parity.parity import installed_frameworks
+from ipa_parity.attention.cases import ODD, ODD_MULTIMER
+from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import compare
+from ipa_parity.structure_module.cases import PRESETS, make_case
+from ipa_parity.structure_module.judge import compare_stage, judge
+from ipa_parity.structure_module.stages import RUNNERS, TERMS, named_layers, target_of
 
 ODD_MODULE = StructureModuleConfig(
     ipa=replace(ODD, frame_unit=None),
@@ -69,7 +71,7 @@ class Jax:
         params, single, pair, aatype, mask, rigids, update_mask = self.arguments(case, rigids, update_mask)
         apply = self.apply(case.config)
         output = apply(params, None, single, pair, aatype, mask, rigids=rigids, update_mask=update_mask)
-        return parity.named_layers(self.jax.tree.map(np.asarray, output))
+        return named_layers(self.jax.tree.map(np.asarray, output))
 
     def run_eagerly(self, case):
         params, *inputs, _, _ = self.arguments(case, None, None)
@@ -78,7 +80,7 @@ class Jax:
     def loss_and_gradients(self, case):
         """The whole loss, and its gradients to representations, start frames and every parameter."""
         params, single, pair, aatype, mask, rigids, _ = self.arguments(case, start_of(case), None)
-        target = parity.target_of(self.package, case, self.array)
+        target = target_of(self.package, case, self.array)
         value, gradients = self.gradients(case.config)(params, single, pair, rigids, aatype, mask, target)
         params, single, pair, rigids = self.jax.tree.map(np.asarray, gradients)
         named = canonical_from_haiku(params, case.weights.root)
@@ -114,7 +116,7 @@ class Torch:
         single, pair, aatype, mask, rigids, update_mask = self.arguments(case, rigids, update_mask)
         with self.torch.no_grad():
             output = self.module(case)(single, pair, aatype, mask, rigids=rigids, update_mask=update_mask)
-        return parity.named_layers(self.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
+        return named_layers(self.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
 
     def run_eagerly(self, case):
         return self.run(case)
@@ -125,7 +127,7 @@ class Torch:
         module = self.module(case)
         parameters = dict(module.named_parameters())
         leaves = [x.requires_grad_() for x in (single, pair, *rigids)] + list(parameters.values())
-        target = parity.target_of(self.package, case, self.array)
+        target = target_of(self.package, case, self.array)
         loss = self.package.structure_module_loss(module(single, pair, aatype, mask, rigids=rigids), target).loss
         gradients = [x.numpy() for x in self.torch.autograd.grad(loss, leaves)]
         inputs = dict(zip(("single", "pair", "rotation", "translation"), gradients[:4], strict=True))
@@ -165,7 +167,7 @@ def framework(request):
 
 @cache
 def odd_case(name="odd", dtype="float64"):
-    return parity.make_case(name, CONFIGS[name]).astype(dtype)
+    return make_case(name, CONFIGS[name]).astype(dtype)
 
 
 def assert_same(actual, expected, dtype="float64", rows=slice(None), conditioning=1.0):
@@ -192,7 +194,7 @@ def assert_same(actual, expected, dtype="float64", rows=slice(None), conditionin
 # Parameters.
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), *(make() for make in parity.PRESETS.values())])
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *(make() for make in PRESETS.values())])
 def test_init_has_the_canonical_parameters(config, framework):
     number = 3
     if isinstance(framework, Torch):
@@ -214,9 +216,7 @@ def test_manifest_is_alphafolds_key_for_key(preset):
     """What alphafold-colabfold's own structure module initialises, by name and shape; and its confidence head."""
     jax, hk = pytest.importorskip("jax"), pytest.importorskip("haiku")
     pytest.importorskip("alphafold")
-    case = replace(
-        parity.make_case(preset, parity.PRESETS[preset]()), single=np.zeros((5, 384)), pair=np.zeros((5, 5, 128))
-    )
+    case = replace(make_case(preset, PRESETS[preset]()), single=np.zeros((5, 384)), pair=np.zeros((5, 5, 128)))
     case = replace(case, aatype=case.aatype[:5], mask=case.mask[:5]).astype("float32")
     with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
         transformed = hk.transform(peers.alphafold_structure_module(case))
@@ -266,7 +266,7 @@ def test_presets_are_alphafolds(preset):
     alphafold_config = pytest.importorskip("alphafold.model.config")
     name = {"alphafold2": "model_1", "alphafold-multimer": "model_1_multimer_v3"}[preset]
     theirs = alphafold_config.model_config(name).model.heads
-    ours = parity.PRESETS[preset]()
+    ours = PRESETS[preset]()
     structure_module = theirs.structure_module
     for field in ("num_layer", "num_layer_in_transition", "dropout", "position_scale"):
         assert getattr(ours, field) == structure_module[field], field
@@ -288,7 +288,7 @@ def test_the_frameworks_agree(name, dtype):
 def test_the_frameworks_agree_on_a_real_protein(preset, structures_dir):
     pytest.importorskip("gemmi")
     structure = load_structure(structures_dir / "1gcn.pdb")
-    rows = judge_frameworks(parity.make_case(preset, parity.PRESETS[preset](), structure=structure), "float64")
+    rows = judge_frameworks(make_case(preset, PRESETS[preset](), structure=structure), "float64")
     for row in rows:
         limit = 1e-10 if row.stage.startswith("gradient") else 1e-12
         assert row.error * np.finfo(np.float64).eps <= limit, str(row)
@@ -297,8 +297,8 @@ def test_the_frameworks_agree_on_a_real_protein(preset, structures_dir):
 def judge_frameworks(case, dtype, **options):
     if len(installed_frameworks()) < 2:
         pytest.skip("both frameworks are compared, and one of them is not installed")
-    rows = list(parity.judge(case, dtype, **options))
-    assert len({row.stage for row in rows}) >= 8 * case.config.num_layer + len(parity.TERMS)
+    rows = list(judge(case, dtype, **options))
+    assert len({row.stage for row in rows}) >= 8 * case.config.num_layer + len(TERMS)
     failures = [str(row) for row in rows if not row.passed]
     assert not failures, "\n".join(failures)
     return rows
@@ -318,10 +318,10 @@ def test_errors_are_no_more_than_twice_a_published_implementations(
     pytest.importorskip("gemmi")
     pytest.importorskip(package)
     structure = first_residues(load_structure(structures_dir / protein), 120)
-    case = parity.make_case(preset, parity.PRESETS[preset](), structure=structure).astype("float32")
-    exact = parity.RUNNERS[installed_frameworks()[-1]](case.astype("float64"), gradients=False)
+    case = make_case(preset, PRESETS[preset](), structure=structure).astype("float32")
+    exact = RUNNERS[installed_frameworks()[-1]](case.astype("float64"), gradients=False)
     runs = {package: run_theirs(case, gradients=False)}
-    runs |= {name: parity.RUNNERS[name](case, gradients=False) for name in installed_frameworks()}
+    runs |= {name: RUNNERS[name](case, gradients=False) for name in installed_frameworks()}
     if "atom37/layer 8" in runs[package]:
         atom37 = (
             np.take_along_axis(exact["atom14/layer 8"], residues.ATOM37_TO_ATOM14[case.aatype][..., None], -2)
@@ -339,7 +339,7 @@ def test_errors_are_no_more_than_twice_a_published_implementations(
     assert len(stages) == (64 if package == "transformers" else 57)
     for stage in stages:
         rows = {
-            name: parity.compare_stage(
+            name: compare_stage(
                 case, "float32", stage, name, arrays, "float64", exact, valid_only=True, norm="euclidean"
             )
             for name, arrays in runs.items()
@@ -358,8 +358,8 @@ def test_gradients_are_those_of_a_published_implementation(preset, num_layer, st
     package, run_theirs = PEERS[preset]
     pytest.importorskip("gemmi")
     pytest.importorskip(package)
-    config = replace(parity.PRESETS[preset](), num_layer=num_layer)
-    case = parity.make_case(preset, config, structure=load_structure(structures_dir / "1gcn.pdb"))
+    config = replace(PRESETS[preset](), num_layer=num_layer)
+    case = make_case(preset, config, structure=load_structure(structures_dir / "1gcn.pdb"))
     valid = {name: x * case.mask.reshape(1, -1, *[1] * (x.ndim - 2)) for name, x in case.cotangents.items()}
     if package == "alphafold":
         valid["act"][:-1] = 0  # it returns the last layer's only
@@ -367,12 +367,12 @@ def test_gradients_are_those_of_a_published_implementation(preset, num_layer, st
     case = replace(case, cotangents=valid).astype(dtype)
     theirs = run_theirs(case)
     for name in installed_frameworks():
-        ours = parity.RUNNERS[name](case)
+        ours = RUNNERS[name](case)
         stages = [stage for stage in theirs if stage.startswith("gradient/")]
         assert set(stages) == {stage for stage in ours if stage.startswith("gradient/") and "/loss/" not in stage}
         for stage in stages:
             # AlphaFold holds its geometry's constants in float32 in any case.
-            row = parity.compare_stage(case, "float32", stage, package, theirs, name, ours)
+            row = compare_stage(case, "float32", stage, package, theirs, name, ours)
             assert row.passed, str(row)
             if dtype == "float64" and not stage.endswith("attention_2d/bias"):
                 assert np.abs(theirs[stage] - ours[stage]).max() <= 1e-6 * np.abs(ours[stage]).max(), stage
@@ -545,7 +545,7 @@ def test_hard_cases_have_finite_gradients(framework, kind):
 @pytest.mark.parametrize("name", ["odd", "odd multimer", pytest.param("alphafold2", marks=pytest.mark.exhaustive)])
 def test_the_frameworks_agree_on_the_whole_losss_gradients(name):
     """To representations, start frames and every parameter; in multimer, of chains."""
-    case = odd_case(name) if name in CONFIGS else parity.make_case(name, parity.PRESETS[name]())
+    case = odd_case(name) if name in CONFIGS else make_case(name, PRESETS[name]())
     if name == "odd multimer":
         case = replace(case, chain_id=(np.arange(len(case.mask)) > 20).astype(np.int64))
     (one, ours), (other, theirs) = one_of(Jax).loss_and_gradients(case), one_of(Torch).loss_and_gradients(case)
@@ -650,8 +650,8 @@ def test_controls_are_caught(control, dtype):
     def caught():
         with framework.torch.no_grad():
             output = module(*inputs)
-        arrays = parity.named_layers(framework.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
-        rows = [parity.compare_stage(case, dtype, stage, "torch", arrays, "float64", expected) for stage in expected]
+        arrays = named_layers(framework.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
+        rows = [compare_stage(case, dtype, stage, "torch", arrays, "float64", expected) for stage in expected]
         return {row.stage for row in rows if not row.passed}
 
     assert not caught()
@@ -682,7 +682,7 @@ def run_half(framework, case):
         output = framework.module(case)(single, pair, aatype, mask)
     assert output.act.dtype == single.dtype
     output = framework.torch.utils._pytree.tree_map(lambda x: x.float().numpy(), output)
-    return parity.named_layers(output)
+    return named_layers(output)
 
 
 @pytest.mark.parametrize("name", ["odd", "untied multimer"])
@@ -696,7 +696,7 @@ def test_float32_representations_and_float64_parameters(framework, name):
         single, pair, aatype, mask, *_ = framework.arguments(mixed, None, None)
         with framework.torch.no_grad():
             output = framework.module(case)(single, pair, aatype, mask)
-        arrays = parity.named_layers(framework.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
+        arrays = named_layers(framework.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
     assert {arrays[f"{field}/layer 1"].dtype.name for field in ("rotation", "translation", "atom14")} == {"float64"}
     assert arrays["act/layer 1"].dtype == np.float32
     assert_same(arrays, framework.run(case), "float32", rows=case.mask)
@@ -773,7 +773,7 @@ def test_jax_transforms_are_the_same_function():
     apply = partial(framework.package.transform_structure_module(case.config).apply, params, None)
 
     def named(output):
-        return parity.named_layers(jax.tree.map(np.asarray, output))
+        return named_layers(jax.tree.map(np.asarray, output))
 
     expected = framework.run(batch)
     mapped = framework.jax.jit(jax.vmap(apply, out_axes=1))(single, pair, aatype, mask)
@@ -896,11 +896,11 @@ def test_torch_dropout_is_only_in_training():
 )
 def test_torch_compiles_whole_and_exports(name, num_layer):
     framework = one_of(Torch)
-    case = parity.make_case(name, replace(CONFIGS[name], num_layer=num_layer))
+    case = make_case(name, replace(CONFIGS[name], num_layer=num_layer))
     torch = framework.torch
     single, pair, aatype, mask, rigids, _ = framework.arguments(case, start_of(case), None)
     module = framework.module(case)
-    named = lambda output: parity.named_layers(torch.utils._pytree.tree_map(lambda x: x.detach().numpy(), output))  # noqa: E731
+    named = lambda output: named_layers(torch.utils._pytree.tree_map(lambda x: x.detach().numpy(), output))  # noqa: E731
     expected = named(module(single, pair, aatype, mask, rigids=rigids))
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_same(named(compiled(single, pair, aatype, mask, rigids=rigids)), expected)
@@ -929,7 +929,7 @@ def test_torch_func_vmap():
     batch = batch_of(case, replace(case, single=case.single[::-1]))
     inputs = framework.arguments(batch, None, None)[:4]
     module = framework.module(case)
-    named = lambda output: parity.named_layers(torch.utils._pytree.tree_map(lambda x: x.detach().numpy(), output))  # noqa: E731
+    named = lambda output: named_layers(torch.utils._pytree.tree_map(lambda x: x.detach().numpy(), output))  # noqa: E731
     assert_same(named(torch.func.vmap(module, out_dims=1)(*inputs)), named(module(*inputs)))
 
 

@@ -21,8 +21,8 @@ from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.tensors import numpy_dtype, torch_tensor
 from ipa_bridge.tolerance import bound, epsilon
 from ipa_bridge.weights import Weights, in_dialect
-from ipa_parity.cases import ODD, ODD_MULTIMER, ODD_NO_PAIR
-from ipa_parity.parity import installed_frameworks
+from ipa_parity.attention.cases import ODD, ODD_MULTIMER, ODD_NO_PAIR
+from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import compare
 
 FRAMEWORKS = ("jax", "torch")

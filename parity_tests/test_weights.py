@@ -27,7 +27,7 @@ from ipa_bridge.config import (
 )
 from ipa_bridge.parameters import ipa_parameters
 from ipa_bridge.weights import Weights, functional, torch_name
-from ipa_parity.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR
+from ipa_parity.attention.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR
 
 CONFIGS = {
     "alphafold2": IPAConfig.alphafold2(),

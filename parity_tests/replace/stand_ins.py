@@ -11,7 +11,7 @@ from ipa_bridge import semantics
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.dialects import named
 from ipa_bridge.weights import Weights
-from ipa_parity.cases import ODD, make_case
+from ipa_parity.attention.cases import ODD, make_case
 from ipa_parity.report import compare
 
 torch = pytest.importorskip("torch")

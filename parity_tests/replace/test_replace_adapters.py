@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from ipa_bridge.tolerance import bound
 from ipa_bridge.weights import Weights
 from ipa_parity import peers
-from ipa_parity.cases import ODD_NO_BIAS, make_case
+from ipa_parity.attention.cases import ODD_NO_BIAS, make_case
 
 torch = pytest.importorskip("torch")
 from stand_ins import ONE_WIDTH, STAND_INS, FlashIPA, MultiFlow, judge, rigids, stand_in
@@ -132,7 +133,8 @@ def test_esmfolds_attention(implementation, monkeypatch):
 
 
 def with_swapped(monkeypatch, maker: str, run, case, **options):
-    make = getattr(peers, maker)
+    where = sys.modules[run.__module__]
+    make = getattr(where, maker)
 
     def swapped(*arguments):
         module = make(*arguments)
@@ -140,7 +142,7 @@ def with_swapped(monkeypatch, maker: str, run, case, **options):
         return module
 
     with monkeypatch.context() as patch:
-        patch.setattr(peers, maker, swapped)
+        patch.setattr(where, maker, swapped)
         return run(case)
 
 

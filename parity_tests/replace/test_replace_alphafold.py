@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from ipa_bridge.tolerance import bound
-from ipa_parity import peers, structure_module
-from ipa_parity.cases import ODD, ODD_MULTIMER, make_case
+from ipa_parity import peers
+from ipa_parity.attention.cases import ODD, ODD_MULTIMER, make_case
 from ipa_parity.report import compare
+from ipa_parity.structure_module import cases as structure_modules
 
 jax = pytest.importorskip("jax")
 hk = pytest.importorskip("haiku")
@@ -71,7 +72,7 @@ def test_the_structure_module(layout, num_layer):
     multimer = layout == "multimer"
     config = StructureModuleConfig.alphafold_multimer() if multimer else StructureModuleConfig.alphafold2()
     config = replace(config, num_layer=num_layer)
-    case = structure_module.make_case("AlphaFold", config).astype("float32")
+    case = structure_modules.make_case("AlphaFold", config).astype("float32")
     before = peers.run_alphafold_structure_module(case, gradients=False)
     with ipa_jax.replace_alphafold_ipa(implementation="streamed"):
         after = peers.run_alphafold_structure_module(case, gradients=False)

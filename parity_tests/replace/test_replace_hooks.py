@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ipa_parity import peers
-from ipa_parity.cases import ODD_NO_BIAS, make_case
+from ipa_parity.attention.cases import ODD_NO_BIAS, make_case
 
 torch = pytest.importorskip("torch")
 from stand_ins import ONE_WIDTH, OpenFold, OpenFold1, rigids, stand_in

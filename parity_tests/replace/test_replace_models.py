@@ -15,7 +15,7 @@ import pytest
 from ipa_bridge.config import IPABlockConfig, IPAConfig, StructureModuleConfig
 from ipa_bridge.tolerance import bound, epsilon
 from ipa_bridge.weights import Weights
-from ipa_parity.cases import make_case
+from ipa_parity.attention.cases import make_case
 
 torch = pytest.importorskip("torch")
 from stand_ins import judge

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ipa_parity.cases import ODD
+from ipa_parity.attention.cases import ODD
 
 torch = pytest.importorskip("torch")
 from stand_ins import DOWN_Z, ONE_WIDTH, FlashIPA, FrameDiff, FrameFlow, MultiFlow, OpenFold, OpenFold1

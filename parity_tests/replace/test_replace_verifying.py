@@ -14,7 +14,7 @@ import pytest
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.tolerance import bound
 from ipa_parity import peers
-from ipa_parity.cases import ODD_NO_BIAS, make_case
+from ipa_parity.attention.cases import ODD_NO_BIAS, make_case
 
 torch = pytest.importorskip("torch")
 from stand_ins import DOWN_Z, ONE_WIDTH, FastFold, FrameFlow, OpenFold, OpenFold1, Rigid, Rotation, TFold, judge

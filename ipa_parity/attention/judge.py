@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from ipa_bridge import tolerance
-from ipa_parity.cases import Case
+from ipa_parity.attention.cases import Case
+from ipa_parity.attention.stages import RUNNERS, Arrays, run_oracle
 from ipa_parity.report import Comparison, compare
-from ipa_parity.stages import RUNNERS, Arrays, run_oracle
 
 COLLAPSED = 1 / 16
 """Attention has collapsed onto itself where translations' gradients are this much less than the terms they sum."""
-
-
-def installed_frameworks() -> tuple[str, ...]:
-    """Those of "jax" and "torch" that can run here."""
-    modules = {"jax": ("jax", "haiku"), "torch": ("torch",)}
-    return tuple(name for name, needs in modules.items() if all(importlib.util.find_spec(module) for module in needs))
 
 
 def judge(

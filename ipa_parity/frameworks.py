@@ -1,4 +1,4 @@
-"""JAX's attention core where there is no Haiku, of which it needs nothing."""
+"""Which of the frameworks can run here, and JAX's attention core where there is no Haiku."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import ipa_bridge
+
+
+def installed_frameworks() -> tuple[str, ...]:
+    """Those of "jax" and "torch" that can run here."""
+    modules = {"jax": ("jax", "haiku"), "torch": ("torch",)}
+    return tuple(name for name, needs in modules.items() if all(importlib.util.find_spec(module) for module in needs))
 
 
 def jax_point_attention() -> Callable:

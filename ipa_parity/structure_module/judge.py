@@ -1,0 +1,106 @@
+"""One structure module in both frameworks, against float64 and against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from ipa_bridge import tolerance
+from ipa_parity.attention.stages import Arrays
+from ipa_parity.report import Comparison, Norm, compare
+from ipa_parity.structure_module.cases import StructureModuleCase
+from ipa_parity.structure_module.stages import RUNNERS
+
+LONGEST_LEVER = 8.0
+"""Å; no atom of a side chain lies farther from the axis of a torsion that turns it."""
+
+
+def judge(
+    case: StructureModuleCase,
+    dtype: str,
+    *,
+    frameworks: Iterable[str] = ("jax", "torch"),
+    gradients: bool = True,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Iterator[Comparison]:
+    """Every stage of a case in one dtype: each framework against the torch model in float64, and the two together.
+
+    Where there is no torch the Haiku model in float64 is the truth; in float64 the frameworks judge each other.
+    """
+    rounded, frameworks = case.astype(dtype), tuple(frameworks)
+    runs: dict[str, Arrays] = {}
+    for name in frameworks:
+        progress(f"{name} {dtype}")
+        runs[name] = RUNNERS[name](rounded, gradients=gradients)
+    pairs = []
+    if dtype != "float64":
+        truth = "torch" if "torch" in runs else "jax"
+        progress(f"{truth} float64")
+        exact = RUNNERS[truth](rounded.astype("float64"), gradients=gradients)
+        pairs += [(name, arrays, "float64", exact) for name, arrays in runs.items()]
+    if len(runs) == 2:
+        (first, arrays), (second, others) = runs.items()
+        pairs.append((first, arrays, second, others))
+    for subject, arrays, reference, expected in pairs:
+        for stage in expected:
+            yield compare_stage(rounded, dtype, stage, subject, arrays, reference, expected)
+
+
+def compare_stage(
+    case: StructureModuleCase,
+    dtype: str,
+    stage: str,
+    subject: str,
+    arrays: Arrays,
+    reference: str,
+    expected: Arrays,
+    *,
+    valid_only: bool = False,
+    norm: Norm = "max",
+) -> Comparison:
+    """Judges one stage by the tolerance table; with `valid_only` in residues that the mask keeps.
+
+    An angle is the direction of a predicted vector, whose rounding turns it the more the shorter it is: errors of
+    angles count in proportion to that length, those of atoms at the end of a lever that such an angle turns. What
+    gradients are allowed grows with the shortness of the shortest.
+
+    In float32 one of a million ReLUs, whose input is within rounding of zero, is open in one run and shut in the other,
+    and gradients jump there: they are held to a much wider bound, in the Euclidean norm.
+    """
+    actual, wanted = arrays[stage].astype(np.float64), expected[stage].astype(np.float64)
+    field, _, layer = stage.partition("/")
+    scale, conditioning = None, 1.0
+    if field == "angles":
+        lengths = _lengths(expected, layer)[..., None]
+        actual, wanted = actual * lengths, wanted * lengths
+    if field in ("atom14", "group_rotation", "group_translation"):
+        lengths = _lengths(expected, layer)
+        lever = 1.0 if field == "group_rotation" else LONGEST_LEVER / np.abs(wanted).max()
+        forgiven = 1 + lever * lengths.mean() / lengths.min(-1)
+        actual = wanted + (actual - wanted) / np.expand_dims(forgiven, tuple(range(1, wanted.ndim)))
+    if field == "gradient":
+        norm = "euclidean" if dtype == "float32" else norm
+        each = (_lengths(expected, f"layer {i + 1}") for i in range(case.config.num_layer))
+        shortness = max(x.mean() / x.min() for x in each)
+        conditioning = tolerance.KINKED if dtype == "float32" else 1 + shortness / 8
+    if stage.endswith("attention_2d/bias"):
+        # Zero in mathematics, like the sum of a row of logits' gradients.
+        scale = float(np.abs(expected[stage.replace("/bias", "/weights")]).max())
+    return compare(
+        actual[case.mask] if valid_only else actual,
+        wanted[case.mask] if valid_only else wanted,
+        case=case.name,
+        stage=stage,
+        dtype=dtype,
+        subject=subject,
+        reference=reference,
+        scale=scale,
+        conditioning=conditioning,
+        norm=norm,
+    )
+
+
+def _lengths(expected: Arrays, layer: str) -> np.ndarray:
+    """Of the predicted vectors whose directions are the torsions, (N, 7)."""
+    return np.linalg.norm(expected[f"unnormalized_angles/{layer}"].astype(np.float64), axis=-1)
