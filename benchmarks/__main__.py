@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from benchmarks import memory, roofline
+from benchmarks.calls import DIRECTIONS
 from benchmarks.clock import seconds
-from benchmarks.systems import DIRECTIONS, MODULES, Inputs, System
+from benchmarks.report import refuse, save, say, table
+from benchmarks.systems import MODULES, Inputs, System
 from ipa_bridge.config import IPAConfig
 from ipa_parity.attention.cases import CATALOGUE
 from ipa_parity.attention.judge import judge
@@ -53,7 +54,7 @@ def main() -> int:
         parser.error(f"--system must be among {[s.name for s in MODULES[args.module]]}; got {args.system}")
     failures = list(gate())
     if failures:
-        print("parity fails, so there is no speed to speak of:", *failures, sep="\n  ", file=sys.stderr)
+        refuse(failures)
         return 1
     machine = roofline.machine()
     rows: list[dict] = []
@@ -61,8 +62,7 @@ def main() -> int:
         for direction in args.direction:
             rows += measure(args.module, systems, residues, direction, args.repeats, args.only)
             report = {"module": args.module, "machine": machine, "rows": rows}
-            if args.save:  # as it grows: the next may be more than the machine bears
-                Path(args.save).write_text(json.dumps(report, indent=1) + "\n")
+            save(report, args.save)  # as it grows: the next may be more than the machine bears
     if args.plot:
         from benchmarks import plot
 
@@ -128,66 +128,6 @@ def time_all(rows: list[dict], systems: list[System], residues: int, direction: 
             if row["system"] in calls:
                 gc.collect()
                 row["times"].append(seconds(calls[row["system"]]))
-
-
-def say(text: str) -> None:
-    """Progress, to standard error."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
-
-
-def table(rows: list[dict], machine: dict[str, float]) -> str:
-    """The rows in Markdown: ratios to the published system of the framework, what share of the machine ours reach."""
-    systems = list(dict.fromkeys(r["system"] for r in rows))
-    lines = [
-        "Published systems in bold: seconds, and MiB above the inputs. All others: time over the bold one of their"
-        " framework (range), and memory over its memory.",
-        "",
-        f"| residues | direction | {' | '.join(heading(system, rows) for system in systems)} |",
-        f"|---:|---|{'---|' * len(systems)}",
-    ]
-    for residues, direction in dict.fromkeys((r["residues"], r["direction"]) for r in rows):
-        here = {r["system"]: r for r in rows if (r["residues"], r["direction"]) == (residues, direction)}
-        lines.append(f"| {residues} | {direction} | {' | '.join(cell(here[system]) for system in systems)} |")
-    ours = [r for r in rows if "work" in r]
-    if ours:
-        flops, bandwidth = machine["flops"], machine["bytes"]
-        lines += [
-            "",
-            f"This machine: matrix products at {flops / 1e9:.0f} GFLOP/s, memory at {bandwidth / 1e9:.1f} GB/s.",
-            "",
-            "| residues | direction | system | GFLOP/s | of the machine's | pair, GB/s | of the machine's |",
-            "|---:|---|---|---:|---:|---:|---:|",
-        ]
-    for r in ours:
-        done, moved = (r["work"][key] / r["seconds"] for key in ("flops", "bytes"))
-        lines.append(
-            f"| {r['residues']} | {r['direction']} | {r['system']} | {done / 1e9:.0f} | {done / flops:.0%} "
-            f"| {moved / 1e9:.1f} | {moved / bandwidth:.0%} |"
-        )
-    compiled = [r for r in rows if r["framework"] == "jax" and "compiling" in r]
-    if compiled:
-        lines += ["", "| residues | direction | system | compiling |", "|---:|---|---|---:|"]
-        lines += [f"| {r['residues']} | {r['direction']} | {r['system']} | {r['compiling']:.1f} s |" for r in compiled]
-    return "\n".join(lines)
-
-
-def heading(system: str, rows: list[dict]) -> str:
-    """A system's name, bold if others are measured by it."""
-    return f"**{system}**" if any(r["against"] == system for r in rows) else system
-
-
-def cell(r: dict[str, Any]) -> str:
-    """Time and memory of one system."""
-    if r.get("out_of_memory"):
-        return "does not fit"
-    ratios = r.get("time_ratios", [])
-    if r["system"] != r["against"] and (ratios or "memory_ratio" in r):
-        took = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else ""
-        room = f"{r['memory_ratio']:.3f}" if "memory_ratio" in r else ""
-    else:
-        took = f"{r['seconds']:.3g} s" if "seconds" in r else ""
-        room = f"{r['bytes'] / 2**20:.0f} MiB" if "bytes" in r else ""
-    return ", ".join(x for x in (took, room) if x) or "–"
 
 
 if __name__ == "__main__":

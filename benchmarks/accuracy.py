@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from benchmarks.report import NUMBER, TEXT, markdown_head, markdown_row
 from ipa_bridge import tolerance
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.proteins import load_structure
@@ -26,7 +27,8 @@ def main() -> int:
     parser.add_argument("--residues", type=int, default=256, help="of random frames")
     parser.add_argument("--structure", nargs="*", default=[], metavar="FILE", help="proteins: PDB or mmCIF")
     args = parser.parse_args()
-    print("| case | framework | what | streamed | reference | ratio |\n|---|---|---|---:|---:|---:|")
+    of_text, of_numbers = ("case", "framework", "what"), ("streamed", "reference", "ratio")
+    print(*markdown_head(*((x, TEXT) for x in of_text), *((x, NUMBER) for x in of_numbers)), sep="\n")
     passed = True
     for make in cases(args.residues, args.structure):
         case = make().astype("float32")
@@ -45,10 +47,8 @@ def main() -> int:
             worst = max((s for s in ratios if s != "out"), key=lambda s: ratios[s])
             for stage in ("out", worst):
                 streamed, reference = (errors[name][stage] for name in ("streamed", "reference"))
-                ratio = f"{streamed / reference:.2f}"
-                print(
-                    f"| {case.name} | {framework} | {stage} | {streamed:.1f} | {reference:.1f} | {ratio} |", flush=True
-                )
+                numbers = (f"{streamed:.1f}", f"{reference:.1f}", f"{streamed / reference:.2f}")
+                print(markdown_row((case.name, framework, stage, *numbers)), flush=True)
             passed &= bool(ratios["out"] <= 2 and ratios[worst] <= 3)
     return 0 if passed else 1
 

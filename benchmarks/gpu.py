@@ -12,65 +12,55 @@ out.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
-import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share one memory
 
 import numpy as np
 
-from benchmarks.systems import BACKWARD, DIRECTIONS, FORWARD
+from benchmarks import memory
+from benchmarks.calls import BACKWARD, DIRECTIONS, FORWARD, Call, Calls, CompiledByJax
+from benchmarks.clock import jax_seconds, torch_seconds
+from benchmarks.cores import (
+    Captured,
+    Case,
+    compiled_textbook,
+    core_inputs,
+    in_graphs,
+    jax_core,
+    module_inputs,
+    torch_attend,
+    torch_core,
+    torch_sdpa,
+)
+from benchmarks.report import gpu_table, refuse, save
+from benchmarks.systems import Inputs, alphafold, esmfold, our_haiku, our_torch
 from ipa_bridge.config import Implementation, IPAConfig
-from ipa_parity import peers
-from ipa_parity.attention.cases import make_case
-from ipa_parity.frameworks import jax_point_attention
 from ipa_parity.report import compare
 
 RESIDUES = (256, 512, 1024, 2048, 4096, 8192)
 PAIRS = ("float32", "bfloat16", "none")
 
-TARGETS = {
-    ("float32", 1024): (170, 350),
-    ("float32", 2048): (670, 1400),
-    ("bfloat16", 1024): (95, 200),
-    ("bfloat16", 2048): (350, 750),
-}
-"""Microseconds forwards, and backwards beside that, that the fused core is to take on an H200."""
-
-
-class Case(NamedTuple):
-    """What is measured."""
-
-    residues: int
-    pair: str
-    """Its dtype, or "none"."""
-    device: str
-
-
 ALONE_FROM = 4096
 """Residues from which systems are timed one after the other: several would not fit beside each other."""
 
-Call = Callable[[], Any]
-
 
 class System(NamedTuple):
-    """Its calls by direction, made ready on a case."""
+    """One implementation, and what prepares its calls on a case."""
 
     name: str
+    framework: str
+    """jax or torch."""
     kind: str
     """core or module."""
-    prepare: Callable[[Case], dict[str, Call]]
+    prepare: Callable[[Case], Calls]
     pairs: tuple[str, ...] = PAIRS
 
 
@@ -96,21 +86,25 @@ def main() -> int:
     systems = [s for s in systems if args.system is None or s.name in args.system]
     failures = list(gate(args.device))
     if failures:
-        print("parity fails, so there is no speed to speak of:", *failures, sep="\n  ", file=sys.stderr)
+        refuse(failures)
         return 1
     machine = {"device": args.device, "absent": absent, **bandwidth(args.device)}
     rows: list[dict] = []
     for residues in args.residues:
         for pair in args.pair:
             rows += measure(systems, Case(residues, pair, args.device), args.repeats, machine["bytes"])
-            if args.save:  # as it grows: the next may be more than the machine bears
-                Path(args.save).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+            save({"machine": machine, "rows": rows}, args.save)  # as it grows: the next may be more than there is
     if args.plot:
         from benchmarks import plot
 
         plot.save([row for row in rows if row["pair"] == "float32"], args.plot)
-    print(json.dumps({"machine": machine, "rows": rows}, indent=1) if args.json else table(rows, machine))
+    print(json.dumps({"machine": machine, "rows": rows}, indent=1) if args.json else gpu_table(rows, machine))
     return 0
+
+
+def whole(prepare: Callable[[Inputs], Calls], case: Case) -> Calls:
+    """The calls of a whole attention on a case."""
+    return prepare(module_inputs(case))
 
 
 def available(device: str) -> tuple[list[System], list[str]]:
@@ -119,36 +113,36 @@ def available(device: str) -> tuple[list[System], list[str]]:
     systems, absent = [], []
     for implementation in ("fused", "streamed"):
         if implementation == "streamed" or can_fuse(device):
-            systems.append(System(f"torch, {implementation}", "core", partial(torch_core, implementation)))
+            systems.append(System(f"torch, {implementation}", "torch", "core", partial(torch_core, implementation)))
             if device == "cuda":
                 captured = partial(in_graphs, partial(torch_core, implementation))
-                systems.append(System(f"torch, {implementation}, CUDA graph", "core", captured))
+                systems.append(System(f"torch, {implementation}, CUDA graph", "torch", "core", captured))
         else:
             absent.append("fused: no GPU")
-    systems.append(System("torch, textbook", "core", partial(torch_core, "reference")))
-    systems.append(System("torch, textbook, compiled", "core", compiled_textbook))
-    systems.append(System("torch, scaled_dot_product_attention", "core", torch_sdpa, ("none",)))
+    systems.append(System("torch, textbook", "torch", "core", partial(torch_core, "reference")))
+    systems.append(System("torch, textbook, compiled", "torch", "core", compiled_textbook))
+    systems.append(System("torch, scaled_dot_product_attention", "torch", "core", torch_sdpa, ("none",)))
     if has["jax"]:
-        for implementation in ("fused", "streamed", "reference"):
-            if implementation != "fused" or can_fuse(device):
-                name = {"reference": "textbook"}.get(implementation, implementation)
-                systems.append(
-                    System(f"JAX, {name} (jit)", "core", partial(jax_core, cast(Implementation, implementation)))
-                )
+        names: dict[Implementation, str] = {"fused": "fused", "streamed": "streamed", "reference": "textbook"}
+        for in_jax, name in names.items():
+            if in_jax != "fused" or can_fuse(device):
+                systems.append(System(f"JAX, {name} (jit)", "jax", "core", partial(jax_core, in_jax)))
     else:
         absent.append("JAX: no package jax")
-    systems.append(System("ipa_torch", "module", partial(torch_module, "fused" if can_fuse(device) else "streamed")))
+    fastest: Implementation = "fused" if can_fuse(device) else "streamed"
+    systems.append(System("ipa_torch", "torch", "module", partial(whole, our_torch(fastest))))
     if has["transformers"]:
-        systems.append(System("ESMFold", "module", esmfold, ("float32",)))
+        systems.append(System("ESMFold", "torch", "module", partial(whole, esmfold), ("float32",)))
     else:
         absent.append("ESMFold: no package transformers")
     if has["jax"] and has["haiku"]:
-        name = "fused" if can_fuse(device) else "streamed"
-        systems.append(System("ipa_jax (jit)", "module", partial(jax_module, name), ("float32", "bfloat16")))
+        ours = partial(whole, our_haiku(fastest))
+        systems.append(System("ipa_jax (jit)", "jax", "module", ours, ("float32", "bfloat16")))
     else:
         absent.append("ipa_jax's module: no packages jax and haiku")
     if has["jax"] and has["haiku"] and has["alphafold"]:
-        systems.append(System("AlphaFold (jit)", "module", partial(jax_module, "alphafold"), ("float32",)))
+        theirs = partial(whole, alphafold(IPAConfig.alphafold2()))
+        systems.append(System("AlphaFold (jit)", "jax", "module", theirs, ("float32",)))
     else:
         absent.append("AlphaFold: no packages alphafold and haiku")
     return systems, absent
@@ -167,13 +161,13 @@ def gate(device: str) -> Iterator[str]:
 
     for pair in ("float32", "bfloat16"):
         residues = 304 if device == "cuda" else 8
-        arrays = torch_inputs(Case(residues, pair, device))
+        arrays = core_inputs(Case(residues, pair, device))
         wide = {name: None if x is None else x.detach().double() for name, x in arrays.items()}
         expected = [x.cpu().numpy() for x in torch_attend(wide, "reference")]
         for implementation in ("fused", "streamed") if can_fuse(device) else ("streamed",):
             found = {"torch": [x.detach().double().cpu().numpy() for x in torch_attend(arrays, implementation)]}
             if importlib.util.find_spec("jax"):
-                of_jax = jax_core(implementation, Case(residues, pair, device))[FORWARD]()
+                of_jax = jax_core(implementation, Case(residues, pair, device))[FORWARD]()()
                 found["JAX"] = [np.asarray(x, np.float64) for x in of_jax if x is not None]
             for framework, outputs in found.items():
                 for x, e in zip(outputs, expected, strict=True):
@@ -235,380 +229,44 @@ def measure(systems: list[System], case: Case, repeats: int, copied: float) -> l
 
 def in_turn(systems: list[System], case: Case, direction: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of every turn, by system; none of what finds no memory beside the others."""
-    ready = {system.name: attempt(partial(prepared, system, case, direction)) for system in systems}
+    ready = {system.name: memory.attempt(partial(prepared, system, case, direction)) for system in systems}
     seconds: dict[str, list[float]] = {name: [] for name, call in ready.items() if call is not None}
+    clocks: dict[str, Callable[[Any], float]] = {
+        system.name: jax_seconds if system.framework == "jax" else partial(torch_seconds, device=case.device)
+        for system in systems
+    }
     for _ in range(repeats):
         for name in list(seconds):
-            of_jax = name.startswith(("JAX", "ipa_jax", "AlphaFold"))
-            took = attempt(partial(jax_seconds if of_jax else partial(torch_seconds, device=case.device), ready[name]))
+            took = memory.attempt(partial(clocks[name], ready[name]))
             if took is None:
                 del seconds[name]
             else:
                 seconds[name].append(took)
     ready.clear()
-    clean()
+    memory.release()
     return seconds
-
-
-def attempt(call: Callable[[], Any]) -> Any:
-    """What it returns; None where there is not enough memory."""
-    try:
-        return call()
-    except (MemoryError, RuntimeError) as error:  # PyTorch's, XLA's, CUDA's and the CPU allocator's
-        words = ("resource_exhausted", "out of memory", "alloc_failed", "defaultcpuallocator")
-        if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in words):
-            raise
-    clean()  # now that nobody holds what the failed call had
-    return None
 
 
 def prepared(system: System, case: Case, direction: str) -> Call:
     """A call that was made once: what is compiled or captured at first use is."""
-    call = system.prepare(case)[direction]
+    call = system.prepare(case)[direction]()
     call()
     return call
 
 
-def clean() -> None:
-    """Lets go of memory that nobody holds."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def peak(system: System, case: Case, direction: str) -> int | None:
     """Bytes above the inputs: as PyTorch's allocator saw, or as XLA planned; None where there are not enough."""
-    import torch
-
-    call = attempt(partial(prepared, system, case, direction))
+    call = memory.attempt(partial(prepared, system, case, direction))
     if call is None:
         return None
     if isinstance(call, CompiledByJax):
-        return call.planned_bytes or 0
+        return call.planned_bytes
     if isinstance(call, Captured) or case.device == "cpu":  # a graph keeps what the call needs, which is told beside it
         return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    found = torch.cuda.max_memory_allocated() - before
-    del result, call
-    clean()
+    found = memory.peak_on_gpu(call)
+    del call
+    memory.release()
     return found
-
-
-def torch_seconds(call: Call, device: str) -> float:
-    """By the GPU's events; on a CPU by the clock."""
-    import torch
-
-    if device == "cpu":
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    result = call()
-    end.record()
-    torch.cuda.synchronize()
-    del result
-    return start.elapsed_time(end) / 1e3
-
-
-def jax_seconds(call: Call, calls: int = 10) -> float:
-    """By the clock over several calls, one after the other, for one alone is shorter than its launch."""
-    import jax
-
-    jax.block_until_ready(call())
-    started = time.perf_counter()
-    result = None
-    for _ in range(calls):
-        del result
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - started) / calls
-
-
-def torch_inputs(case: Case) -> dict[str, Any]:
-    """Of `point_attention`, at random on the device; all but the mask want gradients. All systems share them."""
-    return dict(_torch_inputs(case))
-
-
-@lru_cache(maxsize=1)
-def _torch_inputs(case: Case) -> dict[str, Any]:
-    import torch
-
-    c = IPAConfig.alphafold2()
-    n, h = case.residues, c.num_head
-    generator = torch.Generator(case.device).manual_seed(n)
-
-    def draw(*shape: int, dtype: Any = torch.float32) -> Any:
-        return torch.randn(shape, generator=generator, device=case.device, dtype=dtype).requires_grad_()
-
-    has_pair, width = case.pair != "none", c.pair_channel or 0
-    return {
-        "q": draw(n, h, c.num_scalar_qk),
-        "k": draw(n, h, c.num_scalar_qk),
-        "v": draw(n, h, c.num_scalar_v),
-        "q_points": draw(n, h, c.num_point_qk, 3),
-        "k_points": draw(n, h, c.num_point_qk, 3),
-        "v_points": draw(n, h, c.num_point_v, 3),
-        "pair": draw(n, n, width, dtype=getattr(torch, case.pair)) if has_pair else None,
-        "pair_bias_weight": draw(width, h) if has_pair else None,
-        "point_weights": torch.ones(h, device=case.device).requires_grad_(),
-        "mask": (torch.rand(n, generator=generator, device=case.device) > 0.1).float(),
-    }
-
-
-def torch_attend(arrays: dict[str, Any], implementation: Implementation) -> list[Any]:
-    """Outputs of the core."""
-    import ipa_torch
-
-    return [x for x in ipa_torch.point_attention(**arrays, implementation=implementation) if x is not None]
-
-
-def torch_directions(forward: Callable[[], list[Any]], leaves: list[Any]) -> dict[str, Call]:
-    """A function that returns outputs, called without gradients and with those of their squared sum."""
-    import torch
-
-    def backward() -> Any:
-        return torch.autograd.grad(sum((x.float() ** 2).sum() for x in forward()), leaves, allow_unused=True)
-
-    return {FORWARD: torch.no_grad()(forward), BACKWARD: backward}
-
-
-def torch_core(implementation: Implementation, case: Case) -> dict[str, Call]:
-    """Our core."""
-    arrays = torch_inputs(case)
-    leaves = [x for name, x in arrays.items() if x is not None and name != "mask"]
-    return torch_directions(partial(torch_attend, arrays, implementation), leaves)
-
-
-def compiled_textbook(case: Case) -> dict[str, Call]:
-    """The reference under `torch.compile`."""
-    import torch
-
-    torch._dynamo.reset()
-    arrays = torch_inputs(case)
-    leaves = [x for name, x in arrays.items() if x is not None and name != "mask"]
-    return torch_directions(torch.compile(partial(torch_attend, arrays, "reference"), dynamic=False), leaves)
-
-
-def torch_sdpa(case: Case) -> dict[str, Call]:
-    """`scaled_dot_product_attention` for the form without a pair: distances expanded into further channels.
-
-    What is lost to cancellation there is not judged; queries and keys have 30 channels, values 40.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    x = torch_inputs(case)
-    leaves = [y for name, y in x.items() if y is not None and name != "mask"]
-
-    def forward() -> list[Any]:
-        q, k, v = (y.transpose(0, 1)[None] for y in (x["q"], x["k"], x["v"]))
-        weight = (x["point_weights"] / math.sqrt(4.5 * x["q_points"].shape[-2]))[:, None, None]
-        ends = [y.flatten(-2).transpose(0, 1)[None] for y in (x["q_points"], x["k_points"])]
-        ones = torch.ones_like(q[..., :1])
-        lengths = [-0.5 * weight * (y * y).sum(-1, keepdim=True) for y in ends]
-        left = torch.cat([q / math.sqrt(q.shape[-1]), weight * ends[0], lengths[0], ones], -1)
-        right = torch.cat([k, ends[1], ones, lengths[1]], -1)
-        values = torch.cat([v, x["v_points"].flatten(-2).transpose(0, 1)[None]], -1)
-        width = max(left.shape[-1], values.shape[-1])
-        left, right, values = (F.pad(y, (0, width - y.shape[-1])) for y in (left, right, values))
-        mask = x["mask"].bool()[None, None, None]
-        return [F.scaled_dot_product_attention(left, right, values, attn_mask=mask, scale=math.sqrt(0.5))]
-
-    return torch_directions(forward, leaves)
-
-
-def in_graphs(prepare: Callable[[Case], dict[str, Call]], case: Case) -> dict[str, Call]:
-    """The same calls, captured and replayed."""
-    return {direction: Captured(call) for direction, call in prepare(case).items()}
-
-
-class Captured:
-    """A call that is captured at its first use, and replayed since."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.graph: Any = None
-
-    def __call__(self) -> Any:
-        """Replays."""
-        import torch
-
-        if self.graph is None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self.call()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-                self.result = self.call()
-            self.graph = graph
-        self.graph.replay()
-        return self.result
-
-
-def torch_module(implementation: Implementation, case: Case) -> dict[str, Call]:
-    """Our whole class."""
-    import ipa_torch
-
-    single, pair, rotation, translation, mask = module_inputs(case)
-    config = IPAConfig.alphafold2()
-    config = config if pair is not None else replace(config, pair_channel=None)
-    module = ipa_torch.InvariantPointAttention(config, implementation=implementation).to(case.device)
-    rigids = ipa_torch.Rigid(rotation, translation)
-    leaves = [x for x in (single, pair, *module.parameters()) if x is not None]
-    return torch_directions(lambda: [module(single, pair, rigids, mask)], leaves)
-
-
-def esmfold(case: Case) -> dict[str, Call]:
-    """`transformers`' EsmFold attention, which is OpenFold's."""
-    from transformers.models.esm.openfold_utils import Rigid, Rotation
-
-    single, pair, rotation, translation, mask = module_inputs(case)
-    module = peers.esmfold_module(make_case("", IPAConfig.alphafold2(), (2,)).astype("float32")).to(case.device)
-    rigids = Rigid(Rotation(rot_mats=rotation), translation)
-    leaves = [single, pair, *module.parameters()]
-    return torch_directions(lambda: [module(single, pair, rigids, mask)], leaves)
-
-
-def module_inputs(case: Case) -> tuple[Any, ...]:
-    """Single, pair, rotations, translations and mask at random on the device; the pair is the core's."""
-    import torch
-
-    from ipa_bridge.proteins.frames import random_frames
-
-    c = IPAConfig.alphafold2()
-    n = case.residues
-    generator = torch.Generator(case.device).manual_seed(n)
-    options: dict[str, Any] = {"generator": generator, "device": case.device}
-    rotation, translation = random_frames(np.random.default_rng(n), (n,), spread=2.0)
-    frames = (torch.from_numpy(x.astype(np.float32)).to(case.device) for x in (rotation, translation))
-    single = torch.randn((n, c.num_channel), **options).requires_grad_()
-    pair = None
-    if case.pair != "none":
-        pair = torch_inputs(case)["pair"]
-    return single, pair, *frames, (torch.rand(n, **options) > 0.1).float()
-
-
-def jax_calls(forward: Callable, leaves: Any, others: Any) -> dict[str, Call]:
-    """A function of what wants gradients and what does not, under jit, compiled at first use."""
-    import jax
-
-    def loss(leaves: Any, others: Any) -> Any:
-        return sum((x.astype("float32") ** 2).sum() for x in jax.tree.leaves(forward(leaves, others)))
-
-    return {
-        FORWARD: CompiledByJax(forward, leaves, others),
-        BACKWARD: CompiledByJax(jax.grad(loss), leaves, others),
-    }
-
-
-class CompiledByJax:
-    """A call of a compiled function, which knows what memory XLA planned."""
-
-    def __init__(self, function: Callable, *inputs: Any) -> None:
-        self.function, self.inputs = function, inputs
-        self.compiled: Any = None
-        self.planned_bytes: int | None = None
-
-    def __call__(self) -> Any:
-        """Compiles, if it has not, and calls."""
-        import jax
-
-        if self.compiled is None:
-            self.compiled = jax.jit(self.function).lower(*self.inputs).compile()
-            plan = self.compiled.memory_analysis()
-            self.planned_bytes = int(plan.temp_size_in_bytes + plan.output_size_in_bytes) if plan else None
-        return self.compiled(*self.inputs)
-
-
-def jax_core(implementation: Implementation, case: Case) -> dict[str, Call]:
-    """Our core in JAX."""
-    attend = jax_point_attention()
-    arrays = {name: x if x is None else from_torch(x) for name, x in torch_inputs(case).items()}
-    others = {"mask": arrays.pop("mask")}
-
-    def forward(leaves: Any, others: Any) -> Any:
-        return attend(**leaves, **others, implementation=implementation)
-
-    return jax_calls(forward, arrays, others)
-
-
-def jax_module(which: str, case: Case) -> dict[str, Call]:
-    """Our whole class in JAX, or AlphaFold's."""
-    import haiku as hk
-
-    import ipa_jax
-    from ipa_bridge.weights import Weights
-
-    config = IPAConfig.alphafold2()
-    single, pair, rotation, translation, mask = map(from_torch, module_inputs(case))
-    params = Weights.random(config).to_haiku()
-    if which == "alphafold":
-        transformed: Any = hk.without_apply_rng(hk.transform(peers.alphafold_forward(config)))
-
-        def forward(leaves: Any, others: Any) -> Any:
-            return transformed.apply(*leaves, *others)
-
-    else:
-        apply = ipa_jax.transform_ipa(config, implementation=cast(Implementation, which)).apply
-
-        def forward(leaves: Any, others: Any) -> Any:
-            mask, *frames = others
-            return apply(*leaves, ipa_jax.Rigid(*frames), mask)
-
-    return jax_calls(forward, (params, single, pair), (mask, rotation, translation))
-
-
-def from_torch(x: Any) -> Any:
-    """A JAX array of the same numbers on the same device."""
-    import jax
-
-    return jax.dlpack.from_dlpack(x.detach().contiguous())
-
-
-def table(rows: list[dict], machine: dict[str, Any]) -> str:
-    """For people."""
-    lines = [
-        f"{machine['name']}, PyTorch {machine['torch']}; a copy moves {machine['bytes'] / 1e12:.2f} TB/s",
-        *(f"not measured: {reason}" for reason in machine["absent"]),
-        "",
-        f"{'system':36} {'kind':7} {'residues':>8}  {'pair':8} {'direction':18} {'time':>11} {'share':>6}     memory",
-        "-" * 112,
-    ]
-    for x in rows:
-        took = f"{x['seconds'] * 1e6:8.0f} µs" if x["seconds"] else "no memory"
-        share = f"{x['share']:.2f}" if x["share"] else ""
-        memory = f"{x['bytes'] / 2**20:.0f} MiB" if x["bytes"] else ""
-        case = f"{x['system']:36} {x['kind']:7} {x['residues']:8}  {x['pair']:8} {x['direction']:18}"
-        lines.append(f"{case} {took:>11} {share:>6} {memory:>10}")
-    lines += ["", *against_targets(rows)]
-    return "\n".join(lines)
-
-
-def against_targets(rows: list[dict]) -> Iterator[str]:
-    """What the fused core was to take, beside what it took."""
-    for (pair, residues), (forward, backward) in TARGETS.items():
-        for x in rows:
-            if (
-                x["system"].startswith("torch, fused")
-                and (x["pair"], x["residues"]) == (pair, residues)
-                and x["seconds"]
-            ):
-                wanted = forward if x["direction"] == FORWARD else forward + backward
-                verdict = "met" if x["seconds"] * 1e6 <= wanted else "missed"
-                yield (
-                    f"target {verdict}: {x['system']}, {residues} residues, {pair} pair, {x['direction']}: "
-                    f"{x['seconds'] * 1e6:.0f} of {wanted} µs"
-                )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import ipa_jax
-from benchmarks.clock import Timed, interleaved
+from benchmarks.calls import Call
+from benchmarks.clock import interleaved
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.weights import Weights
 
@@ -44,7 +45,7 @@ def main() -> int:
     return 0
 
 
-def compile_with(scan: Callable, residues: int, direction: str) -> tuple[Timed, float]:
+def compile_with(scan: Callable, residues: int, direction: str) -> tuple[Call, float]:
     """A call of AlphaFold 2's structure module with that loop, and the seconds that compiling it took."""
     config = StructureModuleConfig.alphafold2()
     rng = np.random.default_rng(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.systems import DIRECTIONS
+from benchmarks.calls import DIRECTIONS
 
 STYLES: dict[str, dict[str, Any]] = {
     "ipa_jax": {"color": "#1565c0", "marker": "o", "linewidth": 2.4},

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.systems import BACKWARD, DIRECTIONS, Inputs, our_torch
+from benchmarks.calls import BACKWARD, DIRECTIONS
+from benchmarks.report import NUMBER, TEXT, markdown_head, markdown_row
+from benchmarks.systems import Inputs, our_torch
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.weights import Weights
 
@@ -35,9 +37,9 @@ def main() -> int:
             spent = profile(inputs, direction, args.calls)
             total = sum(spent.values())
             print(f"\n{framework}, {direction}, {args.residues} residues: {1e3 * total:.0f} ms in operations\n")
-            print("| share | ms | operation |\n|---:|---:|---|")
+            print(*markdown_head(("share", NUMBER), ("ms", NUMBER), ("operation", TEXT)), sep="\n")
             for name, seconds in spent.most_common(args.rows):
-                print(f"| {seconds / total:.0%} | {1e3 * seconds:.0f} | {name} |")
+                print(markdown_row((f"{seconds / total:.0%}", f"{1e3 * seconds:.0f}", name)))
     return 0
 
 

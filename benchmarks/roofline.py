@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.systems import BACKWARD
+from benchmarks.calls import BACKWARD
 from ipa_bridge.config import IPAConfig
 
 

@@ -1,50 +1,42 @@
 """What is measured: our modules and published ones, on the same inputs, called forwards and backwards.
 
 A system prepares calls on given inputs: by direction a function that makes the call ready, which for JAX is to compile
-it, and returns it. The call returns when its result is there. Backwards means gradients of the outputs' squared sum to
-single, pair and all parameters.
+it, and returns it. Gradients are of single, pair and all parameters.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.clock import Timed
+from benchmarks.calls import Call, Calls, as_jax, as_torch, jax_calls, torch_calls
 from ipa_bridge.config import Implementation, IPAConfig, StructureModuleConfig
 from ipa_bridge.proteins.frames import random_frames
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
 from ipa_parity import peers
 from ipa_parity.attention.cases import Case
 from ipa_parity.structure_module.cases import StructureModuleCase
 
-FORWARD, BACKWARD = "forward", "forward + backward"
-DIRECTIONS = (FORWARD, BACKWARD)
-
-Calls = Mapping[str, Callable[[], Timed]]
-"""By direction, what makes a call ready."""
-
 
 class Inputs(NamedTuple):
-    """AlphaFold 2's sizes in float32, at random."""
+    """AlphaFold 2's sizes in float32, at random: arrays of numpy, or tensors where a device holds them."""
 
-    single: np.ndarray  # (N, c_s)
-    pair: np.ndarray  # (N, N, c_z)
-    rotation: np.ndarray  # (N, 3, 3)
-    translation: np.ndarray  # (N, 3)
-    mask: np.ndarray  # (N,) bool
-    aatype: np.ndarray  # (N,)
+    single: Any  # (N, c_s)
+    pair: Any  # (N, N, c_z), or None
+    rotation: Any  # (N, 3, 3)
+    translation: Any  # (N, 3)
+    mask: Any  # (N,) bool, or 1 and 0
+    aatype: Any  # (N,), or None where only the attention is measured
 
     @classmethod
     def draw(cls, residues: int) -> Inputs:
-        """Of so many residues."""
+        """Of so many residues, for a CPU."""
         rng = np.random.default_rng(residues)
         config = IPAConfig.alphafold2()
         rotation, translation = (x.astype(np.float32) for x in random_frames(rng, (residues,), spread=2.0))
@@ -57,6 +49,12 @@ class Inputs(NamedTuple):
             aatype=rng.integers(0, 20, residues),
         )
 
+    @property
+    def config(self) -> IPAConfig:
+        """AlphaFold 2's attention, without a pair where there is none."""
+        config = IPAConfig.alphafold2()
+        return config if self.pair is not None else replace(config, pair_channel=None)
+
 
 def aligned(shape: tuple[int, ...]) -> np.ndarray:
     """Room for float32 numbers where JAX can use them as they lie, without a copy."""
@@ -68,40 +66,26 @@ def aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class System:
-    """One implementation; `against` names the published one in its framework that its ratios are to."""
+    """One implementation, and what prepares its calls on inputs."""
 
     name: str
     framework: str
+    """jax or torch."""
     against: str
+    """The published system of its framework that its ratios are to."""
     prepare: Callable[[Inputs], Calls]
 
 
-def jax_calls(forward: Callable[..., Any], params: Any, *arrays: np.ndarray) -> Calls:
-    """A function of parameters, single, pair and what gets no gradient, under jit."""
-    import jax
-
-    inputs = jax.device_put([params, *arrays])
-    backward = jax.grad(lambda *xs: (forward(*xs) ** 2).sum(), (0, 1, 2))
-
-    def ready(function: Callable) -> Timed:
-        compiled = jax.jit(function).lower(*inputs).compile()
-        return lambda: jax.block_until_ready(compiled(*inputs))
-
-    return {FORWARD: lambda: ready(forward), BACKWARD: lambda: ready(backward)}
+def torch_inputs(inputs: Inputs) -> tuple[Any, Any, Any, Any, Any]:
+    """Single and pair, which want gradients, rotation, translation and mask as tensors."""
+    single, pair = (None if x is None else as_torch(x).requires_grad_() for x in (inputs.single, inputs.pair))
+    return single, pair, *map(as_torch, (inputs.rotation, inputs.translation, inputs.mask))
 
 
-def torch_calls(module: Any, forward: Callable[..., Any], inputs: Inputs) -> Calls:
-    """A function of single and pair that runs a module."""
-    import torch
-
-    module.eval()
-    single, pair = (torch_tensor(x).requires_grad_() for x in (inputs.single, inputs.pair))
-
-    def backward() -> Any:
-        return torch.autograd.grad((forward(single, pair) ** 2).sum(), [single, pair, *module.parameters()])
-
-    inference = torch.no_grad()(lambda: forward(single, pair))
-    return {FORWARD: lambda: inference, BACKWARD: lambda: backward}
+def haiku_calls(forward: Callable[..., Any], weights: Weights, inputs: Inputs) -> Calls:
+    """A function of parameters, single, pair, mask, rotation and translation, without gradients to the last three."""
+    leaves = (weights.to_haiku(), as_jax(inputs.single), as_jax(inputs.pair))
+    return jax_calls(forward, leaves, (as_jax(inputs.mask), as_jax(inputs.rotation), as_jax(inputs.translation)))
 
 
 def our_haiku(implementation: Implementation | None) -> Callable[[Inputs], Calls]:
@@ -110,14 +94,12 @@ def our_haiku(implementation: Implementation | None) -> Callable[[Inputs], Calls
     def prepare(inputs: Inputs) -> Calls:
         import ipa_jax
 
-        config = IPAConfig.alphafold2()
-        apply = ipa_jax.transform_ipa(config, implementation=implementation).apply
+        apply = ipa_jax.transform_ipa(inputs.config, implementation=implementation).apply
 
         def forward(params: Any, single: Any, pair: Any, mask: Any, rotation: Any, translation: Any) -> Any:
             return apply(params, single, pair, ipa_jax.Rigid(rotation, translation), mask)
 
-        arrays = (inputs.single, inputs.pair, inputs.mask, inputs.rotation, inputs.translation)
-        return jax_calls(forward, Weights.random(config).to_haiku(), *arrays)
+        return haiku_calls(forward, Weights.random(inputs.config), inputs)
 
     return prepare
 
@@ -129,8 +111,7 @@ def alphafold(config: IPAConfig) -> Callable[[Inputs], Calls]:
         import haiku as hk
 
         transformed: Any = hk.without_apply_rng(hk.transform(peers.alphafold_forward(config)))
-        arrays = (inputs.single, inputs.pair, inputs.mask, inputs.rotation, inputs.translation)
-        return jax_calls(transformed.apply, Weights.random(config).to_haiku(), *arrays)
+        return haiku_calls(transformed.apply, Weights.random(config), inputs)
 
     return prepare
 
@@ -141,10 +122,11 @@ def our_torch(implementation: Implementation | None) -> Callable[[Inputs], Calls
     def prepare(inputs: Inputs) -> Calls:
         import ipa_torch
 
-        module = ipa_torch.InvariantPointAttention(IPAConfig.alphafold2(), implementation=implementation)
-        rigids = ipa_torch.Rigid(torch_tensor(inputs.rotation), torch_tensor(inputs.translation))
-        mask = torch_tensor(inputs.mask)
-        return torch_calls(module, lambda single, pair: module(single, pair, rigids, mask), inputs)
+        single, pair, rotation, translation, mask = torch_inputs(inputs)
+        module = ipa_torch.InvariantPointAttention(inputs.config, implementation=implementation)
+        module.eval().to(single.device)
+        rigids = ipa_torch.Rigid(rotation, translation)
+        return torch_calls(lambda: [module(single, pair, rigids, mask)], [single, pair, *module.parameters()])
 
     return prepare
 
@@ -153,27 +135,26 @@ def esmfold(inputs: Inputs) -> Calls:
     """`transformers`' EsmFold attention, which is OpenFold's."""
     from transformers.models.esm.openfold_utils import Rigid, Rotation
 
-    weights = Weights.random(IPAConfig.alphafold2())
-    module = peers.esmfold_module(
-        Case("", weights, inputs.single, None, inputs.rotation, inputs.translation, inputs.mask, inputs.single)
-    )
-    rigids = Rigid(Rotation(rot_mats=torch_tensor(inputs.rotation)), torch_tensor(inputs.translation))
-    mask = torch_tensor(inputs.mask).float()
-    return torch_calls(module, lambda single, pair: module(single, pair, rigids, mask), inputs)
+    none = np.zeros(0, np.float32)
+    case = Case("", Weights.random(IPAConfig.alphafold2()), none, None, none, none, none, none)
+    single, pair, rotation, translation, mask = torch_inputs(inputs)
+    module = peers.esmfold_module(case).eval().to(single.device)
+    rigids, mask = Rigid(Rotation(rot_mats=rotation), translation), mask.float()
+    return torch_calls(lambda: [module(single, pair, rigids, mask)], [single, pair, *module.parameters()])
 
 
 def lucidrains(inputs: Inputs) -> Calls:
     """The attention of `invariant-point-attention`."""
-    module = peers.lucidrains_module(IPAConfig.alphafold2())
-    frames = {"rotations": torch_tensor(inputs.rotation)[None], "translations": torch_tensor(inputs.translation)[None]}
-    mask = torch_tensor(inputs.mask)[None]
+    module = peers.lucidrains_module(IPAConfig.alphafold2()).eval()
+    single, pair, rotation, translation, mask = torch_inputs(inputs)
+    frames = {"rotations": rotation[None], "translations": translation[None]}
 
-    def forward(single: Any, pair: Any) -> Any:
+    def forward() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return module(single[None], pair[None], **frames, mask=mask)
+            return [module(single[None], pair[None], **frames, mask=mask[None])]
 
-    return torch_calls(module, forward, inputs)
+    return torch_calls(forward, [single, pair, *module.parameters()])
 
 
 def our_haiku_structure_module(inputs: Inputs) -> Calls:
@@ -186,8 +167,8 @@ def our_haiku_structure_module(inputs: Inputs) -> Calls:
     def forward(params: Any, single: Any, pair: Any, aatype: Any, mask: Any) -> Any:
         return apply(params, None, single, pair, aatype, mask).atom14[-1]
 
-    arrays = (inputs.single, inputs.pair, inputs.aatype, inputs.mask)
-    return jax_calls(forward, Weights.random(config).to_haiku(), *arrays)
+    leaves = (Weights.random(config).to_haiku(), inputs.single, inputs.pair)
+    return jax_calls(forward, leaves, (inputs.aatype, inputs.mask))
 
 
 def alphafold_structure_module(inputs: Inputs) -> Calls:
@@ -203,7 +184,7 @@ def alphafold_structure_module(inputs: Inputs) -> Calls:
     def forward(params: Any, single: Any, pair: Any) -> Any:
         return transformed.apply(params, jax.random.key(0), single, pair)["atom14"][-1]
 
-    return jax_calls(forward, weights.to_haiku(), inputs.single, inputs.pair)
+    return jax_calls(forward, (weights.to_haiku(), inputs.single, inputs.pair))
 
 
 def swapped_alphafold_structure_module(inputs: Inputs) -> Calls:
@@ -212,7 +193,7 @@ def swapped_alphafold_structure_module(inputs: Inputs) -> Calls:
 
     calls = alphafold_structure_module(inputs)
 
-    def ready(direction: str) -> Timed:
+    def ready(direction: str) -> Call:
         with ipa_jax.replace_alphafold_ipa(verify=False):
             return calls[direction]()
 
@@ -226,8 +207,10 @@ def our_torch_structure_module(inputs: Inputs) -> Calls:
     config = StructureModuleConfig.alphafold2()
     module = ipa_torch.StructureModule(config)
     module.load_state_dict(Weights.random(config).to_torch())
-    aatype, mask = torch_tensor(inputs.aatype), torch_tensor(inputs.mask)
-    return torch_calls(module, lambda single, pair: module(single, pair, aatype, mask).atom14[-1], inputs)
+    module.eval()
+    single, pair, _, _, mask = torch_inputs(inputs)
+    aatype = as_torch(inputs.aatype)
+    return torch_calls(lambda: [module(single, pair, aatype, mask).atom14[-1]], [single, pair, *module.parameters()])
 
 
 def esmfold_structure_module(inputs: Inputs, *, swapped: bool = False) -> Calls:
@@ -237,12 +220,14 @@ def esmfold_structure_module(inputs: Inputs, *, swapped: bool = False) -> Calls:
         import ipa_torch
 
         ipa_torch.replace_ipa(module)
-    aatype, mask = torch_tensor(inputs.aatype)[None], torch_tensor(inputs.mask)[None].float()
+    module.eval()
+    single, pair, _, _, mask = torch_inputs(inputs)
+    aatype, mask = as_torch(inputs.aatype)[None], mask[None].float()
 
-    def forward(single: Any, pair: Any) -> Any:
-        return module({"single": single[None], "pair": pair[None]}, aatype, mask)["positions"][-1, 0]
+    def forward() -> Any:
+        return [module({"single": single[None], "pair": pair[None]}, aatype, mask)["positions"][-1, 0]]
 
-    return torch_calls(module, forward, inputs)
+    return torch_calls(forward, [single, pair, *module.parameters()])
 
 
 AF, AF_MULTIMER, ESM, LUCIDRAINS = "AlphaFold (jit)", "AlphaFold-Multimer (jit)", "ESMFold", "invariant-point-attention"
@@ -270,6 +255,6 @@ MODULES: dict[str, tuple[System, ...]] = {
 """By module; names are unique within one."""
 
 
-def named(module: str, name: str) -> System:
+def find_system(module: str, name: str) -> System:
     """The system of that name."""
     return next(system for system in MODULES[module] if system.name == name)
