@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ipa_bridge import cli, residues
+from ipa_bridge import cli
 from ipa_bridge.config import StructureModuleConfig
-from ipa_bridge.proteins import load_structure, save_structure
+from ipa_bridge.proteins import load_structure, residues, save_structure
 from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights

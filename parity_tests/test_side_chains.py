@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ipa_bridge import oracle, residues
-from ipa_bridge.proteins import load_structure
+from ipa_bridge import oracle
+from ipa_bridge.proteins import load_structure, residues
 from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.tensors import numpy_array, torch_tensor
 from ipa_parity.report import compare
