@@ -1175,7 +1175,7 @@ def test_unknown_residues_have_the_frames_of_their_backbones(framework):
     backbone = np.tile(np.arange(8) == 0, (4, 1))
 
     def frames_and_losses(rotation, translation, angles, aatype, backbone, atoms, known):
-        of_module = importlib.import_module(framework.losses.__package__).torsion_angles_to_frames
+        of_module = importlib.import_module(framework.rigid.__module__.partition(".")[0]).torsion_angles_to_frames
         frames = of_module(framework.rigid(rotation, translation), angles, aatype)
         losses = (
             framework.losses.sidechain_loss(predicted, frames, backbone, atoms, atoms, known)
