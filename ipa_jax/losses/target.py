@@ -63,6 +63,11 @@ def structure_target(
     if chain_id is not None:
         check_shape("chain_id", chain_id, residue, "mask")
     check_aatype(aatype, mask)
+    # A structure's arrays are numpy's, in a width that JAX may not have.
+    atom37, atom37_mask, aatype, mask, residue_index = (
+        jnp.asarray(x) for x in (atom37, atom37_mask, aatype, mask, residue_index)
+    )
+    chain_id = None if chain_id is None else jnp.asarray(chain_id)
     known = atom37_mask.astype(bool) & mask.astype(bool)[..., None]
     atom37 = jnp.where(known[..., None], atom37, jnp.zeros((), atom37.dtype))
     groups, torsions = atom37_to_frames(atom37, known, aatype), atom37_to_torsion_angles(atom37, known, aatype)

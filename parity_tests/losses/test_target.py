@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from loss_frameworks import LOSS, Torch, assert_close
+from loss_frameworks import LOSS, Jax, Torch, assert_close, one_of
 from loss_problems import gathered, synthetic_problem, true_chis, true_group_frames
 
 from ipa_bridge.proteins import load_structure, residues
@@ -43,6 +43,23 @@ def test_the_target_of_a_real_protein(structures_dir, framework):
         np.testing.assert_array_equal(framework.numpy(again)[6], np.where(atom14_mask[..., None], actual[6], 0))
         assert_close(framework.numpy(again)[3:6], actual[3:6], LOSS)
         assert_close(framework.numpy(again)[8:], actual[8:], LOSS)
+
+
+def test_a_structures_float64_is_taken_in_silence(structures_dir):
+    """By JAX without float64, warnings being errors."""
+    pytest.importorskip("gemmi")
+    framework = one_of(Jax)
+    structure = load_structure(structures_dir / "2rbg.pdb")
+    chain = np.unique(structure.chain_id, return_inverse=True)[1]
+    arrays = (structure.atom37, structure.atom37_mask, structure.aatype, structure.mask, structure.residue_number)
+    assert structure.atom37.dtype == np.float64
+    with framework.jax.enable_x64(False):
+        target = framework.losses.structure_target(*arrays, chain_id=chain)
+    leaves = framework.jax.tree.leaves(target)
+    assert all(isinstance(x, framework.jax.Array) for x in leaves)
+    assert {x.dtype.name for x in leaves} == {"float32", "int32", "bool"}
+    expected = framework.losses.structure_target(*map(framework.array, arrays), chain_id=framework.array(chain))
+    np.testing.assert_allclose(target.atom14, expected.atom14, atol=1e-5)
 
 
 def target_of(framework, p, *, chains):
