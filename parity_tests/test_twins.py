@@ -65,6 +65,7 @@ ONLY_IN_ONE = {
         f"attention.streamed.{name}": "what torch wants told of an operator, of the fused one too"
         for name in ("one_by_one", "wants_gradients", "without_derivative")
     },
+    "invariant_point_attention.weight_without_bias": "a torch optimiser expects a gradient of every parameter",
     "attention.fused.HAS_TRITON": "JAX brings its own Triton",
 }
 """Names that one framework has and the other has no use for."""
