@@ -169,7 +169,34 @@ def judge_against_the_reference(framework, arrays, cotangents):
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as conftest sets it, but on a GPU
 interpreted = pytest.mark.usefixtures("interpreted")
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
+
+
+def without_triton() -> str:
+    """Why the kernels of PyTorch cannot even be interpreted; empty where they can."""
+    if not importlib.util.find_spec("torch"):
+        return "no torch"
+    from ipa_torch.attention import fused
+
+    installed = fused._installed_triton()
+    return "" if installed and installed >= fused.OLDEST_TRITON else f"triton is {installed}"
+
+
+needs_triton = pytest.mark.skipif(bool(without_triton()), reason=without_triton())
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, "the package triton was expected, which is not installed"), ((3, 2), "triton 3.6 or later .*; got 3.2")],
+)
+def test_another_triton_is_told(version, message, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from ipa_torch.attention import fused, point_attention
+
+    monkeypatch.setattr(fused, "_TRITON", version)
+    arrays, _ = arrays_of((5,), 2, 32)
+    tensors = {name: None if x is None else torch.tensor(x) for name, x in arrays.items()}
+    with pytest.raises(NotImplementedError, match=rf"{message}.*; implementation='streamed' has no such limit"):
+        point_attention(**tensors, implementation="fused")
 
 
 @interpreted
@@ -351,8 +378,8 @@ def test_a_pair_that_lies_otherwise(lies):
 @pytest.fixture(scope="module", params=["alphafold", pytest.param("every pair", marks=pytest.mark.exhaustive)])
 def resources(request):
     """Registers and memory that kernels take of a GPU, compiled where nothing is interpreted."""
-    if not importlib.util.find_spec("triton"):
-        pytest.skip("no triton")
+    if reason := without_triton():
+        pytest.skip(reason)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_resources", "--json"]
     command += ["--target", "sm_90", "--pair-channel", "128"] if request.param == "alphafold" else []
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -6,6 +6,8 @@ float32's (see `ipa_torch.attention.kernels`).
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +22,21 @@ from ipa_bridge.tiling import Sizes, chunks, stride, unsupported
 from ipa_torch.attention.derivatives import one_by_one, wants_gradients, without_derivative
 from ipa_torch.attention.operands import Operands, unpack
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = (3, 6)
+"""The first version that the kernels were tried with."""
+
+
+def _installed_triton() -> tuple[int, ...] | None:
+    """Triton's version without importing it, which loads a compiler; None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # a build of one's own, which is taken for new
+        return OLDEST_TRITON
+
+
+_TRITON = _installed_triton()
 
 INTERPRETED = False
 """True where Triton interprets the kernels, on any device: a setting for tests, which set TRITON_INTERPRET=1 too."""
@@ -69,8 +85,11 @@ def point_attention(
 
 def _no_place_to_run(device: str) -> str | None:
     """Why kernels cannot run on a device; None where they can."""
-    if not _HAS_TRITON:
+    if _TRITON is None:
         return "the package triton was expected, which is not installed"
+    if _TRITON < OLDEST_TRITON:
+        oldest, got = (".".join(map(str, x)) for x in (OLDEST_TRITON, _TRITON))
+        return f"triton {oldest} or later was expected, as PyTorch 2.11 brings it; got {got}"
     if device != "cuda" and not INTERPRETED:
         return f"tensors on a CUDA device were expected; got {device}"
     return None
