@@ -43,6 +43,7 @@ from benchmarks.cores import (
 from benchmarks.report import gpu_table, refuse, save
 from benchmarks.systems import Inputs, alphafold, esmfold, our_haiku, our_torch
 from ipa_bridge.config import Implementation, IPAConfig
+from ipa_parity.frameworks import jax_point_attention
 from ipa_parity.report import compare
 
 RESIDUES = (256, 512, 1024, 2048, 4096, 8192)

@@ -109,7 +109,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("torch"):
         monkeypatch.setattr("ipa_torch.attention.fused.INTERPRETED", True)
     if importlib.util.find_spec("jax"):
-        from ipa_parity.attention import jax_point_attention
+        from ipa_parity.frameworks import jax_point_attention
 
         jax_point_attention()  # imports it without Haiku too
         monkeypatch.setattr("ipa_jax.attention.fused.INTERPRETED", True)
