@@ -22,6 +22,8 @@ if not any(x.startswith("--require") and "gpu" in x for x in sys.argv):  # on a 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """True where Triton interprets GPU kernels on the CPU; it is told once for the whole run."""
 
+from frameworks import Jax, Torch, one_of
+
 COMPARED = pytest.StashKey[list]()
 COMPARED_WITH_PEERS = pytest.StashKey[list]()
 COMPARED_WITH_STRUCTURE_MODULES = pytest.StashKey[list]()
@@ -99,6 +101,12 @@ def without_gpu() -> str | None:
         if jax.default_backend() != "gpu":
             return f"a CUDA device was expected as JAX's default; it is {jax.default_backend()}"
     return None
+
+
+@pytest.fixture(scope="module", params=[Jax, Torch], ids=lambda kind: kind.name)
+def framework(request: pytest.FixtureRequest) -> Jax | Torch:
+    """Each framework in turn."""
+    return one_of(request.param)
 
 
 @pytest.fixture

@@ -6,85 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
+from frameworks import Jax, Torch
 
 from ipa_bridge import IPAConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig, Weights
 from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_parity.attention.cases import CATALOGUE, ODD
-
-
-class Jax:
-    """Calls the Haiku IPA and core on numpy arrays."""
-
-    def __init__(self):
-        self.jax, self.numpy = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
-        pytest.importorskip("haiku")
-        import ipa_jax
-
-        self.package = ipa_jax
-
-    def array(self, x):
-        return None if x is None else self.numpy.asarray(x)
-
-    def at_hand(self, x):
-        return x
-
-    def run(self, function):
-        """Traced only: compiling takes longer than running."""
-        self.jax.eval_shape(function)
-        return []
-
-    def vmap(self, function):
-        return self.jax.vmap(function)
-
-    def transforms(self, *inputs):
-        return (self.jax.jit,)
-
-    def ipa(self, case, *inputs):
-        return self.package.transform_ipa(case.config).apply(case.weights.to_haiku(), *inputs)
-
-
-class Torch:
-    """Calls the PyTorch IPA and core on numpy arrays."""
-
-    def __init__(self):
-        self.torch = pytest.importorskip("torch")
-        import ipa_torch
-
-        self.package = ipa_torch
-
-    def array(self, x):
-        return None if x is None else self.torch.tensor(x)
-
-    def at_hand(self, x):
-        return self.array(x)
-
-    def run(self, function):
-        """The outputs that are no integers."""
-        outputs = self.torch.utils._pytree.tree_leaves(function())
-        return [x.numpy() for x in outputs if x is not None and "int" not in str(x.dtype)]
-
-    def vmap(self, function):
-        return self.torch.func.vmap(function)
-
-    def transforms(self, *inputs):
-        """Compiled, and exported."""
-
-        def exported(function):
-            module = type("Module", (self.torch.nn.Module,), {"forward": lambda _, *xs: function(*xs)})()
-            return self.torch.export.export(module, inputs).module()
-
-        return lambda f: self.torch.compile(f, fullgraph=True, backend="eager"), exported
-
-    def ipa(self, case, *inputs):
-        module = self.package.InvariantPointAttention(case.config)
-        module.load_state_dict(case.weights.to_torch())
-        return module(*inputs)
-
-
-@pytest.fixture(params=[Jax, Torch], ids=["jax", "torch"])
-def framework(request):
-    return request.param()
-
 
 IPA = {
     "single rank": (lambda s, z, r, t, m: (s[0], z, r, t, m), r"single must be \(\*batch, N, 11\).*got \(11,\)"),
@@ -316,7 +242,9 @@ def test_residue_types_out_of_range(framework, reads):
 
     def run(*aatype, valid, dtype=np.int64):
         mask = at_hand(np.array([True, True, valid]))
-        return framework.run(lambda: reads(framework.package, at_hand(np.array(aatype, dtype)), framework.array, mask))
+        return framework.shapes(
+            lambda: reads(framework.package, at_hand(np.array(aatype, dtype)), framework.array, mask)
+        )
 
     expected = run(0, 5, 20, valid=False)
     for padding in (-1, -2, -100, 21, 127):

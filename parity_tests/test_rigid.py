@@ -8,58 +8,15 @@ from functools import partial
 
 import numpy as np
 import pytest
+from frameworks import Jax, Torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipa_bridge.proteins.frames import backbone_frames, random_frames, random_rotations
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.tolerance import BOUNDS
 
 EPS = np.finfo(np.float64).eps
 TOLERANCE = BOUNDS["points"] * EPS
-
-
-class Jax:
-    """numpy in, numpy out, through ipa_jax.Rigid."""
-
-    def __init__(self):
-        self.jax = pytest.importorskip("jax")
-        pytest.importorskip("haiku")
-        from ipa_jax import Rigid
-
-        self.Rigid, self.array = Rigid, self.jax.numpy.asarray
-
-    def numpy(self, x):
-        return np.asarray(x)
-
-    def gradients(self, function, *arrays):
-        """Gradients of the sum of a function's output."""
-        grads = self.jax.grad(lambda *xs: function(*xs).sum(), tuple(range(len(arrays))))(*map(self.array, arrays))
-        return [np.asarray(x) for x in grads]
-
-
-class Torch:
-    """numpy in, numpy out, through ipa_torch.Rigid."""
-
-    def __init__(self):
-        self.torch = pytest.importorskip("torch")
-        from ipa_torch import Rigid
-
-        self.Rigid, self.array = Rigid, torch_tensor
-
-    def numpy(self, x):
-        return x.detach().numpy()
-
-    def gradients(self, function, *arrays):
-        """Gradients of the sum of a function's output."""
-        leaves = [self.array(x).requires_grad_() for x in arrays]
-        grads = self.torch.autograd.grad(function(*leaves).sum(), leaves, allow_unused=True, materialize_grads=True)
-        return [x.numpy() for x in grads]
-
-
-@pytest.fixture(scope="module", params=[Jax, Torch], ids=["jax", "torch"])
-def framework(request):
-    return request.param()
 
 
 def frames(framework, seed, shape=(5,), spread=3.0):
@@ -158,7 +115,7 @@ def test_quaternion_of_zero_is_the_identity(framework):
     assert_close(
         framework, framework.Rigid.from_quaternion(*zero), framework.Rigid(framework.array(np.eye(3)), zero[1])
     )
-    gradients = framework.gradients(lambda q: framework.Rigid.from_quaternion(q, zero[1]).rotation, np.zeros(4))
+    gradients = framework.gradients_of_sum(lambda q: framework.Rigid.from_quaternion(q, zero[1]).rotation, np.zeros(4))
     assert np.isfinite(gradients[0]).all()
 
 
@@ -180,7 +137,7 @@ def test_to_quaternion_is_right_and_smooth_everywhere(framework):
     quaternion = rigid.to_quaternion()
     assert (framework.numpy(quaternion)[:, 0] >= 0).all()
     assert_close(framework, framework.Rigid.from_quaternion(quaternion, translation), rigid, 1e-13)
-    (gradient,) = framework.gradients(lambda r: framework.Rigid(r, translation).to_quaternion(), rotation)
+    (gradient,) = framework.gradients_of_sum(lambda r: framework.Rigid(r, translation).to_quaternion(), rotation)
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() < 10
 
@@ -199,7 +156,7 @@ def test_gradient_of_to_quaternion(framework):
     numeric = (value(rotation + step * direction) - value(rotation - step * direction)) / (2 * step)
     weigh = framework.array(np.tile(weights, (20, 1)))
     zero = framework.array(np.zeros((20, 3)))
-    (gradient,) = framework.gradients(lambda r: framework.Rigid(r, zero).to_quaternion() * weigh, rotation)
+    (gradient,) = framework.gradients_of_sum(lambda r: framework.Rigid(r, zero).to_quaternion() * weigh, rotation)
     assert np.abs((gradient * direction).sum((-1, -2)) - numeric).max() < 100 * step**2 + 100 * EPS / step
 
 
@@ -218,7 +175,7 @@ def test_collinear_points_give_finite_frames_and_gradients(framework):
             return framework.Rigid.from_three_points(*xs).rotation
 
         assert np.isfinite(framework.numpy(flat(*map(framework.array, points)))).all()
-        assert all(np.isfinite(x).all() for x in framework.gradients(flat, *points))
+        assert all(np.isfinite(x).all() for x in framework.gradients_of_sum(flat, *points))
 
 
 def test_scaled_and_stopped(framework):
@@ -230,7 +187,7 @@ def test_scaled_and_stopped(framework):
     def stopped(rotation, translation):
         return framework.Rigid(rotation, translation).stop_rotation_gradient().apply(points)
 
-    to_rotation, to_translation = framework.gradients(stopped, *(framework.numpy(x) for x in rigid))
+    to_rotation, to_translation = framework.gradients_of_sum(stopped, *(framework.numpy(x) for x in rigid))
     assert (to_rotation == 0).all()
     assert (to_translation == 1).all()
 
@@ -252,7 +209,7 @@ def test_the_frameworks_agree():
     arrays = (r1, t1, r2, t2, points)
     outputs = [fw.numpy(everything(fw, *map(fw.array, arrays))) for fw in (jax, torch)]
     assert np.abs(outputs[0] - outputs[1]).max() <= TOLERANCE * np.abs(outputs[0]).max()
-    gradients = [fw.gradients(partial(everything, fw), *arrays) for fw in (jax, torch)]
+    gradients = [fw.gradients_of_sum(partial(everything, fw), *arrays) for fw in (jax, torch)]
     for a, b in zip(*gradients, strict=True):
         assert np.abs(a - b).max() <= BOUNDS["gradient"] * EPS * np.abs(a).max()
 

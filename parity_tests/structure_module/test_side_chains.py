@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from ipa_bridge import oracle
 from ipa_bridge.proteins import load_structure, residues
 from ipa_bridge.proteins.frames import random_frames
-from ipa_bridge.tensors import numpy_array, torch_tensor
 from ipa_parity.report import compare
 
 RMSD = {"1gcn.pdb": 0.284, "2rbg.pdb": 0.148, "5nmu.pdb": 0.002}
 """Å between a protein and its rebuilt self: what ideal bonds and angles cost. 5nmu.pdb, a prediction, has them."""
 
 PROTEINS = tuple(RMSD)
-
-
-class Jax:
-    name = "jax"
-
-    def __init__(self):
-        self.jax = pytest.importorskip("jax")
-        pytest.importorskip("haiku")
-        import ipa_jax
-
-        self.array, self.numpy = self.jax.numpy.asarray, np.asarray
-        functions = [name for name in ipa_jax.__all__ if "atom" in name or "frames" in name]
-        compiled = {name: self.jax.jit(getattr(ipa_jax, name)) for name in functions}
-        self.ipa = SimpleNamespace(Rigid=ipa_jax.Rigid, **compiled)
-        self.transforms = {"jit": self.jax.jit, "vmap": self.jax.vmap}
-
-    def gradient(self, function, *arrays):
-        return [np.asarray(x) for x in self.jax.jit(self.jax.grad(function, tuple(range(len(arrays)))))(*arrays)]
-
-
-class Torch:
-    name = "torch"
-
-    def __init__(self):
-        self.torch = pytest.importorskip("torch")
-        import ipa_torch
-
-        self.ipa, self.array, self.numpy = ipa_torch, torch_tensor, numpy_array
-        compiled = lambda f: self.torch.compile(f, fullgraph=True, backend="aot_eager")  # noqa: E731
-        self.transforms = {"jit": compiled, "vmap": self.torch.func.vmap}
-
-    def gradient(self, function, *arrays):
-        leaves = [x.clone().requires_grad_() for x in arrays]
-        return [x.numpy() for x in self.torch.autograd.grad(function(*leaves), leaves)]
-
-
-@pytest.fixture(params=[Jax, Torch], ids=lambda kind: kind.name)
-def framework(request):
-    return request.param()
 
 
 def drawn(shape, seed=0, dtype="float64"):
@@ -83,9 +41,9 @@ def spread(atoms):
 @pytest.mark.parametrize("shape", [(21,), (2, 3, 42), (0,)])
 def test_atoms_are_the_oracles(framework, shape, dtype):
     rotation, translation, angles, aatype = drawn(shape, dtype=dtype)
-    rigids = framework.ipa.Rigid(framework.array(rotation), framework.array(translation))
-    frames = framework.ipa.torsion_angles_to_frames(rigids, framework.array(angles), framework.array(aatype))
-    atoms = framework.numpy(framework.ipa.frames_to_atom14(frames, framework.array(aatype)))
+    rigids = framework.geometry.Rigid(framework.array(rotation), framework.array(translation))
+    frames = framework.geometry.torsion_angles_to_frames(rigids, framework.array(angles), framework.array(aatype))
+    atoms = framework.numpy(framework.geometry.frames_to_atom14(frames, framework.array(aatype)))
     assert atoms.dtype == dtype
     expected_rotation, expected_translation = oracle.rigid_groups(rotation, translation, angles, aatype)
     expected = oracle.atom14(expected_rotation, expected_translation, aatype)
@@ -101,14 +59,18 @@ def test_transforms(framework, transform):
     rotation, translation, angles, aatype = (framework.array(x) for x in drawn((3, 21)))
 
     def build(rotation, translation, angles, aatype):
-        frames = framework.ipa.torsion_angles_to_frames(framework.ipa.Rigid(rotation, translation), angles, aatype)
-        atoms = framework.ipa.atom14_to_atom37(framework.ipa.frames_to_atom14(frames, aatype), aatype)
-        mask = framework.ipa.atom14_to_atom37(framework.ipa.frames_to_atom14(frames, aatype)[..., 0] != 0, aatype)
-        return framework.ipa.atom37_to_torsion_angles(atoms, mask, aatype).angles
+        frames = framework.geometry.torsion_angles_to_frames(
+            framework.geometry.Rigid(rotation, translation), angles, aatype
+        )
+        atoms = framework.geometry.atom14_to_atom37(framework.geometry.frames_to_atom14(frames, aatype), aatype)
+        mask = framework.geometry.atom14_to_atom37(
+            framework.geometry.frames_to_atom14(frames, aatype)[..., 0] != 0, aatype
+        )
+        return framework.geometry.atom37_to_torsion_angles(atoms, mask, aatype).angles
 
     arguments = (rotation, translation, angles, aatype)
     expected = framework.numpy(build(*arguments))
-    actual = framework.numpy(framework.transforms[transform](build)(*arguments))
+    actual = framework.numpy(getattr(framework, transform)(build)(*arguments))
     judge(actual, expected, "angles", "float64", "plain", spread(framework.numpy(translation)))
 
 
@@ -117,14 +79,14 @@ def test_angles_come_back(framework):
     rotation, translation, angles, aatype = drawn((42,))
     atoms = oracle.atom14(*oracle.rigid_groups(rotation, translation, angles, aatype), aatype)
     atoms, aatype = framework.array(atoms), framework.array(aatype)
-    atom37 = framework.ipa.atom14_to_atom37(atoms, aatype)
+    atom37 = framework.geometry.atom14_to_atom37(atoms, aatype)
     mask = framework.array(residues.ATOM37_MASK[framework.numpy(aatype)])
-    found = framework.ipa.atom37_to_torsion_angles(atom37, mask, aatype)
+    found = framework.geometry.atom37_to_torsion_angles(atom37, mask, aatype)
     own = framework.numpy(found.mask).copy()
     own[:, :2] = False
     np.testing.assert_array_equal(own[:, 3:], residues.CHI_MASK[framework.numpy(aatype)])
     judge(framework.numpy(found.angles)[own], angles[own], "angles", "float64", conditioning=spread(translation))
-    frames = framework.ipa.atom37_to_frames(atom37, mask, aatype)
+    frames = framework.geometry.atom37_to_frames(atom37, mask, aatype)
     expected, _ = oracle.rigid_groups(rotation, translation, angles, framework.numpy(aatype))
     known = framework.numpy(frames.mask)
     judge(framework.numpy(frames.frames.rotation)[known], expected[known], "rotation", "float64")
@@ -133,11 +95,11 @@ def test_angles_come_back(framework):
 def test_atom_slots_go_both_ways(framework):
     aatype = np.arange(21)
     atoms = np.random.default_rng(0).standard_normal((21, 14, 3)) * residues.ATOM14_MASK[..., None]
-    there = framework.ipa.atom14_to_atom37(framework.array(atoms), framework.array(aatype))
+    there = framework.geometry.atom14_to_atom37(framework.array(atoms), framework.array(aatype))
     np.testing.assert_array_equal(
-        framework.numpy(framework.ipa.atom37_to_atom14(there, framework.array(aatype))), atoms
+        framework.numpy(framework.geometry.atom37_to_atom14(there, framework.array(aatype))), atoms
     )
-    masks = framework.ipa.atom14_to_atom37(framework.array(residues.ATOM14_MASK), framework.array(aatype))
+    masks = framework.geometry.atom14_to_atom37(framework.array(residues.ATOM14_MASK), framework.array(aatype))
     np.testing.assert_array_equal(framework.numpy(masks), residues.ATOM37_MASK)
 
 
@@ -156,13 +118,13 @@ def test_frames_and_torsions_are_alphafolds(framework, name, structures_dir):
         frames = all_atom.atom37_to_frames(aatype, atoms, floats)
     torsions, frames = ({key: np.asarray(x) for key, x in found.items()} for found in (torsions, frames))
     arrays = [framework.array(x) for x in (atoms, mask, aatype)]
-    ours = framework.ipa.atom37_to_torsion_angles(*arrays)
+    ours = framework.geometry.atom37_to_torsion_angles(*arrays)
     known = framework.numpy(ours.mask)
     np.testing.assert_array_equal(known, torsions["torsion_angles_mask"][0] > 0)
     for field, key in (("angles", "torsion_angles_sin_cos"), ("alternative_angles", "alt_torsion_angles_sin_cos")):
         actual, expected = framework.numpy(getattr(ours, field))[known], torsions[key][0][known]
         judge(actual, expected, "angles", "float32", "AlphaFold", spread(atoms))
-    groups = framework.ipa.atom37_to_frames(*arrays)
+    groups = framework.geometry.atom37_to_frames(*arrays)
     known = framework.numpy(groups.mask)
     np.testing.assert_array_equal(known, frames["rigidgroups_gt_exists"] > 0)
     for field, key in (("frames", "rigidgroups_gt_frames"), ("alternative_frames", "rigidgroups_alt_gt_frames")):
@@ -190,12 +152,12 @@ def test_frames_and_torsions_are_alphafold_multimers(framework, name, structures
         keys = ("rigidgroups_gt_frames", "rigidgroups_alt_gt_frames")
         theirs = {field: np.asarray(frames[key].to_array()) for field, key in zip(fields, keys, strict=True)}
     arrays = [framework.array(x) for x in (atoms, mask, aatype)]
-    ours = framework.ipa.atom37_to_torsion_angles(*arrays)
+    ours = framework.geometry.atom37_to_torsion_angles(*arrays)
     known = framework.numpy(ours.mask)[:, 3:]
     np.testing.assert_array_equal(known, np.asarray(chi_mask) > 0)
     expected = np.stack([np.sin(chi), np.cos(chi)], -1)[known]
     judge(framework.numpy(ours.angles)[:, 3:][known], expected, "angles", "float32", "AlphaFold", spread(atoms))
-    groups = framework.ipa.atom37_to_frames(*arrays)
+    groups = framework.geometry.atom37_to_frames(*arrays)
     known = framework.numpy(groups.mask)
     np.testing.assert_array_equal(known, np.asarray(frames["rigidgroups_gt_exists"]) > 0)
     for field, expected in theirs.items():
@@ -210,12 +172,14 @@ def test_real_proteins_are_rebuilt_from_frames_and_torsions(framework, name, str
     """To within the idealisation of bond lengths and angles; missing atoms neither hinder nor count."""
     structure = load_structure(structures_dir / name)
     atoms, mask, aatype = (framework.array(x) for x in (structure.atom37, structure.atom37_mask, structure.aatype))
-    torsions = framework.ipa.atom37_to_torsion_angles(atoms, mask, aatype)
+    torsions = framework.geometry.atom37_to_torsion_angles(atoms, mask, aatype)
     known = framework.numpy(torsions.mask)
     at_zero = np.where(known[..., None], framework.numpy(torsions.angles), [0.0, 1.0])
-    rigids = framework.ipa.Rigid(framework.array(structure.rotation), framework.array(structure.translation))
-    frames = framework.ipa.torsion_angles_to_frames(rigids, framework.array(at_zero), aatype)
-    built = framework.numpy(framework.ipa.atom14_to_atom37(framework.ipa.frames_to_atom14(frames, aatype), aatype))
+    rigids = framework.geometry.Rigid(framework.array(structure.rotation), framework.array(structure.translation))
+    frames = framework.geometry.torsion_angles_to_frames(rigids, framework.array(at_zero), aatype)
+    built = framework.numpy(
+        framework.geometry.atom14_to_atom37(framework.geometry.frames_to_atom14(frames, aatype), aatype)
+    )
     assert np.isfinite(built).all()
     assert rmsd(structure, built, known) == pytest.approx(RMSD[name], abs=0.001)
 
@@ -274,8 +238,8 @@ def test_rebuilt_atoms_are_alphafolds(framework, structures_dir):
         theirs = all_atom_multimer.frames_and_literature_positions_to_atom14_pos(structure.aatype, groups)
         of_multimer = np.asarray(theirs.to_array())
     arrays = [framework.array(x) for x in (rotation, translation, angles, structure.aatype)]
-    frames = framework.ipa.torsion_angles_to_frames(framework.ipa.Rigid(*arrays[:2]), *arrays[2:])
-    actual = framework.numpy(framework.ipa.frames_to_atom14(frames, arrays[3]))
+    frames = framework.geometry.torsion_angles_to_frames(framework.geometry.Rigid(*arrays[:2]), *arrays[2:])
+    actual = framework.numpy(framework.geometry.frames_to_atom14(frames, arrays[3]))
     judge(actual, expected, "atom14", "float32", "AlphaFold")
     judge(actual, of_multimer, "atom14", "float32", "AlphaFold-Multimer")
 
@@ -288,18 +252,18 @@ def test_atoms_that_do_not_fit_the_sequence_are_refused(framework):
     with pytest.raises(
         ValueError, match=r"atom14 must be \(14, 14\), or that and one axis more, to fit aatype \(14,\)"
     ):
-        framework.ipa.atom14_to_atom37(atom14, aatype)
+        framework.geometry.atom14_to_atom37(atom14, aatype)
     with pytest.raises(ValueError, match="one axis more"):
-        framework.ipa.atom14_to_atom37(framework.array(np.zeros((14, 14, 14, 3))), aatype)
+        framework.geometry.atom14_to_atom37(framework.array(np.zeros((14, 14, 14, 3))), aatype)
     with pytest.raises(ValueError, match="atom37 must be"):
-        framework.ipa.atom37_to_atom14(atom37, aatype)
+        framework.geometry.atom37_to_atom14(atom37, aatype)
     with pytest.raises(ValueError, match=r"atom37 must be \(14, 37, 3\) to fit aatype"):
-        framework.ipa.atom37_to_frames(atom37, mask, aatype)
+        framework.geometry.atom37_to_frames(atom37, mask, aatype)
     with pytest.raises(ValueError, match="atom37_mask must be"):
-        framework.ipa.atom37_to_torsion_angles(atom37[0], mask, aatype)
-    identity = framework.ipa.Rigid.identity((8, 14, 8))
+        framework.geometry.atom37_to_torsion_angles(atom37[0], mask, aatype)
+    identity = framework.geometry.Rigid.identity((8, 14, 8))
     with pytest.raises(ValueError, match=r"frames\.translation must be"):
-        framework.ipa.frames_to_atom14(identity, aatype)
+        framework.geometry.frames_to_atom14(identity, aatype)
 
 
 def test_unbonded_neighbours_have_no_common_torsions(framework, structures_dir):
@@ -307,8 +271,8 @@ def test_unbonded_neighbours_have_no_common_torsions(framework, structures_dir):
     bonded = np.ones(len(structure), bool)
     bonded[5] = False
     arrays = [framework.array(x) for x in (structure.atom37, structure.atom37_mask, structure.aatype)]
-    plain = framework.numpy(framework.ipa.atom37_to_torsion_angles(*arrays).mask)
-    broken = framework.numpy(framework.ipa.atom37_to_torsion_angles(*arrays, bonded=framework.array(bonded)).mask)
+    plain = framework.numpy(framework.geometry.atom37_to_torsion_angles(*arrays).mask)
+    broken = framework.numpy(framework.geometry.atom37_to_torsion_angles(*arrays, bonded=framework.array(bonded)).mask)
     assert np.argwhere(plain != broken).tolist() == [[5, 0], [5, 1]]
     assert not plain[0, :2].any()
 
@@ -322,16 +286,16 @@ def test_gradients_are_finite_where_atoms_are_missing(framework):
     aatype, mask = framework.array(aatype), framework.array(mask)
 
     def loss(atoms):
-        frames = framework.ipa.atom37_to_frames(atoms, mask, aatype)
-        angles = framework.ipa.atom37_to_torsion_angles(atoms, mask, aatype)
+        frames = framework.geometry.atom37_to_frames(atoms, mask, aatype)
+        angles = framework.geometry.atom37_to_torsion_angles(atoms, mask, aatype)
         return frames.frames.rotation.sum() + frames.alternative_frames.translation.sum() + angles.angles.sum()
 
     (gradient,) = framework.gradient(loss, framework.array(atoms))
     assert np.isfinite(gradient).all()
     rotation, translation, angles, aatypes = drawn((21,))
     of_all = framework.gradient(
-        lambda r, t, a: framework.ipa.frames_to_atom14(
-            framework.ipa.torsion_angles_to_frames(framework.ipa.Rigid(r, t), a, framework.array(aatypes)),
+        lambda r, t, a: framework.geometry.frames_to_atom14(
+            framework.geometry.torsion_angles_to_frames(framework.geometry.Rigid(r, t), a, framework.array(aatypes)),
             framework.array(aatypes),
         ).sum(),
         *(framework.array(x) for x in (rotation, translation, angles)),

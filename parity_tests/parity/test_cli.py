@@ -23,7 +23,7 @@ from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.structure_module import cases as structure_modules
 from ipa_parity.structure_module.stages import TERMS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytest.importorskip("jax")
 pytest.importorskip("torch")
@@ -206,7 +206,7 @@ def test_the_suite_runs_on_ones_own_files(both, tmp_path, structures_dir):
     Weights.random(ODD_MULTIMER).save(tmp_path / "mine.npz")
     options = ["--weights", str(tmp_path / "mine.npz")]
     options += ["--structure", str(structures_dir / "1gcn.pdb")] if both else []
-    command = [sys.executable, "-m", "pytest", "parity_tests/test_parity.py", *options]
+    command = [sys.executable, "-m", "pytest", "parity_tests/parity/test_parity.py", *options]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
     assert "14 passed" in result.stdout

@@ -7,6 +7,7 @@ from functools import cache, partial
 
 import numpy as np
 import pytest
+from frameworks import Jax, Torch, one_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,14 +16,14 @@ from ipa_bridge.parameters import parameter_shapes
 from ipa_bridge.proteins import load_structure, residues
 from ipa_bridge.proteins.frames import idealised_peptide, random_frames
 from ipa_bridge.tensors import torch_tensor
-from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
+from ipa_bridge.weights import Weights
 from ipa_parity import peers
 from ipa_parity.attention.cases import ODD, ODD_MULTIMER
 from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import compare
 from ipa_parity.structure_module.cases import PRESETS, make_case
 from ipa_parity.structure_module.judge import compare_stage, judge
-from ipa_parity.structure_module.stages import RUNNERS, TERMS, named_layers, target_of
+from ipa_parity.structure_module.stages import RUNNERS, TERMS, named_layers
 
 ODD_MODULE = StructureModuleConfig(
     ipa=replace(ODD, frame_unit=None),
@@ -54,97 +55,6 @@ FEW_PEERS = [pytest.param(x, marks=[pytest.mark.exhaustive] * (x == "alphafold-m
 LAYERED = ("rotation", "translation", "group_", "unnormalized_angles", "angles", "atom14", "act")
 
 
-class Jax:
-    """numpy in, numpy out."""
-
-    def __init__(self):
-        self.jax = pytest.importorskip("jax")
-        pytest.importorskip("haiku")
-        import ipa_jax
-
-        self.package, self.array = ipa_jax, self.jax.numpy.asarray
-        self.apply = cache(lambda config: self.jax.jit(ipa_jax.transform_structure_module(config).apply))
-        self.gradients = cache(self._gradients)
-
-    def run(self, case, *, rigids=None, update_mask=None):
-        """Every layer's predictions, by stage."""
-        params, single, pair, aatype, mask, rigids, update_mask = self.arguments(case, rigids, update_mask)
-        apply = self.apply(case.config)
-        output = apply(params, None, single, pair, aatype, mask, rigids=rigids, update_mask=update_mask)
-        return named_layers(self.jax.tree.map(np.asarray, output))
-
-    def run_eagerly(self, case):
-        params, *inputs, _, _ = self.arguments(case, None, None)
-        return self.package.transform_structure_module(case.config).apply(params, None, *inputs)
-
-    def loss_and_gradients(self, case):
-        """The whole loss, and its gradients to representations, start frames and every parameter."""
-        params, single, pair, aatype, mask, rigids, _ = self.arguments(case, start_of(case), None)
-        target = target_of(self.package, case, self.array)
-        value, gradients = self.gradients(case.config)(params, single, pair, rigids, aatype, mask, target)
-        params, single, pair, rigids = self.jax.tree.map(np.asarray, gradients)
-        named = canonical_from_haiku(params, case.weights.root)
-        return float(value), {"single": single, "pair": pair, **rigids._asdict(), **named}
-
-    def _gradients(self, config):
-        apply = self.package.transform_structure_module(config).apply
-
-        def loss(params, single, pair, rigids, aatype, mask, target):
-            output = apply(params, None, single, pair, aatype, mask, rigids=rigids)
-            return self.package.structure_module_loss(output, target).loss
-
-        return self.jax.jit(self.jax.value_and_grad(loss, (0, 1, 2, 3)))
-
-    def arguments(self, case, rigids, update_mask):
-        arrays = (case.single, case.pair, case.aatype, case.mask)
-        rigids = None if rigids is None else self.package.Rigid(*map(self.array, rigids))
-        update_mask = None if update_mask is None else self.array(update_mask)
-        return self.jax.tree.map(self.array, case.weights.to_haiku()), *map(self.array, arrays), rigids, update_mask
-
-
-class Torch:
-    """numpy in, numpy out."""
-
-    def __init__(self):
-        self.torch = pytest.importorskip("torch")
-        import ipa_torch
-
-        self.package, self.array = ipa_torch, torch_tensor
-
-    def run(self, case, *, rigids=None, update_mask=None):
-        """Every layer's predictions, by stage."""
-        single, pair, aatype, mask, rigids, update_mask = self.arguments(case, rigids, update_mask)
-        with self.torch.no_grad():
-            output = self.module(case)(single, pair, aatype, mask, rigids=rigids, update_mask=update_mask)
-        return named_layers(self.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
-
-    def run_eagerly(self, case):
-        return self.run(case)
-
-    def loss_and_gradients(self, case):
-        """The whole loss, and its gradients to representations, start frames and every parameter."""
-        single, pair, aatype, mask, rigids, _ = self.arguments(case, start_of(case), None)
-        module = self.module(case)
-        parameters = dict(module.named_parameters())
-        leaves = [x.requires_grad_() for x in (single, pair, *rigids)] + list(parameters.values())
-        target = target_of(self.package, case, self.array)
-        loss = self.package.structure_module_loss(module(single, pair, aatype, mask, rigids=rigids), target).loss
-        gradients = [x.numpy() for x in self.torch.autograd.grad(loss, leaves)]
-        inputs = dict(zip(("single", "pair", "rotation", "translation"), gradients[:4], strict=True))
-        named = canonical_from_torch(dict(zip(parameters, gradients[4:], strict=True)), case.config)
-        return loss.item(), {**inputs, **named}
-
-    def module(self, case):
-        module = self.package.StructureModule(case.config).eval().to(torch_tensor(case.single).dtype)
-        module.load_state_dict(case.weights.to_torch())
-        return module
-
-    def arguments(self, case, rigids, update_mask):
-        arrays = (case.single, case.pair, case.aatype, case.mask)
-        rigids = None if rigids is None else self.package.Rigid(*map(self.array, rigids))
-        return *map(self.array, arrays), rigids, None if update_mask is None else self.array(update_mask)
-
-
 def start_of(case):
     """The idealised peptide's frames, as (rotation, translation)."""
     peptide, (*batch, number, _) = idealised_peptide(), case.single.shape
@@ -154,15 +64,9 @@ def start_of(case):
     )
 
 
-@cache
-def one_of(kind):
-    """One object for all tests, since JAX compiles longer than it runs."""
-    return kind()
-
-
-@pytest.fixture(scope="module", params=[Jax, Torch], ids=["jax", "torch"])
-def framework(request):
-    return one_of(request.param)
+def started(case):
+    """A case, and the frames it starts from."""
+    return case, start_of(case)
 
 
 @cache
@@ -396,9 +300,9 @@ def test_what_is_predicted_moves_with_the_start(framework, dtype, seed, name):
     turn, shift = random_frames(np.random.default_rng(seed), (), spread=30.0)
     moved = (turn @ start[0], start[1] @ turn.T + shift)
     as_dtype = lambda frames: tuple(x.astype(dtype) for x in frames)  # noqa: E731
-    still = framework.run(case.astype(dtype), rigids=as_dtype(start))
+    still = framework.run_structure_module(case.astype(dtype), rigids=as_dtype(start))
     expected = {stage: move(stage, x, turn, shift) for stage, x in still.items()}
-    actual = framework.run(case.astype(dtype), rigids=as_dtype(moved))
+    actual = framework.run_structure_module(case.astype(dtype), rigids=as_dtype(moved))
     size = 1 + np.abs(moved[1]).max() / np.abs(start[1]).max()
     assert_same(actual, expected, dtype, conditioning=4 * size)
 
@@ -433,7 +337,7 @@ def test_padding_changes_no_valid_residue(framework, name, dtype):
         mask=pad(case.mask),
         aatype=np.resize(case.aatype, number + more),
     )
-    actual, expected = framework.run(padded), framework.run(case)
+    actual, expected = framework.run_structure_module(padded), framework.run_structure_module(case)
     assert_same({k: x[:number] for k, x in actual.items()}, expected, dtype, rows=case.mask)
 
 
@@ -441,13 +345,16 @@ def test_frozen_residues_keep_their_frames(framework):
     case = odd_case()
     start = start_of(case)
     frozen = np.arange(len(case.mask)) % 3 == 0
-    arrays = framework.run(case, rigids=start, update_mask=~frozen)
+    arrays = framework.run_structure_module(case, rigids=start, update_mask=~frozen)
     for layer in range(1, 4):
         assert_close(arrays[f"rotation/layer {layer}"][frozen], start[0][frozen])
         assert_close(arrays[f"translation/layer {layer}"][frozen], start[1][frozen])
     assert (np.abs(arrays["translation/layer 1"] - start[1]).max(-1)[~frozen] > 1e-3).all()
-    assert_same(framework.run(case, rigids=start, update_mask=frozen | True), framework.run(case, rigids=start))
-    of_floats = framework.run(case, rigids=start, update_mask=(~frozen).astype(np.float32))
+    assert_same(
+        framework.run_structure_module(case, rigids=start, update_mask=frozen | True),
+        framework.run_structure_module(case, rigids=start),
+    )
+    of_floats = framework.run_structure_module(case, rigids=start, update_mask=(~frozen).astype(np.float32))
     assert_same(of_floats, arrays)
 
 
@@ -468,11 +375,14 @@ def test_a_batch_is_its_members(framework, name):
     other = replace(
         first, single=first.single[::-1], pair=first.pair[::-1], aatype=first.aatype[::-1], mask=first.mask[::-1]
     )
-    each = [framework.run(x, rigids=start_of(x)) for x in (first, other)]
+    each = [framework.run_structure_module(x, rigids=start_of(x)) for x in (first, other)]
     batch = batch_of(first, other)
-    assert_same(framework.run(batch, rigids=start_of(batch)), {k: np.stack([x[k] for x in each]) for k in each[0]})
+    assert_same(
+        framework.run_structure_module(batch, rigids=start_of(batch)),
+        {k: np.stack([x[k] for x in each]) for k in each[0]},
+    )
     batches = batch_of(batch, batch)
-    both = framework.run(batches, rigids=start_of(batches))
+    both = framework.run_structure_module(batches, rigids=start_of(batches))
     assert both["atom14/layer 1"].shape == (2, 2, len(first.mask), 14, 3)
     assert_same({k: x[1] for k, x in both.items()}, {k: np.stack([x[k] for x in each]) for k in each[0]})
 
@@ -481,7 +391,7 @@ def test_start_frames_are_alphafolds_where_none_are_given(framework):
     case = odd_case()
     number = len(case.mask)
     origin = np.broadcast_to(np.eye(3), (number, 3, 3)).copy(), np.zeros((number, 3))
-    assert_same(framework.run(case), framework.run(case, rigids=origin))
+    assert_same(framework.run_structure_module(case), framework.run_structure_module(case, rigids=origin))
 
 
 def test_untied_layers_are_layers_of_their_own(framework):
@@ -492,10 +402,10 @@ def test_untied_layers_are_layers_of_their_own(framework):
         if name.startswith("fold_iteration/"):
             arrays |= {name.replace("fold_iteration/", f"fold_iteration_{layer}/"): x for layer in (1, 2)}
     same = replace(tied, weights=Weights(arrays, config))
-    expected = framework.run(tied)
-    assert_same(framework.run(same), expected)
+    expected = framework.run_structure_module(tied)
+    assert_same(framework.run_structure_module(same), expected)
     changed = {n: x * 1.5 if n.startswith("fold_iteration_2/transition") else x for n, x in arrays.items()}
-    actual = framework.run(replace(tied, weights=Weights(changed, config)))
+    actual = framework.run_structure_module(replace(tied, weights=Weights(changed, config)))
     assert_close(actual["atom14/layer 2"], expected["atom14/layer 2"])
     assert np.abs(actual["atom14/layer 3"] - expected["atom14/layer 3"]).max() > 1e-3
 
@@ -537,7 +447,7 @@ def hard_case(kind):
     ],
 )
 def test_hard_cases_have_finite_gradients(framework, kind):
-    loss, gradients = framework.loss_and_gradients(hard_case(kind))
+    loss, gradients = framework.loss_and_gradients(*started(hard_case(kind)))
     assert np.isfinite(loss)
     assert all(np.isfinite(x).all() for x in gradients.values())
 
@@ -548,7 +458,7 @@ def test_the_frameworks_agree_on_the_whole_losss_gradients(name):
     case = odd_case(name) if name in CONFIGS else make_case(name, PRESETS[name]())
     if name == "odd multimer":
         case = replace(case, chain_id=(np.arange(len(case.mask)) > 20).astype(np.int64))
-    (one, ours), (other, theirs) = one_of(Jax).loss_and_gradients(case), one_of(Torch).loss_and_gradients(case)
+    (one, ours), (other, theirs) = (one_of(x).loss_and_gradients(*started(case)) for x in (Jax, Torch))
     assert one == pytest.approx(other, rel=1e-12)
     assert set(ours) == set(theirs) == {"single", "pair", "rotation", "translation", *parameter_shapes(case.config)}
     for stage, x in theirs.items():
@@ -577,7 +487,7 @@ def rotation_gradient(framework, case, patched=False):
         cotangent = framework.array(case.cotangents["atom14"][: case.config.num_layer])
         if isinstance(framework, Torch):
             rigids.rotation.requires_grad_()
-            output = framework.module(case)(single, pair, aatype, mask, rigids=rigids)
+            output = framework.structure_module(case)(single, pair, aatype, mask, rigids=rigids)
             return framework.torch.autograd.grad((output.atom14 * cotangent).sum(), rigids.rotation)[0].numpy()
         apply = framework.package.transform_structure_module(case.config).apply
         params = case.weights.to_haiku()
@@ -645,8 +555,10 @@ def test_controls_are_caught(control, dtype):
     framework, case = one_of(Torch), odd_case("odd", dtype)
     from ipa_torch import side_chains
 
-    expected = framework.run(odd_case("odd", "float64") if dtype == "float64" else case.astype("float64"))
-    module = framework.module(case)
+    expected = framework.run_structure_module(
+        odd_case("odd", "float64") if dtype == "float64" else case.astype("float64")
+    )
+    module = framework.structure_module(case)
     inputs = framework.arguments(case, None, None)[:4]
 
     def caught():
@@ -670,8 +582,8 @@ def test_controls_are_caught(control, dtype):
 @pytest.mark.parametrize("name", ["odd", "odd multimer"])
 def test_half_precision_keeps_frames_in_float32(framework, name, dtype):
     case = odd_case(name).astype(dtype)
-    arrays = framework.run(case) if isinstance(framework, Jax) else run_half(framework, case)
-    exact = framework.run(case.astype("float32"))
+    arrays = framework.run_structure_module(case) if isinstance(framework, Jax) else run_half(framework, case)
+    exact = framework.run_structure_module(case.astype("float32"))
     assert arrays["atom14/layer 3"].dtype == np.float32
     assert arrays["rotation/layer 3"].dtype == np.float32
     error = np.abs(arrays["atom14/layer 3"] - exact["atom14/layer 3"])[case.mask].max()
@@ -681,7 +593,7 @@ def test_half_precision_keeps_frames_in_float32(framework, name, dtype):
 def run_half(framework, case):
     single, pair, aatype, mask, *_ = framework.arguments(case, None, None)
     with framework.torch.no_grad():
-        output = framework.module(case)(single, pair, aatype, mask)
+        output = framework.structure_module(case)(single, pair, aatype, mask)
     assert output.act.dtype == single.dtype
     output = framework.torch.utils._pytree.tree_map(lambda x: x.float().numpy(), output)
     return named_layers(output)
@@ -693,31 +605,31 @@ def test_float32_representations_and_float64_parameters(framework, name):
     case = odd_case(name)
     mixed = replace(case, single=case.single.astype(np.float32), pair=case.pair.astype(np.float32))
     if isinstance(framework, Jax):
-        arrays = framework.run(mixed)
+        arrays = framework.run_structure_module(mixed)
     else:
         single, pair, aatype, mask, *_ = framework.arguments(mixed, None, None)
         with framework.torch.no_grad():
-            output = framework.module(case)(single, pair, aatype, mask)
+            output = framework.structure_module(case)(single, pair, aatype, mask)
         arrays = named_layers(framework.torch.utils._pytree.tree_map(lambda x: x.numpy(), output))
     assert {arrays[f"{field}/layer 1"].dtype.name for field in ("rotation", "translation", "atom14")} == {"float64"}
     assert arrays["act/layer 1"].dtype == np.float32
-    assert_same(arrays, framework.run(case), "float32", rows=case.mask)
+    assert_same(arrays, framework.run_structure_module(case), "float32", rows=case.mask)
 
 
 def test_start_frames_do_not_decide_the_dtype(framework):
     """Those of a protein come in float64; a model in float32 stays in it."""
     case = odd_case("odd", "float32")
     rotation, translation = start_of(case)
-    exact = framework.run(case, rigids=(rotation.astype(np.float64), translation.astype(np.float64)))
+    exact = framework.run_structure_module(case, rigids=(rotation.astype(np.float64), translation.astype(np.float64)))
     assert {x.dtype.name for x in exact.values()} == {"float32"}
-    assert_same(exact, framework.run(case, rigids=(rotation, translation)), "float32", rows=case.mask)
+    assert_same(exact, framework.run_structure_module(case, rigids=(rotation, translation)), "float32", rows=case.mask)
 
 
 def test_masks_of_any_dtype(framework):
     case = odd_case()
-    expected = framework.run(case)
+    expected = framework.run_structure_module(case)
     for dtype in (np.int32, np.float32):
-        assert_same(framework.run(replace(case, mask=case.mask.astype(dtype))), expected)
+        assert_same(framework.run_structure_module(replace(case, mask=case.mask.astype(dtype))), expected)
 
 
 @pytest.mark.parametrize(
@@ -739,7 +651,7 @@ def test_what_does_not_fit_is_refused(framework, change, message):
         "mask": np.ones(4, bool),
     }
     with pytest.raises(ValueError, match=message):
-        framework.run(replace(case, **fits | change))
+        framework.run_structure_module(replace(case, **fits | change))
 
 
 def test_residue_types_of_padding_may_be_anything(framework):
@@ -750,18 +662,18 @@ def test_residue_types_of_padding_may_be_anything(framework):
         replace(case, aatype=np.where(where, other, case.aatype))
         for where, other in ((~case.mask, 20), (~case.mask, -100), (case.mask, 21))
     )
-    assert_same(framework.run(padded), framework.run(unknown))
+    assert_same(framework.run_structure_module(padded), framework.run_structure_module(unknown))
     with pytest.raises(ValueError, match="aatype must be 0–19, or 20 for unknown, where a residue is valid; got 21"):
-        framework.run_eagerly(wrong)
+        framework.run_structure_module_eagerly(wrong)
 
 
 def test_start_frames_and_update_masks_that_do_not_fit_are_refused(framework):
     case = odd_case()
     rotation, translation = start_of(case)
     with pytest.raises(ValueError, match=r"rigids\.translation must be"):
-        framework.run(case, rigids=(rotation, translation[1:]))
+        framework.run_structure_module(case, rigids=(rotation, translation[1:]))
     with pytest.raises(ValueError, match="update_mask must be"):
-        framework.run(case, update_mask=case.mask[1:])
+        framework.run_structure_module(case, update_mask=case.mask[1:])
 
 
 # As JAX and torch users call it.
@@ -777,7 +689,7 @@ def test_jax_transforms_are_the_same_function():
     def named(output):
         return named_layers(jax.tree.map(np.asarray, output))
 
-    expected = framework.run(batch)
+    expected = framework.run_structure_module(batch)
     mapped = framework.jax.jit(jax.vmap(apply, out_axes=1))(single, pair, aatype, mask)
     assert_same(named(mapped), expected)
     scalar = lambda f, x: (f(x, pair[0], aatype[0], mask[0]).atom14 ** 2).sum()  # noqa: E731
@@ -883,7 +795,7 @@ def test_torch_dropout_is_only_in_training():
     framework, case = one_of(Torch), odd_case()
     torch = framework.torch
     inputs = framework.arguments(case, None, None)[:4]
-    module = framework.module(case)
+    module = framework.structure_module(case)
     with torch.no_grad():
         still = module(*inputs).act
         assert torch.equal(module(*inputs).act, still)
@@ -901,7 +813,7 @@ def test_torch_compiles_whole_and_exports(name, num_layer):
     case = make_case(name, replace(CONFIGS[name], num_layer=num_layer))
     torch = framework.torch
     single, pair, aatype, mask, rigids, _ = framework.arguments(case, start_of(case), None)
-    module = framework.module(case)
+    module = framework.structure_module(case)
     named = lambda output: named_layers(torch.utils._pytree.tree_map(lambda x: x.detach().numpy(), output))  # noqa: E731
     expected = named(module(single, pair, aatype, mask, rigids=rigids))
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -930,7 +842,7 @@ def test_torch_func_vmap():
     torch = framework.torch
     batch = batch_of(case, replace(case, single=case.single[::-1]))
     inputs = framework.arguments(batch, None, None)[:4]
-    module = framework.module(case)
+    module = framework.structure_module(case)
     named = lambda output: named_layers(torch.utils._pytree.tree_map(lambda x: x.detach().numpy(), output))  # noqa: E731
     assert_same(named(torch.func.vmap(module, out_dims=1)(*inputs)), named(module(*inputs)))
 
@@ -939,7 +851,7 @@ def test_torch_autocast_keeps_frames_in_float32():
     framework, case = one_of(Torch), odd_case("odd", "float32")
     torch = framework.torch
     inputs = framework.arguments(case, None, None)[:4]
-    module = framework.module(case)
+    module = framework.structure_module(case)
     with torch.no_grad():
         exact = module(*inputs)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -209,7 +209,7 @@ def run_theirs(case, dialect: str, package: str | None) -> dict[str, np.ndarray]
 
 
 LAYERS = ("act", "rotation", "translation", "unnormalized_angles")
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def test_the_readmes_table_has_these_rows():
@@ -548,7 +548,7 @@ def test_transformers_reads_what_is_written(tmp_path):
 # --- Names and shapes of systems without a package
 
 
-MANIFESTS = json.loads((Path(__file__).parent / "data" / "manifests.json").read_text())
+MANIFESTS = json.loads((Path(__file__).parents[1] / "data" / "manifests.json").read_text())
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

@@ -1,8 +1,8 @@
 """Modules of ipa_torch that users saved whole with `torch.save` keep loading, whatever moves within the packages.
 
 `data/modules.pt` holds one of each, and `data/replaced.pt` another package's layer that computes as ours, with inputs
-and what they gave, of version 0.1.0. `python -m parity_tests.test_pickles` writes both; write them anew only where a
-version is meant to break old pickles.
+and what they gave, of version 0.1.0. `python -m parity_tests.weights.test_pickles` writes both; write them anew only
+where a version is meant to break old pickles.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ipa_bridge.config import IPABlockConfig
 torch = pytest.importorskip("torch")
 ipa_torch = pytest.importorskip("ipa_torch")
 
-SAVED = Path(__file__).parent / "data" / "modules.pt"
+SAVED = Path(__file__).parents[1] / "data" / "modules.pt"
 REPLACED = SAVED.with_name("replaced.pt")
 
 WIDTHS = {"num_channel": 8, "pair_channel": 6, "num_head": 2, "num_scalar_qk": 3, "num_point_qk": 2}

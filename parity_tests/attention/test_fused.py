@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from frameworks import Jax, Torch
 
 from ipa_bridge import tiling
 from ipa_bridge.tensors import torch_tensor
@@ -77,81 +78,17 @@ def widened(arrays):
     return {name: None if x is None else x.astype("float64") for name, x in arrays.items()}
 
 
-class Torch:
-    name = "torch"
-
-    def __init__(self):
-        self.torch = pytest.importorskip("torch")
-        import ipa_torch
-
-        self.attend, self.device = ipa_torch.point_attention, "cpu"
-
-    def on_gpu(self):
-        self.device = "cuda"
-        return self
-
-    def tensors(self, arrays):
-        return {name: None if x is None else torch_tensor(x).to(self.device) for name, x in arrays.items()}
-
-    def run(self, arrays, cotangents, **options):
-        """Outputs, and gradients to every array but the mask; all memory that is not written is NaN."""
-        torch = self.torch
-        tensors = self.tensors(arrays)
-        leaves = {n: x.requires_grad_() for n, x in tensors.items() if x is not None and n != "mask"}
-        was = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=self.device != "cpu")
-        try:
-            outputs = [x for x in self.attend(**tensors, **options) if x is not None]
-            given = self.tensors(dict(enumerate(cotangents)))
-            scalar = sum((x * given[i].to(x.dtype)).sum() for i, x in enumerate(outputs))
-            found = torch.autograd.grad(scalar, list(leaves.values()))
-        finally:
-            torch.use_deterministic_algorithms(was)
-        gradients = dict(zip(leaves, found, strict=True))
-        return [self.numpy(x) for x in outputs], {name: self.numpy(x) for name, x in gradients.items()}
-
-    def numpy(self, x):
-        return x.detach().to(self.torch.float64).cpu().numpy()
-
-
-class Jax:
-    name = "jax"
-
-    def __init__(self):
-        self.jax = pytest.importorskip("jax")
-        self.attend = jax_point_attention()
-
-    def on_gpu(self):
-        return self
-
-    def run(self, arrays, cotangents, **options):
-        """Outputs, and gradients to every array but the mask."""
-        jax, jnp = self.jax, self.jax.numpy
-        wide = arrays["q"].dtype == np.float64
-        with jax.enable_x64(wide):  # with 64-bit numbers the interpreter mixes integers, which JAX does not
-            arrays = {name: None if x is None else jnp.asarray(x) for name, x in arrays.items()}
-            mask = arrays.pop("mask")
-
-            def scalar(arrays):
-                outputs = [x for x in self.attend(**arrays, mask=mask, **options) if x is not None]
-                return sum(
-                    (x * jnp.asarray(c).astype(x.dtype)).sum() for x, c in zip(outputs, cotangents, strict=False)
-                ), outputs
-
-            gradients, outputs = jax.jit(jax.grad(scalar, has_aux=True))(arrays)
-            gradients = {name: x for name, x in gradients.items() if x is not None}
-            return [np.asarray(x, float) for x in outputs], {n: np.asarray(x, float) for n, x in gradients.items()}
-
-
-@pytest.fixture(params=[Jax, Torch], ids=lambda kind: kind.name)
-def framework(request):
-    return request.param()
+def run(framework, arrays, cotangents, **options):
+    """Outputs and gradients of the core, in float64."""
+    with framework.as_kernels_need(arrays):
+        outputs, gradients = framework.run_attention(arrays, cotangents, **options)
+    return [x.astype(float) for x in outputs], {name: x.astype(float) for name, x in gradients.items()}
 
 
 def judge_against_the_reference(framework, arrays, cotangents):
     """Against float64, in eps of float32; the pair's gradient, which is returned in the pair's dtype, in that's."""
-    outputs, gradients = framework.run(arrays, cotangents, implementation="fused")
-    exact = framework.run(widened(arrays), cotangents, implementation="reference")
+    outputs, gradients = run(framework, arrays, cotangents, implementation="fused")
+    exact = run(framework, widened(arrays), cotangents, implementation="reference")
     names = {"case": "fused", "subject": framework.name, "reference": "reference"}
     rows = []
     for x, e in zip(outputs, exact[0], strict=True):
@@ -205,7 +142,7 @@ def test_another_triton_is_told(version, message, monkeypatch):
 def test_interpreted_it_is_the_reference(framework, case):
     arrays, cotangents = arrays_of(**RAGGED[case])
     if not arrays["q"].size:
-        outputs, gradients = framework.run(arrays, cotangents, implementation="fused")
+        outputs, gradients = run(framework, arrays, cotangents, implementation="fused")
         assert [x.shape for x in outputs] == [x.shape for x in cotangents]
         assert {name: x.shape for name, x in gradients.items()} == {
             name: x.shape for name, x in arrays.items() if x is not None and name != "mask"
@@ -228,22 +165,22 @@ def test_what_the_kernels_cannot_do(framework):
         arrays, cotangents = arrays_of((1, 3), **{"heads": 2, **options})
         arrays = {name: None if x is None else x.astype(dtype) for name, x in arrays.items()}
         with pytest.raises(NotImplementedError, match=rf"fused': {re.escape(reason)}; implementation='streamed' has"):
-            framework.run(arrays, cotangents, implementation="fused")
+            run(framework, arrays, cotangents, implementation="fused")
     arrays, cotangents = arrays_of((1, 3), 2, 32)
     with pytest.raises(NotImplementedError, match="'fused' has no blocks"):
-        framework.run(arrays, cotangents, implementation="fused", block_size=2)
+        run(framework, arrays, cotangents, implementation="fused", block_size=2)
     with pytest.raises(NotImplementedError, match="'fused' never holds the attention"):
-        framework.run(arrays, cotangents, implementation="fused", return_attention=True)
+        run(framework, arrays, cotangents, implementation="fused", return_attention=True)
     half = {**arrays, "pair": arrays["pair"].astype("float16")}
     with pytest.raises(NotImplementedError, match="a pair in float32 or bfloat16 was expected; got float16"):
-        framework.run(half, cotangents, implementation="fused")
+        run(framework, half, cotangents, implementation="fused")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="there is a GPU")
 @needs_triton
 def test_without_a_gpu_it_says_so(framework):
     with pytest.raises(NotImplementedError, match=r"CUDA device .*expected.*; got cpu; "):
-        framework.run(*arrays_of((1, 3), 2, 32), implementation="fused")
+        run(framework, *arrays_of((1, 3), 2, 32), implementation="fused")
 
 
 @pytest.mark.parametrize("sizes", [(1, 5), (3, 5), (1, 700), (2, 1024), (1, 9000), (5, 264), (9000, 3), (0, 3), (3, 0)])
@@ -286,7 +223,7 @@ def test_far_from_the_origin(framework):
         arrays[name] = np.round(arrays[name] * 2**10) / np.float32(2**10)
         exact[name] = arrays[name]
         arrays[name] = arrays[name] + np.float32(300)
-    here, there = (framework.run(x, cotangents, implementation="fused") for x in (exact, arrays))
+    here, there = (run(framework, x, cotangents, implementation="fused") for x in (exact, arrays))
     for x, y in zip((*here[0], *here[1].values()), (*there[0], *there[1].values()), strict=True):
         assert np.array_equal(x, y)
 

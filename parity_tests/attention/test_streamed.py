@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from frameworks import Jax, Torch
 
 from ipa_bridge import tiling, tolerance
 from ipa_bridge.tensors import torch_tensor
@@ -18,66 +19,12 @@ from ipa_parity.attention.stages import RUNNERS, run_oracle
 from ipa_parity.report import compare
 
 
-class Jax:
-    """numpy in, numpy out."""
-
-    name = "jax"
-
-    def __init__(self):
-        self.jax = pytest.importorskip("jax")
-        pytest.importorskip("haiku")
-        import ipa_jax
-
-        self.attend, self.array = ipa_jax.point_attention, self.jax.numpy.asarray
-
-    def run(self, arrays, cotangents, **options):
-        """Outputs, and gradients to every array but the mask."""
-        jax = self.jax
-        arrays = {name: None if x is None else self.array(x) for name, x in arrays.items()}
-        mask = arrays.pop("mask")
-
-        def scalar(arrays):
-            outputs = self.attend(*first(arrays), **rest(arrays), mask=mask, **options)
-            found = [x for x in outputs if x is not None]
-            return sum((x * c).sum() for x, c in zip(found, map(self.array, cotangents), strict=False)), found
-
-        gradients, outputs = jax.jit(jax.grad(scalar, has_aux=True))(arrays)
-        return [np.asarray(x) for x in outputs], {n: np.asarray(x) for n, x in gradients.items() if x is not None}
-
-
-class Torch:
-    """numpy in, numpy out."""
-
-    name = "torch"
-
-    def __init__(self):
-        self.torch = pytest.importorskip("torch")
-        import ipa_torch
-
-        self.attend, self.array = ipa_torch.point_attention, torch_tensor
-
-    def run(self, arrays, cotangents, **options):
-        """Outputs, and gradients to every array but the mask."""
-        arrays = {name: None if x is None else torch_tensor(x) for name, x in arrays.items()}
-        mask = arrays.pop("mask")
-        leaves = {name: x.requires_grad_() for name, x in arrays.items() if x is not None}
-        outputs = [x for x in self.attend(*first(arrays), **rest(arrays), mask=mask, **options) if x is not None]
-        scalar = sum((x * torch_tensor(c)).sum() for x, c in zip(outputs, cotangents, strict=False))
-        gradients = self.torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return [x.detach().numpy() for x in outputs], {n: g.numpy() for n, g in zip(leaves, gradients, strict=True)}
-
-
 def first(arrays):
     return [arrays[name] for name in ("q", "k", "v", "q_points", "k_points", "v_points", "pair")]
 
 
 def rest(arrays):
     return {name: arrays[name] for name in ("pair_bias_weight", "point_weights")}
-
-
-@pytest.fixture(params=[Jax, Torch], ids=lambda kind: kind.name)
-def framework(request):
-    return request.param()
 
 
 def core_arrays(shape=(9,), *, pair=True, mask=True, spread=1.0, dtype="float64", seed=0):
@@ -127,7 +74,7 @@ def judge_all(actual, expected, dtype):
 @pytest.mark.parametrize("options", [{}, {"pair": False}, {"mask": False, "shape": (2, 7)}, {"shape": (2, 3, 5)}])
 def test_it_is_the_reference(framework, options, block_size, return_attention):
     arrays, cotangents = core_arrays(**options)
-    run = partial(framework.run, arrays, cotangents, return_attention=return_attention)
+    run = partial(framework.run_attention, arrays, cotangents, return_attention=return_attention)
     judge_all(run(implementation="streamed", block_size=block_size), run(implementation="reference"), "float64")
 
 
@@ -136,9 +83,9 @@ def test_float32_is_as_exact_as_the_reference(framework, spread):
     """Against float64, on the same rounded inputs; twice the reference's error, gradients three times."""
     arrays, cotangents = core_arrays((60,), spread=spread, dtype="float32")
     wide = {name: None if x is None else x.astype("float64") for name, x in arrays.items()}
-    exact = framework.run(wide, [x.astype("float64") for x in cotangents], implementation="reference")
+    exact = framework.run_attention(wide, [x.astype("float64") for x in cotangents], implementation="reference")
     runs = {
-        name: framework.run(arrays, cotangents, implementation=name, **options)
+        name: framework.run_attention(arrays, cotangents, implementation=name, **options)
         for name, options in (("reference", {}), ("streamed", {"block_size": 16}))
     }
 
@@ -206,7 +153,7 @@ def test_the_whole_module_is_the_oracles(framework, name, dtype):
 def test_block_sizes_below_one_are_refused(framework, implementation):
     arrays, cotangents = core_arrays()
     with pytest.raises(ValueError, match="block_size must be at least 1, or None for a size that suits N; got 0"):
-        framework.run(arrays, cotangents, implementation=implementation, block_size=0)
+        framework.run_attention(arrays, cotangents, implementation=implementation, block_size=0)
 
 
 def test_a_block_size_or_the_length_chooses_it(framework):
@@ -223,8 +170,9 @@ def test_a_block_size_or_the_length_chooses_it(framework):
 def test_no_residue_and_one(framework, block_size):
     for shape in ((0,), (1,), (2, 0)):
         arrays, cotangents = core_arrays(shape)
-        outputs, gradients = framework.run(arrays, cotangents, implementation="streamed", block_size=block_size)
-        wanted, of_reference = framework.run(arrays, cotangents, implementation="reference")
+        run = partial(framework.run_attention, arrays, cotangents)
+        outputs, gradients = run(implementation="streamed", block_size=block_size)
+        wanted, of_reference = run(implementation="reference")
         assert [x.shape for x in outputs] == [x.shape for x in wanted]
         assert {n: x.shape for n, x in gradients.items()} == {n: x.shape for n, x in of_reference.items()}
         assert all(np.isfinite(x).all() for x in (*outputs, *gradients.values()))
@@ -233,7 +181,7 @@ def test_no_residue_and_one(framework, block_size):
 def test_everything_masked_is_finite(framework):
     arrays, cotangents = core_arrays()
     arrays["mask"] = np.zeros_like(arrays["mask"])
-    run = partial(framework.run, arrays, cotangents)
+    run = partial(framework.run_attention, arrays, cotangents)
     judge_all(run(implementation="streamed", block_size=4), run(implementation="reference"), "float64")
 
 
