@@ -35,7 +35,7 @@ bench: .venv/.bench
 
 # Long: RESIDUES=1024 measures less. With PYTHON=python3 that interpreter's own packages are used, and nothing is installed.
 gpu: $(if $(filter file,$(origin PYTHON)),.venv-gpu/.ready)
-	$(ON_GPU) -m pytest parity_tests/attention/test_fused.py -m gpu --require=gpu -W default; tested=$$?; \
+	$(ON_GPU) -m pytest parity_tests/attention/test_fused_compiled.py -m gpu --require=gpu -W default; tested=$$?; \
 	$(ON_GPU) -m benchmarks.gpu --residues $(RESIDUES) --save gpu.json --plot gpu.png && exit $$tested
 
 docs: .venv/.dev

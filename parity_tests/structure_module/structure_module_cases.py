@@ -1,0 +1,75 @@
+"""Structure modules of odd sizes, the frames they start from, and how two runs of one are compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from ipa_bridge.config import StructureModuleConfig
+from ipa_bridge.proteins.frames import idealised_peptide
+from ipa_parity.attention.cases import ODD, ODD_MULTIMER
+from ipa_parity.report import compare
+from ipa_parity.structure_module.cases import make_case
+
+ODD_MODULE = StructureModuleConfig(
+    ipa=replace(ODD, frame_unit=None),
+    num_layer=3,
+    num_layer_in_transition=2,
+    dropout=0.2,
+    position_scale=7.0,
+    sidechain_channel=5,
+    num_residual_block=3,
+)
+ODD_MULTIMER_MODULE = replace(
+    ODD_MODULE, ipa=replace(ODD_MULTIMER, frame_unit=None), num_layer_in_transition=3, num_residual_block=1
+)
+UNTIED_MODULE = replace(ODD_MODULE, tied_layers=False)
+CONFIGS = {
+    "odd": ODD_MODULE,
+    "odd multimer": ODD_MULTIMER_MODULE,
+    "untied": UNTIED_MODULE,
+    "untied multimer": replace(ODD_MULTIMER_MODULE, tied_layers=False, num_layer=2),
+}
+
+
+def start_of(case):
+    """The idealised peptide's frames, as (rotation, translation)."""
+    peptide, (*batch, number, _) = idealised_peptide(), case.single.shape
+    return (
+        np.broadcast_to(peptide.rotation[:number], (*batch, number, 3, 3)).astype(case.single.dtype),
+        np.broadcast_to(peptide.translation[:number], (*batch, number, 3)).astype(case.single.dtype),
+    )
+
+
+@cache
+def odd_case(name="odd", dtype="float64"):
+    return make_case(name, CONFIGS[name]).astype(dtype)
+
+
+def assert_same(actual, expected, dtype="float64", rows=slice(None), conditioning=1.0):
+    """Every layer of every output, by the tolerance table."""
+    assert set(actual) == set(expected)
+    for stage, x in expected.items():
+        conditions = conditioning
+        if stage.startswith(("angles", "atom14", "group_")):
+            lengths = np.linalg.norm(expected[f"unnormalized_angles/{stage.partition('/')[2]}"], axis=-1)
+            conditions *= lengths.mean() / lengths.min()
+        row = compare(
+            actual[stage][rows],
+            x[rows],
+            case="",
+            stage=stage,
+            dtype=dtype,
+            subject="other",
+            reference="one",
+            conditioning=conditions,
+        )
+        assert row.passed, str(row)
+
+
+def batch_of(*cases):
+    """One case with a batch axis; weights and target of the first."""
+    stacked = {name: np.stack([getattr(x, name) for x in cases]) for name in ("single", "pair", "aatype", "mask")}
+    return replace(cases[0], **stacked)
