@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ipa_bridge.console import table_lines
+
 RESIDUES = 101
 """Of the random input that before and after are compared on: enough to stream, and no multiple of a block."""
 
@@ -46,8 +48,7 @@ class ReplacementReport:
             )
             for x in self.replaced
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = table_lines(rows)
         lines += [
             f"not read, before or after: {', '.join(f'{x.path}.{name}'.lstrip('.') for name in x.unused)}"
             for x in self.replaced
