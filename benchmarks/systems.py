@@ -19,8 +19,8 @@ import numpy as np
 from benchmarks.clock import Timed
 from ipa_bridge.config import Implementation, IPAConfig, StructureModuleConfig
 from ipa_bridge.proteins.frames import random_frames
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity import peers, structure_module
 from ipa_parity.cases import Case
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.proteins import residues
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.cases import Case
 from ipa_parity.stages import Arrays
 from ipa_parity.structure_module import COTANGENT_SCALES, StructureModuleCase

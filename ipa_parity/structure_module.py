@@ -20,8 +20,8 @@ from ipa_bridge import oracle, tolerance
 from ipa_bridge.config import Implementation, StructureModuleConfig
 from ipa_bridge.proteins import Structure, residues
 from ipa_bridge.proteins.frames import idealised_peptide
-from ipa_bridge.tensors import numpy_dtype, torch_tensor
 from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
+from ipa_bridge.weights.tensors import numpy_dtype, torch_tensor
 from ipa_parity.report import Comparison, Norm, compare
 from ipa_parity.stages import Arrays
 

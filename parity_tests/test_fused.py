@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ipa_bridge import kernels
-from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention import jax_point_attention
 from ipa_parity.report import compare
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ipa_bridge.proteins import load_structure, residues
 from ipa_bridge.proteins.frames import random_frames
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.tolerance import bound, epsilon
+from ipa_bridge.weights.tensors import torch_tensor
 
 DTYPES = ("float32", "float64")
 
@@ -1239,7 +1239,7 @@ def test_masks_of_any_dtype(framework):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_computes_in_float32(dtype, framework):
-    from ipa_bridge.tensors import numpy_dtype
+    from ipa_bridge.weights.tensors import numpy_dtype
 
     half = map_floats(lambda _, x: x.astype(np.float32).astype(numpy_dtype(dtype)), synthetic_problem())
     widened = Problem(

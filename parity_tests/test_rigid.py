@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipa_bridge.proteins.frames import backbone_frames, random_frames, random_rotations
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.tolerance import BOUNDS
+from ipa_bridge.weights.tensors import torch_tensor
 
 EPS = np.finfo(np.float64).eps
 TOLERANCE = BOUNDS["points"] * EPS

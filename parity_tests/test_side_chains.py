@@ -10,7 +10,7 @@ import pytest
 from ipa_bridge import oracle
 from ipa_bridge.proteins import load_structure, residues
 from ipa_bridge.proteins.frames import random_frames
-from ipa_bridge.tensors import numpy_array, torch_tensor
+from ipa_bridge.weights.tensors import numpy_array, torch_tensor
 from ipa_parity.report import compare
 
 RMSD = {"1gcn.pdb": 0.284, "2rbg.pdb": 0.148, "5nmu.pdb": 0.002}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ipa_bridge import tolerance
-from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.cases import CATALOGUE, ODD, make_case
 from ipa_parity.report import compare
 from ipa_parity.stages import RUNNERS, run_oracle

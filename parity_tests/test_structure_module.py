@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipa_bridge.config import PredictedLDDTConfig, StructureModuleConfig
-from ipa_bridge.parameters import parameter_shapes
+from ipa_bridge.kinds import parameter_shapes
 from ipa_bridge.proteins import load_structure, residues
 from ipa_bridge.proteins.frames import idealised_peptide, random_frames
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights, canonical_from_haiku, canonical_from_torch
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity import peers
 from ipa_parity import structure_module as parity
 from ipa_parity.cases import ODD, ODD_MULTIMER

@@ -25,8 +25,8 @@ from ipa_bridge.config import (
 )
 from ipa_bridge.parameters import ipa_parameters
 from ipa_bridge.proteins.frames import idealised_peptide
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.cases import CATALOGUE, ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR, make_case
 from ipa_parity.report import compare
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ipa_bridge import files
+import ipa_bridge
 
-ROOT = Path(files.__file__).resolve().parent.parent
+ROOT = Path(ipa_bridge.__file__).resolve().parent.parent
 PACKAGES = ("ipa_bridge", "ipa_jax", "ipa_torch", "ipa_parity")
 
 ONLY_IN_ONE = {

@@ -16,18 +16,10 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from ipa_bridge.config import (
-    Config,
-    IPABlockConfig,
-    IPAConfig,
-    IPATransformerConfig,
-    Layout,
-    PredictedLDDTConfig,
-    StructureModuleConfig,
-    attention_of,
-)
-from ipa_bridge.parameters import Shapes, canonical_leaf, infer_config, parameter_shapes, torch_name
-from ipa_bridge.told import fields, told_by_shapes
+from ipa_bridge.config import Config, IPAConfig, Layout
+from ipa_bridge.kinds import attention_of, has_attention, infer_config, kind_of, parameter_shapes
+from ipa_bridge.parameters import Shapes, canonical_leaf, torch_name
+from ipa_bridge.weights.assumptions import fields, told_by_shapes
 
 
 @dataclass(frozen=True)
@@ -195,7 +187,7 @@ class Dialect:
             return self.rows[type(config)][layout]
         except KeyError:
             where = f" in the {layout} layout" if type(config) in self.rows else ""
-            raise ValueError(f"{self.title} has no {KINDS[type(config)]}{where}") from None
+            raise ValueError(f"{self.title} has no {kind_of(config).title}{where}") from None
 
     def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
         """Canonical name to theirs and the transform between them.
@@ -277,24 +269,14 @@ class Dialect:
         }
 
 
-KINDS: dict[type, str] = {
-    IPAConfig: "invariant point attention",
-    IPABlockConfig: "IPA block",
-    IPATransformerConfig: "IPA transformer",
-    StructureModuleConfig: "structure module",
-    PredictedLDDTConfig: "confidence head",
-}
-"""What parameters may belong to."""
-
-
 def within(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     """A table of modules that lie inside others."""
     return tuple(row._replace(ours=ours + row.ours, theirs=theirs + row.theirs) for row in rows)
 
 
 def layout_of(config: Config) -> Layout:
-    """That of the attention; the confidence head is the same in both."""
-    return "monomer" if isinstance(config, PredictedLDDTConfig) else attention_of(config).layout
+    """The layout of a module's attention; a module without one is the same in both."""
+    return attention_of(config).layout if has_attention(config) else "monomer"
 
 
 _HOLES: dict[str, tuple[str, Callable[[int], str], Callable[[str | None], int]]] = {
