@@ -41,7 +41,7 @@ class Checkpoint:
     assumed: frozenset[str]
     """Paths of the config's fields that nothing told."""
     found: Found
-    """Whose names they had, and where."""
+    """The module in the file: the system whose names it has, and its path."""
     parts: Parts
     """What lay at its path."""
 

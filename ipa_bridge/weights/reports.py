@@ -16,14 +16,14 @@ class Place:
 
     file: str
     dialect: str
-    """Whose names it has there."""
+    """The system whose names it has there."""
     root: str
     """Its path."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether the parameters before and after a conversion are the same function on random input."""
+    """How far parameters before and after a conversion are from the same function, on random input."""
 
     eps: float | None
     """Larger error of both systems' semantics against ours, in eps of float64; None where outputs overflow."""
@@ -127,7 +127,7 @@ class ParameterComparison:
     difference: float | None = None
     """The largest between two numbers."""
     relative: float | None = None
-    """That over the largest number."""
+    """The difference over the largest number."""
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,9 @@ class Row(NamedTuple):
     ours: str
     theirs: str
     outputs: Order | None = None
-    """Of a weight and its bias, where theirs come in another order."""
+    """Order of a weight's and its bias's outputs, where theirs is another."""
     inputs: Order | None = None
-    """Of a weight."""
+    """Order of a weight's inputs, where theirs is another."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Transform:
     """One parameter's array from our form into theirs and back, bit for bit."""
 
     shape: tuple[int, ...]
-    """Ours: inputs first, heads unflattened in the multimer layout."""
+    """Shape of our array: inputs first, heads unflattened in the multimer layout."""
     turned: bool = False
     """A linear layer's weight, whose outputs come first there."""
     outputs: np.ndarray | None = None
@@ -85,13 +85,13 @@ class Transform:
 
     @property
     def their_shape(self) -> tuple[int, ...]:
-        """Theirs."""
+        """Shape of their array."""
         if self.turned:
             return math.prod(self.shape[1:]), self.shape[0]
         return (math.prod(self.shape),) if self.flat else self.shape
 
     def apply(self, ours: np.ndarray) -> np.ndarray:
-        """Ours into theirs."""
+        """Turns our array into theirs."""
         if not self.flat:
             return ours
         x = ours.reshape(len(ours), -1).T if self.turned else ours.reshape(-1)
@@ -99,7 +99,7 @@ class Transform:
         return np.ascontiguousarray(x if self.inputs is None else x[:, self.inputs])
 
     def invert(self, theirs: np.ndarray) -> np.ndarray:
-        """Theirs into ours.
+        """Turns their array into ours.
 
         Raises:
             ValueError: it has another shape than the config asks for.
@@ -126,9 +126,9 @@ class Form:
     point_bias: bool
     norm_form: str
     norm_epsilon: float
-    """Theirs unless they are told."""
+    """The ε that they use unless they are told another."""
     epsilon_is_fixed: bool = False
-    """Nobody can tell them."""
+    """Their ε cannot be set."""
     one_width: bool = False
     """Scalar values are as wide as scalar queries and keys: one constructor argument gives both."""
     pair_required: bool = True
