@@ -44,7 +44,12 @@ def oldest(requirements: list[str]) -> list[str]:
 
 def requirements(jax: str, torch: str) -> list[str]:
     """What to install for one pair: the declared floors, the newest, or a version."""
-    pins = oldest(EXTRAS["structures"]) if jax == torch == "oldest" else []
+    pins = []
+    if jax == torch == "oldest":
+        needed = [
+            x for x in DECLARED["dependencies"] if not x.startswith(("numpy", "ml_dtypes"))
+        ]  # JAX wants newer ones
+        pins += oldest(needed + EXTRAS["structures"])
     for extra, version in (("jax", jax), ("torch", torch)):
         pins += [] if version == "newest" else oldest(EXTRAS[extra]) if version == "oldest" else [f"{extra}=={version}"]
     return pins

@@ -155,10 +155,22 @@ def available(device: str) -> tuple[list[System], list[str]]:
 
 
 def can_fuse(device: str) -> bool:
-    """Whether the kernels run there."""
-    from ipa_bridge.kernels import INTERPRETED
+    """Whether the kernels run there: on a CPU with TRITON_INTERPRET=1, in the interpreters."""
+    return device == "cuda" or interpreted()
 
-    return device == "cuda" or INTERPRETED
+
+def interpreted() -> bool:
+    """True where Triton interprets its kernels; both twins' fused attentions are told then."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    from ipa_torch.attention import fused
+
+    fused.INTERPRETED = True
+    if importlib.util.find_spec("jax"):
+        jax_point_attention()
+        fused_in_jax: Any = importlib.import_module("ipa_jax.attention.fused")
+        fused_in_jax.INTERPRETED = True
+    return True
 
 
 def gate(device: str) -> Iterator[str]:

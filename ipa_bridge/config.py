@@ -21,6 +21,7 @@ __all__ = [
     "IPATransformerConfig",
     "Implementation",
     "Layout",
+    "LossConfig",
     "NormForm",
     "PredictedLDDTConfig",
     "StructureModuleConfig",
@@ -276,6 +277,64 @@ class PredictedLDDTConfig:
     def __post_init__(self) -> None:
         for field in ("num_channel", "hidden_channel", "num_bin"):
             check_width(field, getattr(self, field))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The numbers in the structure module's losses; the defaults are AlphaFold's.
+
+    Lengths are in Å. The defaults of the losses' own arguments are read from here, as are all their other constants.
+
+    Attributes:
+        sidechain_weight: weight of the side chains' FAPE in the sum, and 1 minus it that of the backbone's.
+        chi_weight: weight of the torsions' error.
+        angle_norm_weight: weight of the lengths of their vectors.
+        violation_weight: weight of structural violations, 0 in AlphaFold's initial training and 1 in fine-tuning.
+        use_clamped_fape: weight of the backbone's clamped FAPE, and 1 minus it that of the unclamped one.
+        clamp_distance: largest error that FAPE counts.
+        length_scale: unit of FAPE.
+        interface_clamp_distance: largest error that FAPE counts between chains.
+        interface_length_scale: unit of FAPE between chains.
+        fape_epsilon: added to FAPE's squared distances and to its number of pairs.
+        angle_norm_epsilon: added to the squared lengths of the torsions' vectors.
+        distance_epsilon: added to squared distances between atoms, and to squared differences of distances.
+        mean_epsilon: added to the number of what a mask counts, under a mean over it.
+        tolerance_factor: standard deviations from the literature's bonds and angles that are no violation.
+        overlap_tolerance: overlap of van der Waals spheres that is no violation.
+        ca_ca_tolerance: distance of neighbouring Cα beyond the literature's that is no violation.
+        violation_epsilon: added to squared lengths and deviations of bonds, and to the numbers of bonds, pairs of atoms
+            and atoms under the means of violations.
+        lddt_cutoff: largest true distance of a pair that counts in lDDT.
+        lddt_thresholds: errors below which a pair scores, each an equal part of 1.
+        lddt_epsilon: added to the number of pairs and to their score.
+        min_resolution: best resolution of structures on which pLDDT is trained.
+        max_resolution: worst resolution of structures on which pLDDT is trained.
+        plddt_epsilon: added to the number of residues.
+    """
+
+    sidechain_weight: float = 0.5
+    chi_weight: float = 0.5
+    angle_norm_weight: float = 0.01
+    violation_weight: float = 1.0
+    use_clamped_fape: float = 1.0
+    clamp_distance: float = 10.0
+    length_scale: float = 10.0
+    interface_clamp_distance: float = 1000.0
+    interface_length_scale: float = 20.0
+    fape_epsilon: float = 1e-4
+    angle_norm_epsilon: float = 1e-6
+    distance_epsilon: float = 1e-10
+    mean_epsilon: float = 1e-10
+    tolerance_factor: float = 12.0
+    overlap_tolerance: float = 1.5
+    ca_ca_tolerance: float = 1.5
+    violation_epsilon: float = 1e-6
+    lddt_cutoff: float = 15.0
+    lddt_thresholds: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    lddt_epsilon: float = 1e-10
+    min_resolution: float = 0.1
+    max_resolution: float = 3.0
+    plddt_epsilon: float = 1e-8
 
 
 Config = IPAConfig | IPABlockConfig | IPATransformerConfig | StructureModuleConfig | PredictedLDDTConfig

@@ -84,6 +84,14 @@ class LayerNorm(hk.Module):
         return (normal * scale.astype(dtype) + offset.astype(dtype)).astype(inputs.dtype)
 
 
+def transition(act: Float[Array, "*B c"], layers: Sequence[Linear]) -> Float[Array, "*B c"]:
+    """Linear layers one after the other, ReLUs between them (Suppl. Alg. 20 line 9), returned in the input's dtype."""
+    hidden = act
+    for layer in layers[:-1]:
+        hidden = jax.nn.relu(layer(hidden))
+    return layers[-1](hidden).astype(act.dtype)
+
+
 def dropout(key: Array | None, rate: float, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Zeroes a share of the entries and scales the others up; the input as it is without a key."""
     if key is None:

@@ -55,7 +55,7 @@ class Rigid(NamedTuple):
     @classmethod
     def from_quaternion(cls, quaternion: Float[Array, "*B 4"], translation: Float[Array, "*B 3"]) -> Rigid:
         """Frames from quaternions (w, x, y, z) of any length; a zero quaternion gives the identity rotation."""
-        w, x, y, z = jnp.moveaxis(_normalise(quaternion), -1, 0)
+        w, x, y, z = jnp.moveaxis(normalise(quaternion), -1, 0)
         rotation = [
             [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
             [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -70,9 +70,9 @@ class Rigid(NamedTuple):
         The origin is x2, the x-axis points to x3, and x1 lies in the xy-plane with y > 0. Collinear points
         define no frame: the result is then finite but no rotation.
         """
-        e1 = _normalise(x3 - x2)
+        e1 = normalise(x3 - x2)
         to_x1 = x1 - x2
-        e2 = _normalise(to_x1 - e1 * jnp.sum(e1 * to_x1, -1, keepdims=True))
+        e2 = normalise(to_x1 - e1 * jnp.sum(e1 * to_x1, -1, keepdims=True))
         e3 = jnp.cross(e1, e2)
         return cls(jnp.stack([e1, e2, e3], -1), x2)
 
@@ -104,7 +104,7 @@ class Rigid(NamedTuple):
         rows = jnp.stack([jnp.stack(row, -1) for row in outer], -2)
         largest = jnp.argmax(jnp.diagonal(rows, axis1=-2, axis2=-1), -1)
         row = jnp.take_along_axis(rows, largest[..., None, None], -2)[..., 0, :]
-        return _normalise(jnp.where(row[..., :1] < 0, -row, row))
+        return normalise(jnp.where(row[..., :1] < 0, -row, row))
 
     def to_4x4(self) -> Float[Array, "*B 4 4"]:
         """Homogeneous matrices [[R, t], [0, 1]]."""
@@ -167,11 +167,12 @@ class Rigid(NamedTuple):
         return Rigid(self.rotation.reshape(*shape, 3, 3), self.translation.reshape(*shape, 3))
 
 
+def normalise(vectors: Float[Array, "*B D"], smallest_length: float = SMALLEST_LENGTH) -> Float[Array, "*B D"]:
+    """Unit vectors in the same directions; those shorter than the smallest length are divided by it instead."""
+    length2 = jnp.sum(vectors * vectors, -1, keepdims=True)
+    return vectors / jnp.sqrt(jnp.maximum(length2, smallest_length**2))
+
+
 def _rotate(rotation: Float[Array, "*B 3 3"], vectors: Float[Array, "*B 3"]) -> Float[Array, "*B 3"]:
     """R·x by elementwise products: no matrix unit with fewer bits than the dtype ever sees coordinates."""
     return jnp.sum(rotation * vectors[..., None, :], -1)
-
-
-def _normalise(vectors: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    length2 = jnp.sum(vectors * vectors, -1, keepdims=True)
-    return vectors / jnp.sqrt(jnp.maximum(length2, SMALLEST_LENGTH**2))

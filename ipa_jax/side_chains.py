@@ -17,7 +17,7 @@ from ipa_bridge.proteins import residues
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.layers import Initializer, Linear
-from ipa_jax.rigid import SMALLEST_LENGTH, Rigid
+from ipa_jax.rigid import Rigid, normalise
 from ipa_jax.values import integers_outside
 
 SMALLEST_ANGLE_LENGTH = 1e-6
@@ -89,7 +89,7 @@ class MultiRigidSidechain(hk.Module):
             hidden = hidden + Linear(c.sidechain_channel, initializer=final, name="resblock2")(jax.nn.relu(update))
         flat = Linear(14, full_precision=True, name="unnormalized_angles")(jax.nn.relu(hidden))
         unnormalized = flat.reshape(*flat.shape[:-1], 7, 2)
-        return _unit(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
+        return normalise(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
 
 
 def torsion_angles_to_frames(
@@ -242,18 +242,13 @@ def atom37_to_torsion_angles(
     mask = mask & lookup(residues.TORSION_MASK, aatype)
     _, y, z = jnp.moveaxis(Rigid.from_three_points(a, c, 2 * c - b).apply_inverse(d), -1, 0)
     by_oxygen = jnp.asarray([1, 1, -1, 1, 1, 1, 1], dtype)
-    angles = _unit(jnp.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.astype(dtype))[..., None]
+    angles = normalise(jnp.stack([z, y], -1)) * (by_oxygen * mask.astype(dtype))[..., None]
     other = 1 - 2 * lookup(residues.TORSION_PI_PERIODIC, aatype, dtype)
     return TorsionAngles(angles, angles * other[..., None], mask)
 
 
 def _group(groups: Rigid, group: int) -> Rigid:
     return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
-
-
-def _unit(vectors: Float[Array, "*B D"], smallest_length: float) -> Float[Array, "*B D"]:
-    length2 = jnp.sum(vectors * vectors, -1, keepdims=True)
-    return vectors / jnp.sqrt(jnp.maximum(length2, smallest_length**2))
 
 
 def _gather(

@@ -21,7 +21,7 @@ from ipa_bridge.config import Implementation, StructureModuleConfig
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32, varying_alike
 from ipa_jax.invariant_point_attention import InvariantPointAttention
-from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout, with_rng
+from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout, transition, with_rng
 from ipa_jax.rigid import Rigid
 from ipa_jax.side_chains import MultiRigidSidechain, check_aatype, frames_to_atom14, torsion_angles_to_frames
 
@@ -90,19 +90,21 @@ class FoldIteration(hk.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         act = act + ipa(act, pair, rigids, mask)  # line 6
         act = LayerNorm(name="attention_layer_norm")(dropout(keys[0], self.config.dropout, act))  # line 7
-        act = act + self._transition(act)  # lines 8–9
+        act = act + transition(act, self._transition_layers())  # lines 8–9
         act = LayerNorm(name="transition_layer_norm")(dropout(keys[1], self.config.dropout, act))
         rigids = rigids.compose(self._backbone_update(act, update_mask))  # line 10
         angles, unnormalized_angles = MultiRigidSidechain(self.config)(act, initial_act)
         return act, rigids, angles, unnormalized_angles
 
     @hk.name_like("__call__")
-    def _transition(self, act: Float[Array, "*B N c_s"]) -> Float[Array, "*B N c_s"]:
-        final: Initializer = "zeros" if self.config.ipa.zero_init else "linear"
-        hidden, width = act, self.config.num_channel
-        for _ in range(self.config.num_layer_in_transition - 1):
-            hidden = jax.nn.relu(Linear(width, initializer="relu", name="transition")(hidden))
-        return Linear(width, initializer=final, name="transition")(hidden).astype(act.dtype)
+    def _transition_layers(self) -> list[Linear]:
+        c = self.config
+        final: Initializer = "zeros" if c.ipa.zero_init else "linear"
+        hidden = range(c.num_layer_in_transition - 1)
+        return [
+            *(Linear(c.num_channel, initializer="relu", name="transition") for _ in hidden),
+            Linear(c.num_channel, initializer=final, name="transition"),
+        ]
 
     @hk.name_like("__call__")
     def _backbone_update(self, act: Float[Array, "*B N c_s"], update_mask: Shaped[Array, "*B N"] | None) -> Rigid:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import haiku as hk
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -14,7 +13,7 @@ from ipa_bridge.config import Implementation, IPABlockConfig, IPATransformerConf
 from ipa_bridge.tuples import by_name
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.invariant_point_attention import InvariantPointAttention
-from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout, with_rng
+from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout, transition, with_rng
 from ipa_jax.rigid import Rigid
 from ipa_jax.values import integers_outside
 
@@ -82,19 +81,19 @@ class IPABlock(hk.Module):
         update = ipa(act if c.post_norm else attention_layer_norm(act), pair, rigids, mask)
         act = self._dropout(act + update, c.attention_dropout, is_training)
         act = attention_layer_norm(act) if c.post_norm else act
-        act = act + self._transition(act if c.post_norm else transition_layer_norm(act))
+        act = act + transition(act if c.post_norm else transition_layer_norm(act), self._transition_layers())
         act = self._dropout(act, c.transition_dropout, is_training)
         return transition_layer_norm(act) if c.post_norm else act
 
     @hk.name_like("__call__")
-    def _transition(self, act: Float[Array, "*B N c_s"]) -> Float[Array, "*B N c_s"]:
+    def _transition_layers(self) -> list[Linear]:
         c = self.config
         final: Initializer = "zeros" if c.ipa.zero_init else "linear"
-        hidden = act
-        for _ in range(c.num_layer_in_transition - 1):
-            width = c.transition_factor * c.num_channel
-            hidden = jax.nn.relu(Linear(width, initializer="relu", name="transition")(hidden))
-        return Linear(c.num_channel, initializer=final, name="transition")(hidden).astype(act.dtype)
+        width, hidden = c.transition_factor * c.num_channel, range(c.num_layer_in_transition - 1)
+        return [
+            *(Linear(width, initializer="relu", name="transition") for _ in hidden),
+            Linear(c.num_channel, initializer=final, name="transition"),
+        ]
 
     @hk.name_like("__call__")
     def _dropout(self, act: Float[Array, "*B N c_s"], rate: float, is_training: bool) -> Float[Array, "*B N c_s"]:

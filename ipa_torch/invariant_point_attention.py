@@ -183,10 +183,7 @@ class InvariantPointAttention(Module):
         """
         pair_bias_weight = None
         if self.config.pair_channel is not None and _is_as_made(self.attention_2d):
-            # Its bias adds the same to a whole row of logits, which the softmax removes; it is a parameter
-            # because AlphaFold has it. Times zero it stays in the graph: its gradient is 0, not None, as
-            # optimisers and DistributedDataParallel expect.
-            pair_bias_weight = self.attention_2d.weight.T + 0 * self.attention_2d.bias  # type: ignore[operator]
+            pair_bias_weight = weight_without_bias(self.attention_2d)
         gamma = self.trainable_point_weights
         return pair_bias_weight, F.softplus(gamma.to(at_least_float32(gamma.dtype)))
 
@@ -236,6 +233,16 @@ def _is_as_made(linear: nn.Module) -> bool:
     """A call would do no more than multiply by the weight, which may be parametrised, and add the bias."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return type(linear).forward is Linear.forward and "forward" not in linear.__dict__ and not any(hooks)
+
+
+def weight_without_bias(linear: nn.Linear) -> Float[Tensor, "c_z H"]:
+    """The weight of the pair's projection to a bias per head.
+
+    Its own bias adds the same to a whole row of logits, which the softmax removes; it is a parameter because AlphaFold
+    has it. Times zero it stays in the graph: its gradient is 0, not None, as optimisers and DistributedDataParallel
+    expect.
+    """
+    return linear.weight.T if linear.bias is None else linear.weight.T + 0 * linear.bias
 
 
 def unpack_monomer(config: IPAConfig, q: Tensor, kv: Tensor, q_points: Tensor, kv_points: Tensor) -> Projections:

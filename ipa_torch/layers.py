@@ -106,6 +106,14 @@ class LayerNorm(nn.Module):
             return F.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon).to(inputs.dtype)
 
 
+def transition(act: Float[Tensor, "*B c"], layers: Sequence[nn.Module]) -> Float[Tensor, "*B c"]:
+    """Linear layers one after the other, ReLUs between them (Suppl. Alg. 20 line 9), returned in the input's dtype."""
+    hidden = act
+    for layer in layers[:-1]:
+        hidden = F.relu(layer(hidden))
+    return layers[-1](hidden).to(act.dtype)
+
+
 def initialize_weight(weight: Float[Tensor, "c_out c_in"], initializer: Initializer) -> None:
     """Truncated normal with variance 1/num_input ("linear") or 2/num_input ("relu"), or zeros."""
     if initializer == "zeros":

@@ -74,7 +74,7 @@ class Rigid(NamedTuple):
     @classmethod
     def from_quaternion(cls, quaternion: Float[Tensor, "*B 4"], translation: Float[Tensor, "*B 3"]) -> Rigid:
         """Frames from quaternions (w, x, y, z) of any length; a zero quaternion gives the identity rotation."""
-        w, x, y, z = _normalise(quaternion).unbind(-1)
+        w, x, y, z = normalise(quaternion).unbind(-1)
         rotation = [
             [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
             [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -91,9 +91,9 @@ class Rigid(NamedTuple):
         The origin is x2, the x-axis points to x3, and x1 lies in the xy-plane with y > 0. Collinear points
         define no frame: the result is then finite but no rotation.
         """
-        e1 = _normalise(x3 - x2)
+        e1 = normalise(x3 - x2)
         to_x1 = x1 - x2
-        e2 = _normalise(to_x1 - e1 * torch.sum(e1 * to_x1, -1, keepdim=True))
+        e2 = normalise(to_x1 - e1 * torch.sum(e1 * to_x1, -1, keepdim=True))
         e3 = torch.linalg.cross(e1, e2)
         return cls(torch.stack([e1, e2, e3], -1), x2)
 
@@ -123,7 +123,7 @@ class Rigid(NamedTuple):
         rows = torch.stack([torch.stack(row, -1) for row in outer], -2)
         largest = torch.argmax(torch.diagonal(rows, dim1=-2, dim2=-1), -1)
         row = take(rows, largest[..., None, None], -2)[..., 0, :]
-        return _normalise(torch.where(row[..., :1] < 0, -row, row))
+        return normalise(torch.where(row[..., :1] < 0, -row, row))
 
     def to_4x4(self) -> Float[Tensor, "*B 4 4"]:
         """Homogeneous matrices [[R, t], [0, 1]]."""
@@ -190,6 +190,12 @@ class Rigid(NamedTuple):
         return Rigid(self.rotation.reshape(*shape, 3, 3), self.translation.reshape(*shape, 3))
 
 
+def normalise(vectors: Float[Tensor, "*B D"], smallest_length: float = SMALLEST_LENGTH) -> Float[Tensor, "*B D"]:
+    """Unit vectors in the same directions; those shorter than the smallest length are divided by it instead."""
+    length2 = torch.sum(vectors * vectors, -1, keepdim=True)
+    return vectors / torch.sqrt(torch.clamp(length2, min=smallest_length**2))
+
+
 def _rotate(rotation: Float[Tensor, "*B 3 3"], vectors: Float[Tensor, "*B 3"]) -> Float[Tensor, "*B 3"]:
     """R·x by elementwise products: no matrix unit with fewer bits than the dtype ever sees coordinates.
 
@@ -198,8 +204,3 @@ def _rotate(rotation: Float[Tensor, "*B 3 3"], vectors: Float[Tensor, "*B 3"]) -
     x_axis, y_axis, z_axis = rotation.unbind(-1)
     x, y, z = vectors[..., None].unbind(-2)
     return x_axis * x + y_axis * y + z_axis * z
-
-
-def _normalise(vectors: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-    length2 = torch.sum(vectors * vectors, -1, keepdim=True)
-    return vectors / torch.sqrt(torch.clamp(length2, min=SMALLEST_LENGTH**2))

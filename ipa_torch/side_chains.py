@@ -17,7 +17,7 @@ from ipa_bridge.proteins import residues
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.layers import Initializer, Linear, Module, take
-from ipa_torch.rigid import SMALLEST_LENGTH, Rigid
+from ipa_torch.rigid import Rigid, normalise
 from ipa_torch.values import integers_outside
 
 SMALLEST_ANGLE_LENGTH = 1e-6
@@ -52,12 +52,12 @@ class TorsionAngles(NamedTuple):
 
 
 def lookup(
-    table: np.ndarray | Tensor, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None
+    table: np.ndarray, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None
 ) -> Shaped[Tensor, "*B N *T"]:
     """The rows of a table of `residues` for residue types; all outside 0–20 have the unknown residue's."""
     aatype = aatype.long()
     unknown = (aatype < 0) | (aatype > residues.UNKNOWN_AATYPE)
-    rows = table if isinstance(table, Tensor) else torch.from_numpy(table.copy())
+    rows = torch.from_numpy(table.copy())
     return rows.to(aatype.device, dtype)[aatype.masked_fill(unknown, residues.UNKNOWN_AATYPE)]
 
 
@@ -97,7 +97,7 @@ class MultiRigidSidechain(Module):
             update = self.get_submodule(haiku_name("resblock1", i))(F.relu(hidden))
             hidden = hidden + self.get_submodule(haiku_name("resblock2", i))(F.relu(update))
         unnormalized = self.unnormalized_angles(F.relu(hidden)).unflatten(-1, (7, 2))
-        return _unit(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
+        return normalise(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
 
 
 def torsion_angles_to_frames(
@@ -250,18 +250,13 @@ def atom37_to_torsion_angles(
     mask = mask & lookup(residues.TORSION_MASK, aatype)
     _, y, z = Rigid.from_three_points(a, c, 2 * c - b).apply_inverse(d).unbind(-1)
     by_oxygen = atoms.new_tensor([1, 1, -1, 1, 1, 1, 1])
-    angles = _unit(torch.stack([z, y], -1), SMALLEST_LENGTH) * (by_oxygen * mask.to(dtype))[..., None]
+    angles = normalise(torch.stack([z, y], -1)) * (by_oxygen * mask.to(dtype))[..., None]
     other = 1 - 2 * lookup(residues.TORSION_PI_PERIODIC, aatype, dtype)
     return TorsionAngles(angles, angles * other[..., None], mask)
 
 
 def _group(groups: Rigid, group: int) -> Rigid:
     return Rigid(groups.rotation[..., group, :, :], groups.translation[..., group, :])
-
-
-def _unit(vectors: Float[Tensor, "*B D"], smallest_length: float) -> Float[Tensor, "*B D"]:
-    length2 = torch.sum(vectors * vectors, -1, keepdim=True)
-    return vectors / torch.sqrt(torch.clamp(length2, min=smallest_length**2))
 
 
 def _gather(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipa_bridge.checks import (
     check_arrays,
@@ -22,7 +22,7 @@ from ipa_bridge.parameters import haiku_name
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
-from ipa_torch.layers import Initializer, LayerNorm, Linear, Module
+from ipa_torch.layers import Initializer, LayerNorm, Linear, Module, transition
 from ipa_torch.rigid import Rigid
 from ipa_torch.side_chains import MultiRigidSidechain, check_aatype, frames_to_atom14, torsion_angles_to_frames
 
@@ -93,18 +93,14 @@ class FoldIteration(Module):
         """
         act = act + self.invariant_point_attention(act, pair, rigids, mask)  # line 6
         act = self.attention_layer_norm(self._dropout(act))  # line 7
-        act = act + self._transition(act)  # lines 8–9
+        act = act + transition(act, self._transition_layers())  # lines 8–9
         act = self.transition_layer_norm(self._dropout(act))
         rigids = rigids.compose(self._backbone_update(act, update_mask))  # line 10
         angles, unnormalized_angles = self.rigid_sidechain(act, initial_act)
         return act, rigids, angles, unnormalized_angles
 
-    def _transition(self, act: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N c_s"]:
-        last = self.config.num_layer_in_transition - 1
-        hidden = act
-        for i in range(last):
-            hidden = F.relu(self.get_submodule(haiku_name("transition", i))(hidden))
-        return self.get_submodule(haiku_name("transition", last))(hidden).to(act.dtype)
+    def _transition_layers(self) -> list[nn.Module]:
+        return [self.get_submodule(haiku_name("transition", i)) for i in range(self.config.num_layer_in_transition)]
 
     def _backbone_update(self, act: Float[Tensor, "*B N c_s"], update_mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
         """Alg. 23: the quaternion (1, b, c, d), normalised, and a translation, in the residue's own frame."""

@@ -15,7 +15,7 @@ from ipa_bridge.parameters import haiku_name
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
-from ipa_torch.layers import Initializer, LayerNorm, Linear, Module
+from ipa_torch.layers import Initializer, LayerNorm, Linear, Module, transition
 from ipa_torch.rigid import Rigid
 from ipa_torch.values import integers_outside
 
@@ -85,18 +85,15 @@ class IPABlock(Module):
         update = ipa(act if c.post_norm else attention_layer_norm(act), pair, rigids, mask)
         act = F.dropout(act + update, c.attention_dropout, self.training)
         act = attention_layer_norm(act) if c.post_norm else act
-        act = act + self._transition(act if c.post_norm else transition_layer_norm(act))
+        act = act + transition(act if c.post_norm else transition_layer_norm(act), self._transition_layers())
         act = F.dropout(act, c.transition_dropout, self.training)
         return transition_layer_norm(act) if c.post_norm else act
 
     if TYPE_CHECKING:  # nn.Module's own returns anything
         __call__ = forward
 
-    def _transition(self, act: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N c_s"]:
-        hidden, last = act, self.config.num_layer_in_transition - 1
-        for i in range(last):
-            hidden = F.relu(getattr(self, haiku_name("transition", i))(hidden))
-        return getattr(self, haiku_name("transition", last))(hidden).to(act.dtype)
+    def _transition_layers(self) -> list[nn.Module]:
+        return [getattr(self, haiku_name("transition", i)) for i in range(self.config.num_layer_in_transition)]
 
 
 class IPATransformer(Module):

@@ -19,6 +19,9 @@ if not any(x.startswith("--require") and "gpu" in x for x in sys.argv):  # on a 
     # Before JAX is imported: compiling takes longer than running. `make test-all` compiles as users do.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1")
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""True where Triton interprets GPU kernels on the CPU; it is told once for the whole run."""
+
 COMPARED = pytest.StashKey[list]()
 COMPARED_WITH_PEERS = pytest.StashKey[list]()
 COMPARED_WITH_STRUCTURE_MODULES = pytest.StashKey[list]()
@@ -57,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     needed = [name for name in config.getoption("--require").split(",") if name]
     if "gpu" in needed:
         needed.remove("gpu")
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if INTERPRETED:
             raise pytest.UsageError("--require=gpu: kernels are interpreted; unset TRITON_INTERPRET, and write the =")
         needed += ["jax", "torch", "triton"]
         if absent := without_gpu():
@@ -96,6 +99,20 @@ def without_gpu() -> str | None:
         if jax.default_backend() != "gpu":
             return f"a CUDA device was expected as JAX's default; it is {jax.default_backend()}"
     return None
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPU kernels run on the CPU, in Triton's and Pallas' interpreters, where they are not to run on a GPU."""
+    if not INTERPRETED:
+        pytest.skip("kernels run on a GPU, and are not interpreted")
+    if importlib.util.find_spec("torch"):
+        monkeypatch.setattr("ipa_torch.attention.fused.INTERPRETED", True)
+    if importlib.util.find_spec("jax"):
+        from ipa_parity.attention import jax_point_attention
+
+        jax_point_attention()  # imports it without Haiku too
+        monkeypatch.setattr("ipa_jax.attention.fused.INTERPRETED", True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest itself chooses by marks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from ipa_bridge import kernels
+from ipa_bridge import tiling
 from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention import jax_point_attention
 from ipa_parity.report import compare
@@ -166,8 +167,36 @@ def judge_against_the_reference(framework, arrays, cotangents):
     assert not failed, "\n".join(failed)
 
 
-interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="kernels run on a GPU, and are not interpreted")
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as conftest sets it, but on a GPU
+interpreted = pytest.mark.usefixtures("interpreted")
+
+
+def without_triton() -> str:
+    """Why the kernels of PyTorch cannot even be interpreted; empty where they can."""
+    if not importlib.util.find_spec("torch"):
+        return "no torch"
+    from ipa_torch.attention import fused
+
+    installed = fused._installed_triton()
+    return "" if installed and installed >= fused.OLDEST_TRITON else f"triton is {installed}"
+
+
+needs_triton = pytest.mark.skipif(bool(without_triton()), reason=without_triton())
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, "the package triton was expected, which is not installed"), ((3, 2), "triton 3.6 or later .*; got 3.2")],
+)
+def test_another_triton_is_told(version, message, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from ipa_torch.attention import fused, point_attention
+
+    monkeypatch.setattr(fused, "_TRITON", version)
+    arrays, _ = arrays_of((5,), 2, 32)
+    tensors = {name: None if x is None else torch.tensor(x) for name, x in arrays.items()}
+    with pytest.raises(NotImplementedError, match=rf"{message}.*; implementation='streamed' has no such limit"):
+        point_attention(**tensors, implementation="fused")
 
 
 @interpreted
@@ -210,10 +239,9 @@ def test_what_the_kernels_cannot_do(framework):
         framework.run(half, cotangents, implementation="fused")
 
 
-@interpreted
+@pytest.mark.skipif(not INTERPRETED, reason="there is a GPU")
 @needs_triton
-def test_without_a_gpu_it_says_so(framework, monkeypatch):
-    monkeypatch.setattr(f"ipa_{framework.name}.attention.fused.INTERPRETED", False)
+def test_without_a_gpu_it_says_so(framework):
     with pytest.raises(NotImplementedError, match=r"CUDA device .*expected.*; got cpu; "):
         framework.run(*arrays_of((1, 3), 2, 32), implementation="fused")
 
@@ -222,24 +250,22 @@ def test_without_a_gpu_it_says_so(framework, monkeypatch):
 def test_chunks_are_all_queries_once(sizes):
     examples, number = sizes
     seen = np.zeros((examples, number), int)
-    of = kernels.Sizes(examples, number, 12, 16, 12, 40, 128)
-    for chunk in kernels.chunks(of):
+    of = tiling.Sizes(examples, number, 12, 16, 12, 40, 128)
+    for chunk in tiling.chunks(of):
         seen[chunk.example : chunk.example + chunk.examples, chunk.row : chunk.row + chunk.rows] += 1
         assert chunk.examples == 1 or chunk.rows == number
         queries = chunk.examples * chunk.rows
-        assert chunk.examples * of.heads <= kernels.MOST_PROGRAMS
-        assert (
-            queries <= kernels.LEAST_QUERIES or 4 * 12 * queries * max(kernels.stride(of), 128) <= kernels.CHUNK_BYTES
-        )
+        assert chunk.examples * of.heads <= tiling.MAX_PROGRAMS
+        assert queries <= tiling.MIN_QUERIES or 4 * 12 * queries * max(tiling.stride(of), 128) <= tiling.CHUNK_BYTES
     assert (seen == 1).all()
-    last = [chunk.rows for chunk in kernels.chunks(of)][-1:]
-    assert all(rows > 0.8 * next(kernels.chunks(of)).rows for rows in last), "a chunk costs as many launches as another"
+    last = [chunk.rows for chunk in tiling.chunks(of)][-1:]
+    assert all(rows > 0.8 * next(tiling.chunks(of)).rows for rows in last), "a chunk costs as many launches as another"
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(kernels, "LEAST_QUERIES", 7)
+    monkeypatch.setattr(tiling, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(tiling, "MIN_QUERIES", 7)
 
 
 @interpreted
@@ -272,11 +298,11 @@ def test_torch_operators_are_sound():
     torch = pytest.importorskip("torch")
     import ipa_torch
     from ipa_torch.attention import fused
-    from ipa_torch.attention.streamed import scaled
+    from ipa_torch.attention.operands import Operands
 
     arrays, _ = arrays_of((2, 5), 2, 32)
     tensors = {name: torch_tensor(x) for name, x in arrays.items()}
-    inputs = [None if x is None else x.contiguous() for x in scaled(**tensors)]
+    inputs = [None if x is None else x.contiguous() for x in Operands.from_inputs(**tensors)]
     torch.library.opcheck(fused._attend, inputs)
     outputs = fused._attend(*inputs)
     torch.library.opcheck(fused._attend_backward, (*outputs[:2], *inputs, *outputs, True))
@@ -352,9 +378,9 @@ def test_a_pair_that_lies_otherwise(lies):
 @pytest.fixture(scope="module", params=["alphafold", pytest.param("every pair", marks=pytest.mark.exhaustive)])
 def resources(request):
     """Registers and memory that kernels take of a GPU, compiled where nothing is interpreted."""
-    if not importlib.util.find_spec("triton"):
-        pytest.skip("no triton")
-    command = [sys.executable, "-W", "ignore", "-m", "ipa_bridge.kernels.resources", "--json"]
+    if reason := without_triton():
+        pytest.skip(reason)
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_resources", "--json"]
     command += ["--target", "sm_90", "--pair-channel", "128"] if request.param == "alphafold" else []
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -376,13 +402,22 @@ def test_the_kernels_fit_without_spilling(resources):
             assert at_once >= 2, x  # programs on a multiprocessor, so that one computes while another reads
 
 
+def an_abstract_gpu():
+    """Where there is no GPU, JAX from 0.11 on compiles for one that it is told of."""
+    try:
+        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+    except ImportError:
+        return contextlib.nullcontext()
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
 def test_the_pallas_kernels_lower_for_a_gpu(monkeypatch):
     """Both, forwards and backwards, batched or not; what Triton makes of them is not seen here."""
     jax = pytest.importorskip("jax")
     attend = jax_point_attention()
     from ipa_jax.attention import fused
 
-    monkeypatch.setattr(fused, "INTERPRETED", False)
     monkeypatch.setattr(fused, "_no_place_to_run", lambda: None)
     for shape in ((100,), (2, 100)):
         for pair_dtype in ("float32", "bfloat16"):
@@ -393,7 +428,8 @@ def test_the_pallas_kernels_lower_for_a_gpu(monkeypatch):
                 return sum((x**2).sum() for x in outputs)
 
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-            text = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+            with an_abstract_gpu():
+                text = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
             kernel = re.compile(r'name = "(attend_to_pair|pair_gradients)"')
             assert sorted(set(kernel.findall(text))) == ["attend_to_pair", "pair_gradients"]
             assert "__gpu$xla.gpu.triton" in text
@@ -402,7 +438,7 @@ def test_the_pallas_kernels_lower_for_a_gpu(monkeypatch):
 def on_gpu(test):
     """A test that is run by `make gpu`, and skipped elsewhere."""
     reason = "kernels are interpreted here; make gpu runs them on a GPU"
-    return pytest.mark.gpu(pytest.mark.skipif(kernels.INTERPRETED, reason=reason)(test))
+    return pytest.mark.gpu(pytest.mark.skipif(INTERPRETED, reason=reason)(test))
 
 
 @on_gpu

@@ -60,8 +60,10 @@ assert not third_party, third_party
 
 
 NO_COMPILER = """
-import torch, ipa_torch
-heavy = {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+import torch
+before = set(sys.modules)
+import ipa_torch
+heavy = {"torch._dynamo", "torch._inductor", "sympy"} & (set(sys.modules) - before)
 assert not heavy, heavy
 """
 

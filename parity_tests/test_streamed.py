@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from ipa_bridge import tolerance
+from ipa_bridge import tiling, tolerance
 from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.cases import CATALOGUE, ODD, make_case
 from ipa_parity.report import compare
@@ -212,8 +212,8 @@ def test_block_sizes_below_one_are_refused(framework, implementation):
 def test_a_block_size_or_the_length_chooses_it(framework):
     module = importlib.import_module(f"ipa_{framework.name}.attention")
     choose, named = module.choose_implementation, module.IMPLEMENTATIONS
-    assert choose(None, 4, block_size=4).func is named["streamed"]
-    assert choose(None, module.STREAMED_FROM).func is named["streamed"]
+    assert choose(None, 4, block_size=4) is named["streamed"]
+    assert choose(None, module.STREAMED_FROM) is named["streamed"]
     assert choose(None, module.STREAMED_FROM - 1) is named["reference"]
     assert choose("reference", 10 * module.STREAMED_FROM) is named["reference"]
 
@@ -603,6 +603,7 @@ def test_nothing_waits_for_a_gpu(backward):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from ipa_torch.attention import streamed
+    from ipa_torch.attention.operands import Operands
 
     waits = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "_to_copy", "lift_fresh")
 
@@ -615,10 +616,10 @@ def test_nothing_waits_for_a_gpu(backward):
 
     arrays, _ = core_arrays((2, 9))
     tensors = {name: torch_tensor(x).to(torch.float64) for name, x in arrays.items()}
-    inputs = streamed.scaled(*first(tensors), *rest(tensors).values(), tensors["mask"])
+    inputs = Operands.from_inputs(*first(tensors), *rest(tensors).values(), tensors["mask"])
     outputs = streamed._attend(*inputs, 4, False)
     with Watched() as watched:
-        streamed.scaled(*first(tensors), *rest(tensors).values(), tensors["mask"])
+        Operands.from_inputs(*first(tensors), *rest(tensors).values(), tensors["mask"])
         if backward:
             streamed._attend_backward._init_fn(*outputs, *inputs, 4, False, True)
         else:
@@ -630,6 +631,7 @@ def test_nothing_waits_for_a_gpu(backward):
 def test_blocks_on_a_gpu():
     """As large as cached logits and an eighth of the pair allow; and never none."""
     for package in ("jax", "torch"):
-        size = importlib.import_module(f"ipa_{package}.attention.streamed").default_block_size
+        block_bytes = importlib.import_module(f"ipa_{package}.attention.rows").BLOCK_BYTES
+        size = partial(tiling.default_block_size, block_bytes=block_bytes)
         assert [size(n, 12, 128, on_gpu=True) for n in (1, 50, 256, 1024, 2048, 8192)] == [1, 50, 64, 128, 170, 42]
         assert size(10**6, 12, 128, on_gpu=True) == 1

@@ -612,7 +612,9 @@ def frames_in_a_thousandth_larger_a_unit(module, side_chains, patch):
 
 
 def the_first_transition_left_out(module, side_chains, patch):
-    patch.setattr(module.fold_iteration, "_transition", lambda act: 0 * act)
+    from ipa_torch import structure_module
+
+    patch.setattr(structure_module, "transition", lambda act, layers: 0 * act)
 
 
 def side_chains_that_forget_the_first_activations(module, side_chains, patch):

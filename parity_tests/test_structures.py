@@ -160,7 +160,7 @@ def test_types_and_numbers_of_residues(structures_dir, name):
 
 @pytest.mark.parametrize("name", RESIDUES)
 def test_biopython_reads_the_same(structures_dir, name):
-    from Bio.Data.PDBData import protein_letters_3to1_extended as letters
+    letters = pytest.importorskip("Bio.Data.PDBData", reason="Biopython is not installed").protein_letters_3to1_extended
 
     structure = load_structure(structures_dir / name)
     residues = biopython_residues(structures_dir / name)
@@ -346,7 +346,7 @@ def test_modified_residues_stay_and_count_as_their_parent(load, name, letter):
 
 
 def test_the_twenty_in_alphafolds_order(load):
-    from Bio.Data.PDBData import protein_letters_1to3 as names
+    names = pytest.importorskip("Bio.Data.PDBData", reason="Biopython is not installed").protein_letters_1to3
 
     atoms = [a for i, x in enumerate(RESTYPES) for a in residue(names[x].upper(), i + 1, place=i % 12)]
     assert load(atoms).aatype.tolist() == list(range(20))

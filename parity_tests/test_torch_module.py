@@ -535,6 +535,7 @@ def test_angstroms_are_not_warned_of_within_a_structure_module():
 
 
 def test_angstroms_are_not_warned_of_in_replaced_layers():
+    pytest.importorskip("transformers")
     from transformers.models.esm.modeling_esmfold import EsmFoldInvariantPointAttention
     from transformers.models.esm.openfold_utils import Rigid, Rotation
 

@@ -63,23 +63,32 @@ ONLY_IN_ONE = {
             "Recognised.where",
         )
     },
-    "attention.streamed.LANES": "XLA's products on CPU want padded heads",
-    "attention.streamed.SMALLEST_WEIGHT": "subnormal numbers slow torch's products on CPU",
-    "attention.streamed.scaled": "a torch operator takes tensors, …",
-    **dict.fromkeys(("attention.streamed.Inputs", "attention.streamed.Inputs.of"), "… a JAX function a tree"),
+    "attention.rows.LANES": "XLA's products on CPU want padded heads",
+    "attention.rows.SMALLEST_WEIGHT": "subnormal numbers slow torch's products on CPU",
+    "attention.rows.Blocks.scratch": "XLA finds memory itself",
+    "attention.operands.Operands.example": "torch takes one example after the other, …",
+    **dict.fromkeys(("attention.operands.number_of_examples", "attention.operands.over_batch"), "… JAX maps over them"),
     **{
-        f"attention.streamed.{name}": "JAX scans over rows, batched by vmap; what the fused twin needs of that"
+        f"attention.rows.{name}": "JAX scans over rows, of which a torch slice tells all"
+        for name in ("Rows", "Rows.read", "Rows.write", "Rows.fresh", "RowGradients", "gradients_by_rows")
+    },
+    "attention.rows.einsum": "torch multiplies in full precision by default",
+    **{
+        f"attention.derivatives.{name}": "how a framework is told what derivatives there are"
         for name in (
-            *("Keys", "Keys.of", "Rows", "Rows.read", "Rows.write", "Rows.of_pair", "Rows.fresh", "starts", "einsum"),
-            *("logits_and_distance2", "instantiate"),
-            *("number_of_examples", "over_batch", "in_reverse_mode_only", "RowGradients", "gradients_by_rows"),
+            *("in_reverse_mode_only", "instantiate"),
+            *("wants_gradients", "without_derivative", "one_by_one"),
         )
     },
     **{
-        f"attention.streamed.{name}": "what torch wants told of an operator, of the fused one too"
-        for name in ("one_by_one", "wants_gradients", "without_derivative")
+        f"attention.kernels.{name}": "XLA does what does not touch the pair"
+        for name in ("logits", "attend", "query_gradients", "key_gradients")
     },
-    "attention.fused.HAS_TRITON": "JAX brings its own Triton",
+    **{
+        f"attention.kernels.{name}": "Pallas launches its kernels itself"
+        for name in ("KERNELS", "compiler_options", "constants", "run")
+    },
+    "invariant_point_attention.weight_without_bias": "a torch optimiser expects a gradient of every parameter",
 }
 """Names that one framework has and the other has no use for."""
 
@@ -104,6 +113,10 @@ OTHER_SIGNATURES = {
     "transformer.IPATransformer.__init__": "haiku takes a name",
     "transformer.IPATransformer.__call__": "a torch module knows whether it is training",
     "confidence.PredictedLDDT.__init__": "haiku takes a name",
+    **dict.fromkeys(
+        ("attention.kernels.attend_to_pair", "attention.kernels.pair_gradients"),
+        "a kernel in Triton takes pointers, one in Pallas is called with arrays",
+    ),
     "invariant_point_attention.PointProjection.__init__": "torch needs the input width, haiku takes a name",
 }
 """Callables that both have, with arguments of their own."""
@@ -188,7 +201,7 @@ def test_same_exports():
 
 
 FORBIDDEN = {
-    "ipa_bridge": {"ipa_jax", "ipa_torch", "ipa_parity", "jax", "haiku"},
+    "ipa_bridge": {"ipa_jax", "ipa_torch", "ipa_parity", "jax", "haiku", "triton"},
     "ipa_jax": {"ipa_torch", "ipa_parity", "torch"},
     "ipa_torch": {"ipa_jax", "ipa_parity", "jax", "haiku"},
 }

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from ipa_bridge.config import LossConfig
+
 RESTYPES = "ARNDCQEGHILKMFPSTWYV"
 """One-letter codes; a residue's aatype is its index here."""
 
@@ -45,6 +47,12 @@ ATOM14_NAMES = (
 )
 """Atom names by aatype in the order of atom14, one slot per atom that the residue has; "" beyond those."""
 
+N_SLOT, CA_SLOT, C_SLOT, SG_SLOT = (ATOM14_NAMES[RESTYPES.index("C")].index(name) for name in ("N", "CA", "C", "SG"))
+"""atom14 slots of the backbone's N, Cα and C, the same in every residue, and of cysteine's sulfur."""
+
+PROLINE_AATYPE = RESTYPES.index("P")
+"""aatype of proline, to whose nitrogen peptide bonds are longer."""
+
 NUM_GROUP = 8
 """Rigid groups (Suppl. Table 2): backbone, pre-ω, φ, ψ, χ1, χ2, χ3, χ4; the last seven each turn by their torsion."""
 
@@ -59,6 +67,9 @@ PEPTIDE_BOND_LENGTH = {"mean": (1.329, 1.341), "stddev": (0.014, 0.016)}
 
 PEPTIDE_BOND_COSINES = {"CA-C-N": (-0.4473, 0.0311), "C-N-CA": (-0.5203, 0.0353)}
 """Mean and standard deviation of the cosines of the angles at the peptide bond."""
+
+TOLERATED_CA_C_N_STDDEV = PEPTIDE_BOND_LENGTH["stddev"][0]
+"""The standard deviation by which AlphaFold's code tolerates CA-C-N: the C–N length's; the weights were trained so."""
 
 
 def _fill(shape: tuple[int, ...], entries: Mapping[Any, Any], dtype: type) -> ndarray:
@@ -182,6 +193,11 @@ ATOM14_SWAP = _fill((14,), {(a, i): i for a in range(len(RESTYPE_NAMES)) for i i
 ATOM14_IS_AMBIGUOUS = _fill((14,), dict.fromkeys(_swaps(), True), bool)
 """The atom's name is ambiguous."""
 
+ATOM14_AMBIGUOUS_SLOTS = _fill(
+    (4,), dict(enumerate(np.argsort(~ATOM14_IS_AMBIGUOUS, axis=-1, kind="stable")[:, :4])), int
+)
+"""The slots of a residue's ambiguous atoms, four at the most; other slots where there are fewer."""
+
 GROUP_IS_AMBIGUOUS = _fill(
     (NUM_GROUP,), {(a, 3 + int(CHI_MASK[a].sum())): True for a in sorted({a for a, _ in _swaps()})}, bool
 )
@@ -269,7 +285,9 @@ ATOM14_PAIR_RADIUS = _fill((14, 14), dict(enumerate(ATOM14_RADIUS[:, :, None] + 
 
 
 def atom14_distance_bounds(
-    *, bond_length_tolerance: float = 12.0, overlap_tolerance: float = 1.5
+    *,
+    bond_length_tolerance: float = LossConfig.tolerance_factor,
+    overlap_tolerance: float = LossConfig.overlap_tolerance,
 ) -> tuple[ndarray, ndarray]:
     """Least and greatest distances in Å between the atoms of one residue, (21, 14, 14) each.
 

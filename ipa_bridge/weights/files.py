@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -180,7 +181,9 @@ def _open_safetensors(path: Path) -> Iterator[ArrayFile]:
 @contextmanager
 def _open_torch(path: Path) -> Iterator[ArrayFile]:
     torch = import_torch()
-    loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    with warnings.catch_warnings():  # of pickles and sparse tensors, which come as errors below
+        warnings.simplefilter("ignore", UserWarning)
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     if not isinstance(loaded, Mapping):
         raise ValueError(
             f"it holds a {type(loaded).__name__}: save a state dict, torch.save(module.state_dict(), path)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,25 +10,17 @@ from jaxtyping import Array, Float, Shaped
 
 from ipa_bridge.checks import check_point_attention_inputs
 from ipa_bridge.config import Implementation
-from ipa_jax.attention import reference, streamed
+from ipa_jax.attention import fused, reference, streamed
 from ipa_jax.dtypes import at_least_float32
 
 __all__ = ["IMPLEMENTATIONS", "STREAMED_FROM", "choose_implementation", "point_attention"]
 
-
-def _fused(*arrays: Any, **options: Any) -> tuple[Any, ...]:
-    """The GPU kernels' door, imported only when asked for."""
-    from ipa_jax.attention import fused
-
-    return fused.point_attention(*arrays, **options)
-
-
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference.point_attention,
     "streamed": streamed.point_attention,
-    "fused": _fused,
+    "fused": fused.point_attention,
 }
-"""Every implementation by name."""
+"""Every implementation by name: each takes what `point_attention` does, but the name, and refuses what it cannot do."""
 
 STREAMED_FROM = 96
 """Residues from which implementation=None streams. Below, the reference is as fast or faster and its memory small."""
@@ -80,9 +71,7 @@ def point_attention(
         NotImplementedError: the named implementation cannot do what is asked.
     """
     check_point_attention_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
-    attend = choose_implementation(
-        implementation, q.shape[-3], block_size=block_size, return_attention=return_attention
-    )
+    attend = choose_implementation(implementation, q.shape[-3], block_size=block_size)
     arrays = (q, k, v, q_points, k_points, v_points)
     dtype = at_least_float32(*(x.dtype for x in arrays), *(() if pair is None else (pair.dtype,)))
     o, o_points, o_pair, attention = attend(
@@ -91,6 +80,8 @@ def point_attention(
         pair_bias_weight=None if pair_bias_weight is None else pair_bias_weight.astype(dtype),
         point_weights=point_weights.astype(dtype),
         mask=None if mask is None else jax.lax.stop_gradient(mask.astype(dtype)),
+        block_size=block_size,
+        return_attention=return_attention,
     )
     o_pair = None if o_pair is None else o_pair.astype(v.dtype)
     outputs = (o.astype(v.dtype), o_points.astype(v_points.dtype), o_pair)
@@ -98,7 +89,7 @@ def point_attention(
 
 
 def choose_implementation(
-    implementation: Implementation | None, number: int, *, block_size: int | None = None, return_attention: bool = False
+    implementation: Implementation | None, number: int, *, block_size: int | None = None
 ) -> Callable:
     """The function that a name stands for, of so many residues.
 
@@ -108,19 +99,10 @@ def choose_implementation(
     on a GPU yet.
 
     Raises:
-        ValueError: no implementation of that name, or a block_size below 1.
-        NotImplementedError: it does not work in blocks and `block_size` is given, or never holds the attention.
+        ValueError: no implementation of that name.
     """
     streams = block_size is not None or (isinstance(number, int) and number >= STREAMED_FROM)
     name = implementation or ("streamed" if streams else "reference")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
-    if name != "streamed" and block_size is not None:
-        raise NotImplementedError(f"implementation {name!r} has no blocks: leave block_size None, got {block_size}")
-    if name == "fused" and return_attention:
-        raise NotImplementedError("implementation 'fused' never holds the attention: implementation='streamed' does")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size must be at least 1, or None for a size that suits N; got {block_size}")
-    if name != "streamed":
-        return IMPLEMENTATIONS[name]
-    return partial(IMPLEMENTATIONS[name], block_size=block_size, return_attention=return_attention)
+    return IMPLEMENTATIONS[name]

@@ -22,13 +22,21 @@ def point_attention(
     pair_bias_weight: Float[Array, "c_z H"] | None,
     point_weights: Float[Array, " H"],
     mask: Float[Array, "*B N"] | None = None,
+    block_size: int | None = None,
+    return_attention: bool = False,
 ) -> tuple[
     Float[Array, "*B N H Cv"],
     Float[Array, "*B N H Pv 3"],
     Float[Array, "*B N H c_z"] | None,
-    Float[Array, "*B H N N"],
+    Float[Array, "*B H N N"] | None,
 ]:
-    """Outputs and attention weights, all arrays but `pair` in one dtype of at least float32."""
+    """Outputs, and attention weights if asked for; all arrays but `pair` in one dtype of at least float32.
+
+    Raises:
+        NotImplementedError: there are no blocks, and a block_size is given.
+    """
+    if block_size is not None:
+        raise NotImplementedError(f"implementation 'reference' has no blocks: leave block_size None, got {block_size}")
     pair = None if pair is None else pair.astype(q.dtype)
     logits = attention_logits(
         q, k, q_points, k_points, pair, pair_bias_weight=pair_bias_weight, point_weights=point_weights, mask=mask
@@ -39,7 +47,7 @@ def point_attention(
     o_pair = None
     if pair is not None:
         o_pair = jnp.einsum("...hij,...ijc->...ihc", attention, pair, precision=Precision.HIGHEST)  # line 8
-    return o, o_points, o_pair, attention
+    return o, o_points, o_pair, attention if return_attention else None
 
 
 def attention_logits(

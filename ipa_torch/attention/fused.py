@@ -1,13 +1,15 @@
 """The streamed attention's function in GPU kernels that read the pair once, and once more backwards.
 
 Between kernels lie the logits of a chunk of query rows, in the GPU's cache; nothing else of N×N is held. Arithmetic is
-float32's (see `ipa_bridge.kernels.point_attention`). On a CPU the kernels run in Triton's interpreter, for tests.
+float32's (see `ipa_torch.attention.kernels`).
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -16,17 +18,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ipa_bridge.kernels import INTERPRETED, Sizes, chunks, stride, unsupported
-from ipa_torch.attention.streamed import (
-    ONLY_REVERSE_MODE,
-    one_by_one,
-    scaled,
-    unpacked,
-    wants_gradients,
-    without_derivative,
-)
+from ipa_bridge.tiling import Sizes, chunks, stride, unsupported
+from ipa_torch.attention.derivatives import one_by_one, wants_gradients, without_derivative
+from ipa_torch.attention.operands import Operands, unpack
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = (3, 6)
+"""The first version that the kernels were tried with."""
+
+
+def _installed_triton() -> tuple[int, ...] | None:
+    """Triton's version without importing it, which loads a compiler; None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # a build of one's own, which is taken for new
+        return OLDEST_TRITON
+
+
+_TRITON = _installed_triton()
+
+INTERPRETED = False
+"""True where Triton interprets the kernels, on any device: a setting for tests, which set TRITON_INTERPRET=1 too."""
 
 
 def point_attention(
@@ -41,6 +54,8 @@ def point_attention(
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
     point_weights: Float[Tensor, " H"],
     mask: Float[Tensor, "*B N"] | None = None,
+    block_size: int | None = None,
+    return_attention: bool = False,
 ) -> tuple[
     Float[Tensor, "*B N H Cv"],
     Float[Tensor, "*B N H Pv 3"],
@@ -52,31 +67,37 @@ def point_attention(
     Raises:
         NotImplementedError: the kernels cannot do this, and why.
     """
-    inputs = scaled(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
-    queries, _, values, query_points, _, _, flat_pair, _, _ = inputs
-    sizes = _sizes(queries, values, query_points, flat_pair)
-    reason = unsupported(sizes, _name(q), None if pair is None else _name(pair)) or _no_place_to_run(q.device.type)
+    if block_size is not None:
+        raise NotImplementedError(f"implementation 'fused' has no blocks: leave block_size None, got {block_size}")
+    if return_attention:
+        raise NotImplementedError("implementation 'fused' never holds the attention: implementation='streamed' does")
+    operands = Operands.from_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
+    reason = unsupported(_sizes(operands), _name(q), None if pair is None else _name(pair))
+    reason = reason or _no_place_to_run(q.device.type)
     if reason:
         raise NotImplementedError(f"implementation='fused': {reason}; implementation='streamed' has no such limit")
-    if wants_gradients(inputs) or not torch.compiler.is_compiling():
-        o, o_pair, _ = _Attend.apply(*inputs)
+    if wants_gradients(operands) or not torch.compiler.is_compiling():
+        o, o_pair, _ = _Attend.apply(*operands)
     else:  # Dynamo has no place for an autograd function without gradients.
-        o, o_pair, _ = _attend(*inputs)
-    return *unpacked(o, v, v_points), None if pair is None else o_pair.reshape(*v.shape[:-1], pair.shape[-1]), None
+        o, o_pair, _ = _attend(*operands)
+    return *unpack(o, v, v_points), None if pair is None else o_pair.reshape(*v.shape[:-1], pair.shape[-1]), None
 
 
 def _no_place_to_run(device: str) -> str | None:
     """Why kernels cannot run on a device; None where they can."""
-    if not HAS_TRITON:
+    if _TRITON is None:
         return "the package triton was expected, which is not installed"
+    if _TRITON < OLDEST_TRITON:
+        oldest, got = (".".join(map(str, x)) for x in (OLDEST_TRITON, _TRITON))
+        return f"triton {oldest} or later was expected, as PyTorch 2.11 brings it; got {got}"
     if device != "cuda" and not INTERPRETED:
         return f"tensors on a CUDA device were expected; got {device}"
     return None
 
 
 def _kernels() -> ModuleType:
-    """What launches them, with which Triton is imported."""
-    return importlib.import_module("ipa_bridge.kernels.launching")
+    """The kernels, with which Triton is imported."""
+    return importlib.import_module("ipa_torch.attention.kernels")
 
 
 class _Attend(torch.autograd.Function):
@@ -98,10 +119,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
         """First derivatives, of what needs one."""
-        needed = ctx.needs_input_grad
+        wanted = Operands(*ctx.needs_input_grad)
         differentiate = _attend_backward if torch.compiler.is_compiling() else _AttendBackward.apply
-        gradients = (*differentiate(*cotangents[:2], *ctx.saved_tensors, needed[6]), None)
-        return tuple(x if wanted else None for x, wanted in zip(gradients, needed, strict=True))
+        gradients = (*differentiate(*cotangents[:2], *ctx.saved_tensors, wanted.pair), None)
+        return tuple(x if needed else None for x, needed in zip(gradients, wanted, strict=True))
 
 
 @torch.library.custom_op("ipa_twins::fused_attend", mutates_args=())
@@ -118,19 +139,20 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums o (B, H, N, Cv), o_pair (B, N, H, c_z), empty without a pair, and log Σ exp of the logits (B, H, N).
 
-    Of what the streamed attention's operator takes.
+    Takes the fields of `Operands`.
     """
-    o, o_pair, log_sum = _outputs(queries, values, pair)
-    sizes = _sizes(queries, values, query_points, pair)
-    arrays = _arrays(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
-    run = partial(_kernels().run, sizes=sizes, **_options(pair, mask))
+    operands = Operands(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
+    o, o_pair, lse = _outputs(operands)
+    sizes = _sizes(operands)
+    arrays = _arrays(operands)
+    run = _launch(operands, sizes)
     logits = queries.new_empty(_room(sizes))
-    own = {**arrays, "o": o, "o_pair": o_pair, "log_sum": log_sum, "logits": logits, "out": logits}
+    arrays |= {"o": o, "o_pair": o_pair, "lse": lse, "logits": logits, "out": logits}
     with torch.cuda.device_of(queries):
         for chunk in chunks(sizes):
             for kernel in ("logits", "attend_to_pair", "attend"):
-                run(kernel, own, chunk=chunk)
-    return o, o_pair, log_sum
+                run(kernel, arrays, chunk=chunk)
+    return o, o_pair, lse
 
 
 @torch.library.custom_op("ipa_twins::fused_attend_backward", mutates_args=())
@@ -152,20 +174,21 @@ def _attend_backward(
     with_d_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to the first eight inputs of `_attend`, empty where there is no such input or none is wanted."""
-    gradients = _gradients((queries, keys, values, query_points, key_points, weights, pair, bias), with_d_pair)
+    operands = Operands(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
+    gradients = _gradients(operands, with_d_pair)
     d_queries, d_keys, d_values, d_query_points, d_key_points, d_weights, d_pair, d_bias = gradients
-    sizes = _sizes(queries, values, query_points, pair)
-    arrays = _arrays(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
+    sizes = _sizes(operands)
+    arrays = _arrays(operands)
     d_o, d_o_pair = d_o.contiguous(), d_o_pair.contiguous()
-    inner = torch.sum(d_o * o, -1)
+    delta = torch.sum(d_o * o, -1)
     if pair is not None:
-        inner += torch.sum(d_o_pair * o_pair, -1).transpose(1, 2)
+        delta += torch.sum(d_o_pair * o_pair, -1).transpose(1, 2)
     by_query = torch.empty_like(log_sum)
     arrays |= {
         "d_o": d_o,
         "d_o_pair": d_o_pair,
-        "log_sum": log_sum,
-        "inner": inner.contiguous(),
+        "lse": log_sum,
+        "delta": delta.contiguous(),
         "d_queries": d_queries,
         "d_keys": d_keys,
         "d_values": d_values,
@@ -174,7 +197,7 @@ def _attend_backward(
         "d_weights": by_query,
         "d_pair": d_pair,
     }
-    run = partial(_kernels().run, sizes=sizes, **_options(pair, mask, backward=True, d_pair=with_d_pair))
+    run = _launch(operands, sizes, backward=True, d_pair=with_d_pair)
     logits, attention = (queries.new_empty(_room(sizes)) for _ in range(2))
     by_row = queries.new_empty(0 if bias is None else (_most_queries(sizes), sizes.heads, sizes.pair_channel))
     arrays |= {"logits": logits, "out": logits, "d_attention": attention, "d_bias": by_row}
@@ -190,65 +213,48 @@ def _attend_backward(
 
 
 def _most_queries(sizes: Sizes) -> int:
-    """Of any chunk."""
+    """Queries of the largest chunk."""
     return max((chunk.examples * chunk.rows for chunk in chunks(sizes)), default=0)
 
 
 def _room(sizes: Sizes) -> int:
-    """Of a chunk's logits; the next one has the same."""
+    """Length of the memory for a chunk's logits, which the next chunk's take too."""
     return _most_queries(sizes) * sizes.heads * stride(sizes)
 
 
-def _sizes(queries: Tensor, values: Tensor, query_points: Tensor, pair: Tensor | None) -> Sizes:
-    examples, heads, number, channels = queries.shape
-    width = 0 if pair is None else pair.shape[-1]
-    return Sizes(examples, number, heads, channels, query_points.shape[-1], values.shape[-1], width)
+def _sizes(operands: Operands) -> Sizes:
+    examples, heads, number, channels = operands.queries.shape
+    width = 0 if operands.pair is None else operands.pair.shape[-1]
+    return Sizes(examples, number, heads, channels, operands.query_points.shape[-1], operands.values.shape[-1], width)
 
 
-def _arrays(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_points: Tensor,
-    key_points: Tensor,
-    weights: Tensor,
-    pair: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> dict[str, Tensor | None]:
+def _arrays(operands: Operands) -> dict[str, Tensor | None]:
     """The kernels' arguments that are the same for all of them, contiguous."""
-    named = {
-        "queries": queries,
-        "keys": keys,
-        "values": values,
-        "query_points": query_points,
-        "key_points": key_points,
-        "weights": weights,
-        "pair": pair,
-        "bias": None if bias is None else bias.T,
-        "mask": mask,
-    }
+    by_head = operands._replace(bias=None if operands.bias is None else operands.bias.T)
     unused = dict.fromkeys(("d_o", "d_attention"))
-    return {**unused, **{name: None if x is None else x.contiguous() for name, x in named.items()}}
+    return {**unused, **{name: None if x is None else x.contiguous() for name, x in by_head._asdict().items()}}
 
 
-def _options(
-    pair: Tensor | None, mask: Tensor | None, *, backward: bool = False, d_pair: bool = False
-) -> dict[str, Any]:
-    return {
-        "pair_dtype": None if pair is None else _name(pair),
-        "has_mask": mask is not None,
-        "backward": backward,
-        "d_pair": d_pair,
-    }
+def _launch(operands: Operands, sizes: Sizes, *, backward: bool = False, d_pair: bool = False) -> Callable:
+    """The function that launches a kernel, of a name, with arrays, on a chunk."""
+    return partial(
+        _kernels().run,
+        sizes=sizes,
+        pair_dtype=None if operands.pair is None else _name(operands.pair),
+        has_mask=operands.mask is not None,
+        backward=backward,
+        d_pair=d_pair,
+        interpret=INTERPRETED,
+    )
 
 
 def _name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _outputs(queries: Tensor, values: Tensor, pair: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what `_attend` returns."""
+    queries, values, pair = operands.queries, operands.values, operands.pair
     examples, heads, number, _ = queries.shape
     return (
         values.new_empty(values.shape),
@@ -258,29 +264,34 @@ def _outputs(queries: Tensor, values: Tensor, pair: Tensor | None) -> tuple[Tens
 
 
 def _gradients(
-    inputs: Sequence[Tensor | None], with_d_pair: bool
+    operands: Operands, with_d_pair: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Room for what `_attend_backward` returns; zero where chunks add to it."""
-    adds = (False, True, True, False, True, True, False, True)
-    wanted = (*inputs[:6], inputs[6] if with_d_pair else None, inputs[7])
-    queries: Any = inputs[0]
-    return tuple(  # type: ignore[return-value]
-        queries.new_empty(0) if x is None else x.new_zeros(x.shape) if add else x.new_empty(x.shape)
-        for x, add in zip(wanted, adds, strict=True)
+    queries, pair, bias = operands.queries, operands.pair, operands.bias
+    return (
+        queries.new_empty(queries.shape),
+        operands.keys.new_zeros(operands.keys.shape),
+        operands.values.new_zeros(operands.values.shape),
+        operands.query_points.new_empty(operands.query_points.shape),
+        operands.key_points.new_zeros(operands.key_points.shape),
+        operands.weights.new_zeros(operands.weights.shape),
+        queries.new_empty(0) if pair is None or not with_d_pair else pair.new_empty(pair.shape),
+        queries.new_empty(0) if bias is None else bias.new_zeros(bias.shape),
     )
 
 
 @_attend.register_fake
-def _(queries: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _outputs(queries, values, rest[3])
+def _(*operands: Any) -> tuple[Tensor, ...]:
+    return _outputs(Operands(*operands))
 
 
 @_attend_backward.register_fake
-def _(d_o: Tensor, d_o_pair: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _gradients(rest[:8], rest[-1])
+def _(d_o: Tensor, d_o_pair: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *operands, _, _, _, with_d_pair = inputs
+    return _gradients(Operands(*operands), with_d_pair)
 
 
 _attend.register_vmap(partial(one_by_one, _attend))
 _attend_backward.register_vmap(partial(one_by_one, _attend_backward))
 
-_AttendBackward = without_derivative(_attend_backward, ONLY_REVERSE_MODE)
+_AttendBackward = without_derivative(_attend_backward)

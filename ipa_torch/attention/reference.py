@@ -21,13 +21,21 @@ def point_attention(
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
     point_weights: Float[Tensor, " H"],
     mask: Float[Tensor, "*B N"] | None = None,
+    block_size: int | None = None,
+    return_attention: bool = False,
 ) -> tuple[
     Float[Tensor, "*B N H Cv"],
     Float[Tensor, "*B N H Pv 3"],
     Float[Tensor, "*B N H c_z"] | None,
-    Float[Tensor, "*B H N N"],
+    Float[Tensor, "*B H N N"] | None,
 ]:
-    """Outputs and attention weights, all tensors but `pair` in one dtype of at least float32."""
+    """Outputs, and attention weights if asked for; all tensors but `pair` in one dtype of at least float32.
+
+    Raises:
+        NotImplementedError: there are no blocks, and a block_size is given.
+    """
+    if block_size is not None:
+        raise NotImplementedError(f"implementation 'reference' has no blocks: leave block_size None, got {block_size}")
     pair = None if pair is None else pair.to(q.dtype)
     logits = attention_logits(
         q, k, q_points, k_points, pair, pair_bias_weight=pair_bias_weight, point_weights=point_weights, mask=mask
@@ -38,7 +46,7 @@ def point_attention(
     o_pair = None
     if pair is not None:
         o_pair = torch.einsum("...hij,...ijc->...ihc", attention, pair)  # line 8
-    return o, o_points, o_pair, attention
+    return o, o_points, o_pair, attention if return_attention else None
 
 
 def attention_logits(

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from ipa_bridge.config import Implementation, IPAConfig
 from ipa_torch.attention import point_attention
 from ipa_torch.dtypes import at_least_float32, without_autocast
-from ipa_torch.invariant_point_attention import Projections, centre, features, lengths, unpack_monomer
+from ipa_torch.invariant_point_attention import (
+    Projections,
+    centre,
+    features,
+    lengths,
+    unpack_monomer,
+    weight_without_bias,
+)
 from ipa_torch.rigid import Rigid
 
 
@@ -253,14 +260,11 @@ def _attend(
     gamma: Tensor,
 ) -> tuple[Any, ...]:
     """Lines 4 and 7–10."""
-    weight = None
-    if linear is not None:
-        weight = linear.weight.T if linear.bias is None else linear.weight.T + 0 * linear.bias
     point_weights = F.softplus(gamma.to(at_least_float32(gamma.dtype)))
     return point_attention(
         *projections,
         pair,
-        pair_bias_weight=weight,
+        pair_bias_weight=None if linear is None else weight_without_bias(linear),
         point_weights=point_weights,
         mask=mask,
         implementation=settings.implementation,

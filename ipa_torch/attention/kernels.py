@@ -14,14 +14,19 @@ bfloat16 pair, which is exact as it is, in three of bfloat16. Distances are sums
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
 
-OF_THE_CHUNK = ("example", "row", "rows", "number")
+from ipa_bridge.tiling import Chunk, Sizes, Tiles, grid, stride, tiles
+
+_UNSPECIALIZED = ("example", "row", "rows", "number")
 """Arguments of which no kernel has a version of its own for some values."""
 
 
-@triton.jit(do_not_specialize=OF_THE_CHUNK)
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def logits(
     queries,
     keys,
@@ -81,13 +86,13 @@ def logits(
         tl.store(d_attention + at, tl.dot(d, tl.trans(v), input_precision="tf32x3"), mask=some[:, None])
 
 
-@triton.jit(do_not_specialize=OF_THE_CHUNK)
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def attend_to_pair(
     logits,
     pair,
     bias,
     o_pair,
-    log_sum,
+    lse,
     example,
     row,
     rows,
@@ -105,9 +110,9 @@ def attend_to_pair(
     at_row, query, at_head, first = _of_query(example, row, rows, number, stride, h, HEADS)
     if HAS_PAIR:
         b = tl.load(bias + h[:, None] * WIDTH + c, mask=has_head, other=0.0)
-    most = tl.full((16,), -float("inf"), tl.float32)
-    total = tl.zeros((16,), tl.float32)
-    o = tl.zeros((16, WIDTH), tl.float32)
+    m_i = tl.full((16,), -float("inf"), tl.float32)
+    l_i = tl.zeros((16,), tl.float32)
+    acc = tl.zeros((16, WIDTH), tl.float32)
     for start in range(0, number, KEYS):
         j = start + tl.arange(0, KEYS)
         seen = j < number
@@ -117,20 +122,20 @@ def attend_to_pair(
             logit += _on_pair(b, tl.trans(z), INTERPRETED)
             tl.store(logits + at_row + j, logit, mask=has_head)
         logit = tl.where(seen, logit, -float("inf"))
-        now = tl.maximum(most, tl.max(logit, 1))
-        shrink, weight = tl.exp(most - now), tl.exp(logit - now[:, None])
-        total, most = total * shrink + tl.sum(weight, 1), now
+        now = tl.maximum(m_i, tl.max(logit, 1))
+        shrink, weight = tl.exp(m_i - now), tl.exp(logit - now[:, None])
+        l_i, m_i = l_i * shrink + tl.sum(weight, 1), now
         if HAS_PAIR:
-            o = o * shrink[:, None] + _on_pair(weight, z, INTERPRETED)
-    tl.store(log_sum + at_head, most + tl.log(total), mask=h < HEADS)
+            acc = acc * shrink[:, None] + _on_pair(weight, z, INTERPRETED)
+    tl.store(lse + at_head, m_i + tl.log(l_i), mask=h < HEADS)
     if HAS_PAIR:
-        tl.store(o_pair + (query * HEADS + h)[:, None] * WIDTH + c, o / total[:, None], mask=has_head)
+        tl.store(o_pair + (query * HEADS + h)[:, None] * WIDTH + c, acc / l_i[:, None], mask=has_head)
 
 
-@triton.jit(do_not_specialize=OF_THE_CHUNK)
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def attend(
     logits,
-    log_sum,
+    lse,
     values,
     o,
     example,
@@ -151,27 +156,27 @@ def attend(
     query, some = whole + row + i, i < rows
     at = (part.to(tl.int64) * rows + i)[:, None] * stride
     c = tl.arange(0, PADDED_VALUES)
-    norm = tl.load(log_sum + query, mask=some, other=0.0)
-    out = tl.zeros((ROWS, PADDED_VALUES), tl.float32)
+    lse_i = tl.load(lse + query, mask=some, other=0.0)
+    acc = tl.zeros((ROWS, PADDED_VALUES), tl.float32)
     for start in range(0, number, KEYS):
         j = start + tl.arange(0, KEYS)
         seen = j < number
         logit = tl.load(logits + at + j, mask=some[:, None], other=0.0)
         logit = tl.where(seen, logit, -float("inf"))
         v = tl.load(values + (whole + j)[:, None] * VALUES + c, mask=seen[:, None] & (c < VALUES), other=0.0)
-        out += tl.dot(tl.exp(logit - norm[:, None]), v, input_precision="tf32x3")
-    tl.store(o + query[:, None] * VALUES + c, out, mask=some[:, None] & (c < VALUES))
+        acc += tl.dot(tl.exp(logit - lse_i[:, None]), v, input_precision="tf32x3")
+    tl.store(o + query[:, None] * VALUES + c, acc, mask=some[:, None] & (c < VALUES))
 
 
-@triton.jit(do_not_specialize=OF_THE_CHUNK)
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def pair_gradients(
     logits,
     d_attention,
     pair,
     bias,
     d_o_pair,
-    log_sum,
-    inner,
+    lse,
+    delta,
     d_pair,
     d_bias,
     example,
@@ -188,14 +193,14 @@ def pair_gradients(
 ):
     """Logits become their gradient and dO·Vᵀ the attention, in place; the pair's gradient, and each row's to the bias.
 
-    `inner` is dO·o + dO_pair·o_pair of each query and head. A program for one query.
+    `delta` is dO·o + dO_pair·o_pair of each query and head. A program for one query.
     """
     h, c = tl.arange(0, 16), tl.arange(0, WIDTH)
     has_head = (h < HEADS)[:, None]
     at_row, query, at_head, first = _of_query(example, row, rows, number, stride, h, HEADS)
     of_query = (query * HEADS + h)[:, None] * WIDTH + c
-    norm = tl.load(log_sum + at_head, mask=h < HEADS, other=0.0)
-    removed = tl.load(inner + at_head, mask=h < HEADS, other=0.0)
+    lse_i = tl.load(lse + at_head, mask=h < HEADS, other=0.0)
+    delta_i = tl.load(delta + at_head, mask=h < HEADS, other=0.0)
     if HAS_PAIR:
         b = tl.load(bias + h[:, None] * WIDTH + c, mask=has_head, other=0.0)
         to_bias = tl.zeros((16, WIDTH), tl.float32)
@@ -209,8 +214,8 @@ def pair_gradients(
             z = tl.load(pair + (first + j)[:, None] * WIDTH + c, mask=seen[:, None], other=0.0)
             to_weight += _on_pair(d, tl.trans(z), INTERPRETED)
             logit += _on_pair(b, tl.trans(z), INTERPRETED)
-        weight = tl.where(seen & has_head, tl.exp(logit - norm[:, None]), 0.0)
-        to_logit = weight * (to_weight - removed[:, None])
+        weight = tl.where(seen & has_head, tl.exp(logit - lse_i[:, None]), 0.0)
+        to_logit = weight * (to_weight - delta_i[:, None])
         tl.store(logits + at_row + j, to_logit, mask=has_head)
         tl.store(d_attention + at_row + j, weight, mask=has_head)
         if HAS_PAIR:
@@ -224,7 +229,7 @@ def pair_gradients(
         tl.store(d_bias + within, to_bias, mask=has_head)
 
 
-@triton.jit(do_not_specialize=OF_THE_CHUNK)
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def query_gradients(
     d_logits,
     keys,
@@ -279,7 +284,7 @@ def query_gradients(
     tl.store(d_weights + query, -0.5 * to_weight, mask=some)
 
 
-@triton.jit(do_not_specialize=OF_THE_CHUNK)
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def key_gradients(
     d_logits,
     attention,
@@ -393,3 +398,49 @@ def _operand(x, INTERPRETED: tl.constexpr):
 @triton.jit
 def _add(at, x, inside):
     tl.store(at, tl.load(at, mask=inside, other=0.0) + x, mask=inside)
+
+
+KERNELS: dict[str, Any] = {
+    kernel.__name__: kernel
+    for kernel in (logits, attend_to_pair, attend, pair_gradients, query_gradients, key_gradients)
+}
+
+
+def compiler_options(tile: Tiles) -> dict[str, Any]:
+    """Options of Triton's compiler."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
+def constants(
+    kernel: str, sizes: Sizes, *, pair_dtype: str | None, has_mask: bool, backward: bool, d_pair: bool, interpret: bool
+) -> dict[str, Any]:
+    """What a kernel is compiled for, by argument."""
+    tile = tiles(kernel, sizes, pair_dtype)
+    known = {
+        "HEADS": sizes.heads,
+        "CHANNELS": sizes.channels,
+        "COORDINATES": sizes.coordinates,
+        "VALUES": sizes.values,
+        "WIDTH": sizes.pair_channel or 16,
+        "PADDED_CHANNELS": max(16, triton.next_power_of_2(sizes.channels)),
+        "PADDED_COORDINATES": triton.next_power_of_2(sizes.coordinates),
+        "PADDED_VALUES": max(16, triton.next_power_of_2(sizes.values)),
+        "HAS_MASK": has_mask,
+        "HAS_PAIR": pair_dtype is not None,
+        "BACKWARD": backward,
+        "WITH_D_PAIR": d_pair,
+        "ROWS": tile.rows,
+        "KEYS": tile.keys,
+        "INTERPRETED": interpret,
+    }
+    return {name: known[name] for name in KERNELS[kernel].arg_names if name in known}
+
+
+def run(kernel: str, arrays: Mapping[str, Any], sizes: Sizes, chunk: Chunk, **options: Any) -> None:
+    """Launches a kernel on a chunk; of the arrays, by name, it takes those that it has arguments for."""
+    known = {**arrays, **chunk._asdict(), "number": sizes.number, "stride": stride(sizes)}
+    tile = tiles(kernel, sizes, options["pair_dtype"])
+    function = KERNELS[kernel]
+    compiled_for = constants(kernel, sizes, **options)
+    given = {name: known[name] for name in function.arg_names if name not in compiled_for}
+    function[grid(kernel, sizes, chunk, tile)](**given, **compiled_for, **compiler_options(tile))

@@ -1,12 +1,13 @@
 """What the kernels take of a GPU, by compiling them for one: registers, spills and shared memory. No GPU is needed.
 
-python -m ipa_bridge.kernels.resources [--target sm_80 sm_90] [--pair-channel 32 64 128 256] [--json]
+python -m benchmarks.kernel_resources [--target sm_80 sm_90] [--pair-channel 32 64 128 256] [--json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -18,34 +19,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ipa_bridge.kernels import (
-    INTERPRETED,
-    MOST_CHANNELS,
-    MOST_COORDINATES,
-    MOST_VALUES,
+from ipa_bridge.tiling import (
+    MAX_CHANNELS,
+    MAX_COORDINATES,
+    MAX_VALUES,
     PAIR_CHANNELS,
     PAIR_DTYPES,
     Sizes,
     tiles,
 )
-from ipa_bridge.kernels.launching import KERNELS, constants, options_of
+from ipa_torch.attention.kernels import KERNELS, compiler_options, constants
 
 ALPHAFOLD = Sizes(1, 1024, 12, 16, 12, 40, 128)
-WIDEST = ALPHAFOLD._replace(channels=MOST_CHANNELS, coordinates=MOST_COORDINATES, values=MOST_VALUES)
+WIDEST = ALPHAFOLD._replace(channels=MAX_CHANNELS, coordinates=MAX_COORDINATES, values=MAX_VALUES)
 
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10}
 """Bytes that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 
 
 class Resources(NamedTuple):
-    """Of one program of a compiled kernel."""
+    """What one program of a compiled kernel takes."""
 
     kernel: str
     target: str
     pair_dtype: str
     pair_channel: int
     channels: int
-    """Of a head."""
+    """Channels of a head."""
     warps: int
     registers: int
     """A thread's, of 255."""
@@ -59,7 +59,7 @@ def measure(kernel: str, target: str, pair_dtype: str | None, sizes: Sizes, *, b
     """Compiles a kernel for a target and reads what came out."""
     function, tile = KERNELS[kernel], tiles(kernel, sizes, pair_dtype)
     has_pair = pair_dtype is not None
-    options = {"has_mask": True, "backward": backward, "d_pair": has_pair}
+    options = {"has_mask": True, "backward": backward, "d_pair": has_pair, "interpret": False}
     compiled_for = constants(kernel, sizes, pair_dtype=pair_dtype, **options)
     of_pair = {"float32": "*fp32", "bfloat16": "*bf16", None: "*fp32"}[pair_dtype]
     types = {
@@ -81,7 +81,7 @@ def measure(kernel: str, target: str, pair_dtype: str | None, sizes: Sizes, *, b
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32),
-        options=options_of(tile),
+        options=compiler_options(tile),
     )
     used = _usage(compiled.asm["cubin"])
     return Resources(
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--pair-channel", nargs="+", type=int, default=PAIR_CHANNELS, help="widths of the pair")
     parser.add_argument("--json", action="store_true", help="for machines")
     args = parser.parse_args()
-    if INTERPRETED:
+    if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
     found: list[Any] = every(args.target, args.pair_channel)
     print(json.dumps([x._asdict() for x in found], indent=1) if args.json else table(found))

@@ -1,44 +1,43 @@
-"""GPU kernels of the attention: what they can do, and in which chunks. Triton is imported with their source only."""
+"""Sizes of the pieces that the attention is computed in: blocks, chunks and tiles, and what the GPU kernels can do."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs kernels on the CPU, in Python, as it does for tests."""
-
 PAIR_CHANNELS = (32, 64, 128, 256)
 PAIR_DTYPES = ("float32", "bfloat16")
-MOST_HEADS = 16
+MAX_HEADS = 16
 """One tile of a tensor core."""
 
-MOST_CHANNELS, MOST_COORDINATES, MOST_VALUES = 64, 48, 128
-"""A head's: of queries, of their points, and of values with their points. Tiles of them lie in registers."""
+MAX_CHANNELS, MAX_COORDINATES, MAX_VALUES = 64, 48, 128
+"""Limits of a head: of queries, of their points, and of values with their points. Tiles of them lie in registers."""
 
 CHUNK_BYTES = 16 << 20
 """Of logits between two kernels, so that they stay in the GPU's cache (40 MB on an A100, 50 on an H100)."""
 
-MOST_PROGRAMS = 65535
-"""On the second and third axes of a grid."""
+MAX_PROGRAMS = 65535
+"""Length of the second and third axes of a grid."""
 
-LONGEST_TILE = 64
-"""Of keys."""
+MAX_TILE_KEYS = 64
+"""Keys of the longest tile."""
 
-LEAST_QUERIES = 264
-"""In a chunk: two programs on each of an H100's multiprocessors."""
+MIN_QUERIES = 264
+"""Queries of a chunk: two programs on each of an H100's multiprocessors."""
+
+MAX_ROWS = 64
+"""Query rows of a block of the streamed attention, where the pair's rows are short."""
 
 
 class Sizes(NamedTuple):
-    """Of one attention."""
+    """Sizes of one attention."""
 
     examples: int
     number: int
     heads: int
     channels: int
     coordinates: int
-    """Of a head's query points: 3P."""
+    """Coordinates of a head's query points: 3P."""
     values: int
     """Channels of values and coordinates of their points together."""
     pair_channel: int
@@ -73,7 +72,7 @@ TILES = {
     "query_gradients": Tiles(32, 32, 4, 2),
     "key_gradients": Tiles(16, 32, 8, 1),
 }
-"""Chosen by what compiles without spilling for sm_80 and sm_90: `python -m ipa_bridge.kernels.resources`."""
+"""Chosen by what compiles without spilling for sm_80 and sm_90: `python -m benchmarks.kernel_resources`."""
 
 TILES_ON_PAIR = {
     ("attend_to_pair", "float32", 256): Tiles(1, 16, 8, 2),
@@ -85,7 +84,7 @@ TILES_ON_PAIR = {
     ("pair_gradients", "bfloat16", 128): Tiles(1, 32, 4, 2),
     ("pair_gradients", "bfloat16", 256): Tiles(1, 32, 8, 2),
 }
-"""By the pair's dtype and width, where others are better."""
+"""Tiles by the pair's dtype and width, where others are better."""
 
 TILES_OF_WIDE_HEADS = {
     "logits": Tiles(32, 64, 8, 1),
@@ -93,15 +92,26 @@ TILES_OF_WIDE_HEADS = {
     "query_gradients": Tiles(16, 32, 4, 2),
     "key_gradients": Tiles(16, 32, 8, 1),
 }
-"""Where heads are wider than AlphaFold's."""
+"""Tiles where heads are wider than AlphaFold's."""
 
 
 def tiles(kernel: str, sizes: Sizes, pair_dtype: str | None) -> Tiles:
-    """Of a kernel."""
+    """The tiles of a kernel."""
     wide = sizes.channels > 16 or sizes.coordinates > 12 or sizes.values > 48
     if wide and kernel in TILES_OF_WIDE_HEADS:
         return TILES_OF_WIDE_HEADS[kernel]
     return TILES_ON_PAIR.get((kernel, pair_dtype or "", sizes.pair_channel), TILES[kernel])
+
+
+def grid(kernel: str, sizes: Sizes, chunk: Chunk, tile: Tiles) -> tuple[int, ...]:
+    """How many programs a chunk takes."""
+    heads = chunk.examples * sizes.heads
+    by_row, by_key = -(-chunk.rows // tile.rows), -(-sizes.number // tile.keys)
+    if kernel == "logits":
+        return by_key, by_row, heads
+    if kernel in ("attend_to_pair", "pair_gradients"):
+        return (chunk.examples * chunk.rows,)
+    return by_key if kernel == "key_gradients" else by_row, heads
 
 
 def unsupported(sizes: Sizes, dtype: str, pair_dtype: str | None) -> str | None:
@@ -112,12 +122,12 @@ def unsupported(sizes: Sizes, dtype: str, pair_dtype: str | None) -> str | None:
         return f"a pair in {' or '.join(PAIR_DTYPES)} was expected; got {pair_dtype}"
     if pair_dtype is not None and sizes.pair_channel not in PAIR_CHANNELS:
         return f"a pair of {', '.join(map(str, PAIR_CHANNELS))} channels was expected; got {sizes.pair_channel}"
-    if sizes.heads > MOST_HEADS:
-        return f"at most {MOST_HEADS} heads were expected; got {sizes.heads}"
+    if sizes.heads > MAX_HEADS:
+        return f"at most {MAX_HEADS} heads were expected; got {sizes.heads}"
     for what, found, most in (
-        ("channels of queries", sizes.channels, MOST_CHANNELS),
-        ("coordinates of query points", sizes.coordinates, MOST_COORDINATES),
-        ("channels and coordinates of values", sizes.values, MOST_VALUES),
+        ("channels of queries", sizes.channels, MAX_CHANNELS),
+        ("coordinates of query points", sizes.coordinates, MAX_COORDINATES),
+        ("channels and coordinates of values", sizes.values, MAX_VALUES),
     ):
         if not 0 < found <= most:
             return f"1 to {most} {what} a head were expected; got {found}"
@@ -129,8 +139,8 @@ def chunks(sizes: Sizes) -> Iterator[Chunk]:
     if not (sizes.examples and sizes.number):
         return
     # Each query has a row of logits, and backwards a gradient to the bias.
-    queries = max(LEAST_QUERIES, CHUNK_BYTES // (4 * sizes.heads * max(stride(sizes), sizes.pair_channel)))
-    at_once = max(1, min(queries // sizes.number, MOST_PROGRAMS // sizes.heads))
+    queries = max(MIN_QUERIES, CHUNK_BYTES // (4 * sizes.heads * max(stride(sizes), sizes.pair_channel)))
+    at_once = max(1, min(queries // sizes.number, MAX_PROGRAMS // sizes.heads))
     rows = -(-sizes.number // -(-sizes.number // queries))  # as many in the last chunk, or nearly
     for example in range(0, sizes.examples, at_once):
         for row in range(0, sizes.number, rows):
@@ -139,4 +149,14 @@ def chunks(sizes: Sizes) -> Iterator[Chunk]:
 
 def stride(sizes: Sizes) -> int:
     """How far the rows of a chunk's logits lie apart: whole tiles, so that they are aligned and read without masks."""
-    return -(-sizes.number // LONGEST_TILE) * LONGEST_TILE
+    return -(-sizes.number // MAX_TILE_KEYS) * MAX_TILE_KEYS
+
+
+def default_block_size(number: int, heads: int, pair_channel: int, *, block_bytes: int, on_gpu: bool = False) -> int:
+    """Query rows at a time, so that their part of the pair stays in cache; on a GPU, that their logits do.
+
+    There blocks are as large as that and an eighth of the pair allow, for each costs the same number of launches.
+    """
+    if on_gpu:
+        return max(1, min(number, max(MAX_ROWS, number // 8), CHUNK_BYTES // max(1, 4 * heads * number)))
+    return max(1, min(number, MAX_ROWS, block_bytes // max(1, 4 * number * max(pair_channel, 1))))

@@ -1,0 +1,145 @@
+"""The structure module's losses: FAPE, torsions, violations and lDDT (Jumper et al. 2021, Suppl. 1.9 and 1.11.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ipa_bridge.config import LossConfig
+from ipa_bridge.tuples import by_name
+from ipa_torch.losses.ambiguity import RenamedAtoms, rename_ambiguous_atoms, rename_ambiguous_frames
+from ipa_torch.losses.fape import (
+    backbone_loss,
+    backbone_term,
+    frame_aligned_point_error,
+    sidechain_loss,
+    sidechain_term,
+)
+from ipa_torch.losses.lddt import lddt, plddt_loss
+from ipa_torch.losses.target import Comparison, StructureTarget, structure_target
+from ipa_torch.losses.torsions import angle_norm_loss, angle_norm_term, chi_term, supervised_chi_loss
+from ipa_torch.losses.violations import (
+    BondViolations,
+    ClashViolations,
+    StructuralViolations,
+    ViolationMetrics,
+    WithinResidueViolations,
+    between_residue_bond_loss,
+    between_residue_clash_loss,
+    extreme_ca_ca_distance_violations,
+    find_structural_violations,
+    structural_violation_loss,
+    violation_metrics,
+    violation_term,
+    within_residue_violations,
+)
+from ipa_torch.side_chains import check_aatype
+from ipa_torch.structure_module import StructureModuleOutput
+
+__all__ = [
+    "TERMS",
+    "BondViolations",
+    "ClashViolations",
+    "RenamedAtoms",
+    "StructuralViolations",
+    "StructureModuleLoss",
+    "StructureTarget",
+    "ViolationMetrics",
+    "WithinResidueViolations",
+    "angle_norm_loss",
+    "backbone_loss",
+    "between_residue_bond_loss",
+    "between_residue_clash_loss",
+    "extreme_ca_ca_distance_violations",
+    "find_structural_violations",
+    "frame_aligned_point_error",
+    "lddt",
+    "plddt_loss",
+    "rename_ambiguous_atoms",
+    "rename_ambiguous_frames",
+    "sidechain_loss",
+    "structural_violation_loss",
+    "structure_module_loss",
+    "structure_target",
+    "supervised_chi_loss",
+    "violation_metrics",
+    "within_residue_violations",
+]
+
+
+@by_name
+class StructureModuleLoss(NamedTuple):
+    """The weighted sum, and its terms before weighting; `fape` is the last layer's."""
+
+    loss: Float[Tensor, "*B"]
+    backbone: Float[Tensor, "*B"]
+    fape: Float[Tensor, "*B"]
+    sidechain_fape: Float[Tensor, "*B"]
+    chi: Float[Tensor, "*B"]
+    angle_norm: Float[Tensor, "*B"]
+    violation: Float[Tensor, "*B"]
+
+
+TERMS: dict[str, Callable[[Comparison], dict[str, Tensor]]] = {
+    "backbone": backbone_term,
+    "sidechain_fape": sidechain_term,
+    "chi": chi_term,
+    "angle_norm": angle_norm_term,
+    "violation": violation_term,
+}
+"""What is summed, by its field of `StructureModuleLoss`; each returns that field and any that is reported beside it."""
+
+
+def structure_module_loss(
+    output: StructureModuleOutput,
+    target: StructureTarget,
+    *,
+    use_clamped_fape: float | Float[Tensor, "*B"] = LossConfig.use_clamped_fape,
+    sidechain_weight: float = LossConfig.sidechain_weight,
+    chi_weight: float = LossConfig.chi_weight,
+    angle_norm_weight: float = LossConfig.angle_norm_weight,
+    violation_weight: float = LossConfig.violation_weight,
+    chunk_size: int | None = None,
+) -> StructureModuleLoss:
+    """All losses on the structure module, weighted as in AlphaFold (Suppl. eq. 7; without pLDDT).
+
+    Args:
+        output: of the structure module.
+        target: the true structure, see `structure_target`, taken in the prediction's dtype; its ambiguous atoms are
+            renamed here.
+        use_clamped_fape: as in `backbone_loss`.
+        sidechain_weight: of the side chains' FAPE, 1 minus it of the backbone's.
+        chi_weight: of the torsions' error.
+        angle_norm_weight: of their vectors' lengths.
+        violation_weight: of structural violations; AlphaFold's is 0 in initial training and 1 in fine-tuning.
+        chunk_size: frames or residues at a time, in every quadratic term.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a chunk_size below 1.
+    """
+    check_aatype(target.aatype, target.mask)
+    atom14 = output.atom14[-1]
+    target = target._replace(
+        group_frames=target.group_frames.astype(atom14.dtype),
+        atom14=target.atom14.to(atom14.dtype),
+        chi=target.chi.to(atom14.dtype),
+    )
+    renamed = rename_ambiguous_atoms(atom14, target.atom14, target.atom14_mask, target.aatype, chunk_size=chunk_size)
+    true_frames = rename_ambiguous_frames(
+        target.group_frames, target.aatype, renamed.alternative_is_better, mask=target.mask
+    )
+    target = target._replace(group_frames=true_frames, atom14=renamed.atom14, atom14_mask=renamed.mask)
+    compared = Comparison(output, target, use_clamped_fape, chunk_size)
+    found = {field: x for term in TERMS.values() for field, x in term(compared).items()}
+    weights = {
+        "backbone": 1 - sidechain_weight,
+        "sidechain_fape": sidechain_weight,
+        "chi": chi_weight,
+        "angle_norm": angle_norm_weight,
+        "violation": violation_weight,
+    }
+    weighted = [weights[field] * found[field] for field in TERMS]
+    return StructureModuleLoss(sum(weighted[1:], weighted[0]), **found)

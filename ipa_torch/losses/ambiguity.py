@@ -1,0 +1,109 @@
+"""True atoms and frames under the names that fit a prediction best (Jumper et al. 2021, Suppl. Alg. 26)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from ipa_bridge.checks import check_shape
+from ipa_bridge.config import LossConfig
+from ipa_bridge.proteins import residues
+from ipa_bridge.tuples import by_name
+from ipa_torch.dtypes import at_least_float32
+from ipa_torch.layers import take
+from ipa_torch.losses.chunks import by_rows
+from ipa_torch.losses.numerics import distances, merge_axes, norm
+from ipa_torch.rigid import Rigid
+from ipa_torch.side_chains import check_aatype, lookup
+
+
+@by_name
+class RenamedAtoms(NamedTuple):
+    """A true structure under the atom names that fit a prediction better."""
+
+    atom14: Float[Tensor, "*B N 14 3"]
+    mask: Shaped[Tensor, "*B N 14"]
+    alternative_is_better: Bool[Tensor, "*B N"]
+
+
+def rename_ambiguous_atoms(
+    predicted_atom14: Float[Tensor, "*B N 14 3"],
+    true_atom14: Float[Tensor, "*B N 14 3"],
+    mask: Shaped[Tensor, "*B N 14"],
+    aatype: Int[Tensor, "*B N"],
+    *,
+    chunk_size: int | None = None,
+) -> RenamedAtoms:
+    """Names the true atoms so that distances to unambiguous atoms fit the prediction best (Suppl. Alg. 26).
+
+    The choice passes no gradient. Memory is 56·N² numbers, or 56·N·chunk_size.
+
+    Args:
+        predicted_atom14: Å.
+        true_atom14: Å.
+        mask: 1 or True where an atom of the true structure is known.
+        aatype: residue types, 0 to 20.
+        chunk_size: residues at a time.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a chunk_size below 1.
+    """
+    check_shape("predicted_atom14", predicted_atom14, (*mask.shape, 3), "mask")
+    check_shape("true_atom14", true_atom14, (*mask.shape, 3), "mask")
+    check_shape("aatype", aatype, mask.shape[:-1], "mask")
+    check_aatype(aatype, mask.bool().any(-1))
+    dtype = at_least_float32(predicted_atom14.dtype, true_atom14.dtype)
+    swap = lookup(residues.ATOM14_SWAP, aatype)
+    other_atom14 = take(true_atom14, swap[..., None], -2)
+    other_mask = take(mask, swap, -1)
+
+    ambiguous = lookup(residues.ATOM14_IS_AMBIGUOUS, aatype, dtype)
+    positions = [x.detach().to(dtype) for x in (predicted_atom14, true_atom14, other_atom14)]
+    predicted, true = (merge_axes(x, -3) for x in positions[:2])
+    known = mask.to(dtype)
+    weight = merge_axes(known * (1 - ambiguous), -2)
+    slots = lookup(residues.ATOM14_AMBIGUOUS_SLOTS, aatype)
+
+    def of_residues(*rows: Tensor) -> tuple[Tensor, ...]:
+        predicted_row, true_row, other_row, row_weight = rows
+        predicted_distance = distances(predicted_row, predicted)  # line 1
+        pair_weight = row_weight[..., :, None] * weight[..., None, :]
+        errors = (
+            norm((predicted_distance - distances(row, true))[..., None], LossConfig.distance_epsilon)  # lines 2–4
+            for row in (true_row, other_row)
+        )
+        return tuple(torch.sum(pair_weight * error, (-1, -2)) for error in errors)
+
+    rows = [torch.movedim(take(x, slots[..., None], -2), -3, 0) for x in positions]
+    rows.append(torch.movedim(take(known * ambiguous, slots, -1), -2, 0))
+    error, other_error = by_rows(of_residues, rows, chunk_size)
+    better = torch.movedim(other_error < error, 0, -1)
+    return RenamedAtoms(
+        torch.where(better[..., None, None], other_atom14, true_atom14),  # lines 5–6
+        torch.where(better[..., None], other_mask, mask),
+        better,
+    )
+
+
+def rename_ambiguous_frames(
+    frames: Rigid,
+    aatype: Int[Tensor, "*B N"],
+    alternative_is_better: Bool[Tensor, "*B N"],
+    *,
+    mask: Shaped[Tensor, "*B N"] | None = None,
+) -> Rigid:
+    """True frames (*B, N, 8) under the other naming of their atoms, where it is better (Suppl. Alg. 26 line 7).
+
+    The frame of the last χ of such a residue then points the other way round its x-axis. Where the mask is 0, aatype
+    may hold anything; None for a mask of ones.
+
+    Raises:
+        ValueError: residue types that are none of 0–20.
+    """
+    check_aatype(aatype, mask)
+    turned = lookup(residues.GROUP_IS_AMBIGUOUS, aatype) & alternative_is_better.to(torch.bool)[..., None]
+    half_turn = frames.rotation.new_tensor([1, -1, -1])
+    return Rigid(torch.where(turned[..., None, None], frames.rotation * half_turn, frames.rotation), frames.translation)

@@ -1,0 +1,394 @@
+"""Bonds, clashes and distances within residues that chemistry does not allow (Jumper et al. 2021, Suppl. 1.9.11)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from ipa_bridge.checks import check_shape
+from ipa_bridge.config import LossConfig
+from ipa_bridge.proteins import residues
+from ipa_bridge.proteins.residues import C_SLOT, CA_SLOT, N_SLOT, SG_SLOT
+from ipa_bridge.tuples import by_name
+from ipa_torch.dtypes import at_least_float32
+from ipa_torch.losses.chunks import by_rows
+from ipa_torch.losses.numerics import distances, masked_mean, merge_axes, norm
+from ipa_torch.losses.target import Comparison
+from ipa_torch.side_chains import check_aatype, lookup
+
+
+@by_name
+class BondViolations(NamedTuple):
+    """Peptide bonds: mean losses of C–N (Å) and of the cosines of CA–C–N and C–N–CA; each residue's own."""
+
+    c_n_loss: Float[Tensor, "*B"]
+    ca_c_n_loss: Float[Tensor, "*B"]
+    c_n_ca_loss: Float[Tensor, "*B"]
+    loss_per_residue: Float[Tensor, "*B N"]
+    violation_per_residue: Bool[Tensor, "*B N"]
+
+
+@by_name
+class ClashViolations(NamedTuple):
+    """Overlaps between residues: the mean over pairs of atoms, each atom's sum (Å), and whether it has any."""
+
+    loss: Float[Tensor, "*B"]
+    loss_per_atom: Float[Tensor, "*B N 14"]
+    violation_per_atom: Bool[Tensor, "*B N 14"]
+
+
+@by_name
+class WithinResidueViolations(NamedTuple):
+    """Distances within residues out of their bounds: each atom's sum (Å), and whether it has any."""
+
+    loss_per_atom: Float[Tensor, "*B N 14"]
+    violation_per_atom: Bool[Tensor, "*B N 14"]
+
+
+@by_name
+class StructuralViolations(NamedTuple):
+    """All violations of a structure, and which residues have any."""
+
+    bonds: BondViolations
+    clashes: ClashViolations
+    within_residues: WithinResidueViolations
+    per_residue: Bool[Tensor, "*B N"]
+
+
+@by_name
+class ViolationMetrics(NamedTuple):
+    """Fractions of neighbours whose Cα lie too far apart, and of residues with a violation of each kind."""
+
+    extreme_ca_ca_distance: Float[Tensor, "*B"]
+    between_residue_bond: Float[Tensor, "*B"]
+    between_residue_clash: Float[Tensor, "*B"]
+    within_residue: Float[Tensor, "*B"]
+    per_residue: Float[Tensor, "*B"]
+
+
+def between_residue_bond_loss(
+    atom14: Float[Tensor, "*B N 14 3"],
+    mask: Shaped[Tensor, "*B N 14"],
+    residue_index: Shaped[Tensor, "*B N"],
+    aatype: Int[Tensor, "*B N"],
+    *,
+    chain_id: Shaped[Tensor, "*B N"] | None = None,
+    tolerance_factor: float = LossConfig.tolerance_factor,
+) -> BondViolations:
+    """Lengths and angles of the bonds between neighbours (Suppl. 1.9.11, eq. 44–45).
+
+    As in AlphaFold, `loss_per_residue` is not masked: it counts gaps and padding as well.
+
+    Args:
+        atom14: Å.
+        mask: 1 or True where an atom exists.
+        residue_index: residues next to each other are bonded where it grows by 1.
+        aatype: residue types, 0 to 20; the bond to proline is longer.
+        chain_id: equal where residues lie in one chain; there are no bonds between chains.
+        tolerance_factor: standard deviations that are no violation.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    _check_structure(atom14, mask, residue_index, aatype, chain_id)
+    check_aatype(aatype, mask.bool().any(-1))
+    dtype = at_least_float32(atom14.dtype)
+    atom14, mask = atom14.to(dtype), mask.to(dtype)
+    this_ca, this_c = (atom14[..., :-1, slot, :] for slot in (CA_SLOT, C_SLOT))
+    next_n, next_ca = (atom14[..., 1:, slot, :] for slot in (N_SLOT, CA_SLOT))
+    bonded = _follows(residue_index, chain_id).to(dtype) * mask[..., :-1, C_SLOT] * mask[..., 1:, N_SLOT]
+    c_n = norm(next_n - this_c, LossConfig.violation_epsilon)
+    to_ca, to_n, from_n = (
+        (this_ca - this_c) / norm(this_ca - this_c, LossConfig.violation_epsilon)[..., None],
+        (next_n - this_c) / c_n[..., None],
+        (next_ca - next_n) / norm(next_ca - next_n, LossConfig.violation_epsilon)[..., None],
+    )
+    to_proline = aatype[..., 1:] == residues.PROLINE_AATYPE
+    length, length_stddev = (
+        torch.where(to_proline, atom14.new_tensor(proline), atom14.new_tensor(other))
+        for other, proline in (residues.PEPTIDE_BOND_LENGTH[key] for key in ("mean", "stddev"))
+    )
+    (ca_c_n_mean, _), (c_n_ca_mean, c_n_ca_stddev) = (
+        residues.PEPTIDE_BOND_COSINES[name] for name in ("CA-C-N", "C-N-CA")
+    )
+    ca_c_n_stddev = residues.TOLERATED_CA_C_N_STDDEV
+
+    def judge(
+        value: Tensor, mean: Tensor | float, stddev: Tensor | float, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        error = norm((value - mean)[..., None], LossConfig.violation_epsilon)
+        tolerance = tolerance_factor * stddev
+        loss = torch.relu(error - tolerance)
+        return (
+            torch.sum(weight * loss, -1) / (torch.sum(weight, -1) + LossConfig.violation_epsilon),
+            loss,
+            (weight > 0) & (error > tolerance),
+        )
+
+    judged = (
+        judge(c_n, length, length_stddev, bonded),
+        judge(torch.sum(to_ca * to_n, -1), ca_c_n_mean, ca_c_n_stddev, bonded * mask[..., :-1, CA_SLOT]),
+        judge(-torch.sum(to_n * from_n, -1), c_n_ca_mean, c_n_ca_stddev, bonded * mask[..., 1:, CA_SLOT]),
+    )
+    means, losses, violations = zip(*judged, strict=True)
+    before, after = _to_both_neighbours(0.5 * sum(losses[1:], losses[0]))
+    violated_before, violated_after = _to_both_neighbours(violations[0] | violations[1] | violations[2])
+    return BondViolations(*means, before + after, violated_before | violated_after)
+
+
+def between_residue_clash_loss(
+    atom14: Float[Tensor, "*B N 14 3"],
+    mask: Shaped[Tensor, "*B N 14"],
+    residue_index: Shaped[Tensor, "*B N"],
+    aatype: Int[Tensor, "*B N"],
+    *,
+    chain_id: Shaped[Tensor, "*B N"] | None = None,
+    overlap_tolerance: float = LossConfig.overlap_tolerance,
+    chunk_size: int | None = None,
+) -> ClashViolations:
+    """Overlaps of van der Waals spheres of atoms in different residues (Suppl. 1.9.11, eq. 46).
+
+    The peptide bond is none, nor is a disulfide bridge. As in AlphaFold, residues differ where their index does,
+    also between chains, and the slot of cysteine's sulfur is excused with itself whatever the residue types.
+
+    Args:
+        atom14: Å.
+        mask: 1 or True where an atom exists.
+        residue_index: bonded residues differ by 1.
+        aatype: residue types, 0 to 20.
+        chain_id: equal where residues lie in one chain; there are no bonds between chains.
+        overlap_tolerance: Å.
+        chunk_size: residues at a time; memory is then linear in atoms × chunk_size, backward as well.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a chunk_size below 1.
+    """
+    _check_structure(atom14, mask, residue_index, aatype, chain_id)
+    check_aatype(aatype, mask.bool().any(-1))
+    dtype = at_least_float32(atom14.dtype)
+    atom14, mask = atom14.to(dtype), mask.to(dtype)
+    radius = lookup(residues.ATOM14_RADIUS, aatype, dtype)
+    atoms = merge_axes(atom14, -3)
+    slot = torch.arange(14, device=atom14.device)
+    c_to_n = (slot == C_SLOT)[:, None, None] & (slot == N_SLOT)
+    n_to_c = (slot == N_SLOT)[:, None, None] & (slot == C_SLOT)
+    disulfide = (slot == SG_SLOT)[:, None, None] & (slot == SG_SLOT)
+
+    def of_residues(*rows: Tensor) -> tuple[Tensor, ...]:
+        row_atom14, row_mask, row_radius, index, *chain = rows
+        index = index[..., None]
+        same_chain = chain[0][..., None] == chain_id if chain else True
+        before, after = index + 1 == residue_index, residue_index + 1 == index
+        bond = (before & same_chain)[..., None, :, None] & c_to_n | (after & same_chain)[..., None, :, None] & n_to_c
+        apart = (index != residue_index)[..., None, :, None] & ~bond & ~disulfide
+        weight = apart.to(dtype) * row_mask[..., None, None] * mask[..., None, :, :]
+        distance = distances(row_atom14, atoms).reshape(weight.shape)
+        least = row_radius[..., None, None] + radius[..., None, :, :] - overlap_tolerance
+        loss = torch.sum(weight * torch.relu(least - distance), (-1, -2))
+        return loss, torch.sum(weight, (-1, -2)), torch.any((weight > 0) & (distance < least), (-1, -2))
+
+    ranks = {-3: [atom14], -2: [mask, radius], -1: [residue_index] if chain_id is None else [residue_index, chain_id]}
+    rows = [torch.movedim(x, axis, 0) for axis, arrays in ranks.items() for x in arrays]
+    loss, weight, violation = (torch.movedim(x, 0, -2) for x in by_rows(of_residues, rows, chunk_size))
+    # Each pair of atoms was met twice, once from either side.
+    mean = 0.5 * torch.sum(loss, (-1, -2)) / (LossConfig.violation_epsilon + 0.5 * torch.sum(weight, (-1, -2)))
+    return ClashViolations(mean, loss, violation)
+
+
+def within_residue_violations(
+    atom14: Float[Tensor, "*B N 14 3"],
+    mask: Shaped[Tensor, "*B N 14"],
+    aatype: Int[Tensor, "*B N"],
+    *,
+    tolerance_factor: float = LossConfig.tolerance_factor,
+    overlap_tolerance: float = LossConfig.overlap_tolerance,
+) -> WithinResidueViolations:
+    """Distances between atoms of one residue against the literature's (Suppl. 1.9.11, eq. 46).
+
+    Args:
+        atom14: Å.
+        mask: 1 or True where an atom exists.
+        aatype: residue types, 0 to 20.
+        tolerance_factor: standard deviations that are no violation, for atoms one or two bonds apart.
+        overlap_tolerance: of van der Waals spheres, Å, for the others.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    _check_structure(atom14, mask, aatype, aatype, None)
+    check_aatype(aatype, mask.bool().any(-1))
+    dtype = at_least_float32(atom14.dtype)
+    atom14, mask = atom14.to(dtype), mask.to(dtype)
+    bounds = residues.atom14_distance_bounds(
+        bond_length_tolerance=tolerance_factor, overlap_tolerance=overlap_tolerance
+    )
+    lower, upper = (lookup(x, aatype, dtype) for x in bounds)
+    weight = mask[..., :, None] * mask[..., None, :] * (1 - torch.eye(14, dtype=dtype, device=atom14.device))
+    distance = distances(atom14, atom14)
+    loss = weight * (torch.relu(lower - distance) + torch.relu(distance - upper))
+    violation = (weight > 0) & ((distance < lower) | (distance > upper))
+    return WithinResidueViolations(torch.sum(loss, -1) + torch.sum(loss, -2), torch.any(violation, -1))
+
+
+def extreme_ca_ca_distance_violations(
+    atom14: Float[Tensor, "*B N 14 3"],
+    mask: Shaped[Tensor, "*B N 14"],
+    residue_index: Shaped[Tensor, "*B N"],
+    *,
+    chain_id: Shaped[Tensor, "*B N"] | None = None,
+    tolerance: float = LossConfig.ca_ca_tolerance,
+) -> Float[Tensor, "*B"]:
+    """The fraction of neighbours whose Cα lie farther apart than a trans peptide bond allows.
+
+    Args:
+        atom14: Å.
+        mask: 1 or True where an atom exists.
+        residue_index: residues next to each other are neighbours where it grows by 1.
+        chain_id: equal where residues lie in one chain; there are no neighbours between chains.
+        tolerance: Å.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    _check_structure(atom14, mask, residue_index, residue_index, chain_id)
+    dtype = at_least_float32(atom14.dtype)
+    ca, mask = atom14[..., CA_SLOT, :].to(dtype), mask[..., CA_SLOT].to(dtype)
+    distance = norm(ca[..., 1:, :] - ca[..., :-1, :], LossConfig.violation_epsilon)
+    violation = distance - residues.CA_CA_DISTANCE > tolerance
+    weight = _follows(residue_index, chain_id).to(dtype) * mask[..., :-1] * mask[..., 1:]
+    return masked_mean(violation.to(dtype), weight, -1)
+
+
+def find_structural_violations(
+    atom14: Float[Tensor, "*B N 14 3"],
+    mask: Shaped[Tensor, "*B N 14"],
+    residue_index: Shaped[Tensor, "*B N"],
+    aatype: Int[Tensor, "*B N"],
+    *,
+    chain_id: Shaped[Tensor, "*B N"] | None = None,
+    tolerance_factor: float = LossConfig.tolerance_factor,
+    overlap_tolerance: float = LossConfig.overlap_tolerance,
+    chunk_size: int | None = None,
+) -> StructuralViolations:
+    """Bonds, clashes and distances within residues together (Suppl. 1.9.11).
+
+    Args:
+        atom14: Å.
+        mask: 1 or True where an atom exists (of the prediction: where the residue type has it).
+        residue_index: as in `between_residue_bond_loss`.
+        aatype: residue types, 0 to 20.
+        chain_id: equal where residues lie in one chain; None for a single one.
+        tolerance_factor: standard deviations that are no violation.
+        overlap_tolerance: of van der Waals spheres, Å.
+        chunk_size: as in `between_residue_clash_loss`.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a chunk_size below 1.
+    """
+    bonds = between_residue_bond_loss(
+        atom14, mask, residue_index, aatype, chain_id=chain_id, tolerance_factor=tolerance_factor
+    )
+    clashes = between_residue_clash_loss(
+        atom14,
+        mask,
+        residue_index,
+        aatype,
+        chain_id=chain_id,
+        overlap_tolerance=overlap_tolerance,
+        chunk_size=chunk_size,
+    )
+    within = within_residue_violations(
+        atom14, mask, aatype, tolerance_factor=tolerance_factor, overlap_tolerance=overlap_tolerance
+    )
+    of_atoms = torch.any(clashes.violation_per_atom | within.violation_per_atom, -1)
+    return StructuralViolations(bonds, clashes, within, bonds.violation_per_residue | of_atoms)
+
+
+def structural_violation_loss(violations: StructuralViolations, mask: Shaped[Tensor, "*B N 14"]) -> Float[Tensor, "*B"]:
+    """The sum of the losses on bonds and angles and, per existing atom, of all others (Suppl. eq. 47).
+
+    Args:
+        violations: of the prediction.
+        mask: 1 or True where an atom exists, as it was when they were found.
+    """
+    bonds, clashes, within, _ = violations
+    of_atoms = torch.sum(clashes.loss_per_atom + within.loss_per_atom, (-1, -2))
+    number = torch.sum(mask.to(of_atoms.dtype), (-1, -2))
+    return bonds.c_n_loss + bonds.ca_c_n_loss + bonds.c_n_ca_loss + of_atoms / (LossConfig.violation_epsilon + number)
+
+
+def violation_metrics(
+    violations: StructuralViolations,
+    atom14: Float[Tensor, "*B N 14 3"],
+    atom14_mask: Shaped[Tensor, "*B N 14"],
+    residue_index: Shaped[Tensor, "*B N"],
+    mask: Shaped[Tensor, "*B N"],
+    *,
+    chain_id: Shaped[Tensor, "*B N"] | None = None,
+) -> ViolationMetrics:
+    """How much of a structure is violated.
+
+    Args:
+        violations: of the prediction.
+        atom14: Å.
+        atom14_mask: 1 or True where an atom exists.
+        residue_index: as in `between_residue_bond_loss`.
+        mask: 1 or True where a residue is valid.
+        chain_id: equal where residues lie in one chain.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    check_shape("mask", mask, atom14_mask.shape[:-1], "atom14_mask")
+    dtype = at_least_float32(atom14.dtype)
+    of_residues = (
+        violations.bonds.violation_per_residue,
+        torch.any(violations.clashes.violation_per_atom, -1),
+        torch.any(violations.within_residues.violation_per_atom, -1),
+        violations.per_residue,
+    )
+    return ViolationMetrics(
+        extreme_ca_ca_distance_violations(atom14, atom14_mask, residue_index, chain_id=chain_id),
+        *(masked_mean(x.to(dtype), mask.to(dtype), -1) for x in of_residues),
+    )
+
+
+def violation_term(compared: Comparison) -> dict[str, Tensor]:
+    """`structural_violation_loss` of the last layer."""
+    output, target, _, chunk_size = compared
+    exists = lookup(residues.ATOM14_MASK, target.aatype) & target.mask.to(torch.bool)[..., None]
+    violations = find_structural_violations(
+        output.atom14[-1],
+        exists,
+        target.residue_index,
+        target.aatype,
+        chain_id=target.chain_id,
+        chunk_size=chunk_size,
+    )
+    return {"violation": structural_violation_loss(violations, exists)}
+
+
+def _follows(residue_index: Shaped[Tensor, "*B N"], chain_id: Shaped[Tensor, "*B N"] | None) -> Bool[Tensor, "*B N-1"]:
+    """Each residue but the first continues the one before."""
+    follows = residue_index[..., 1:] == residue_index[..., :-1] + 1
+    return follows if chain_id is None else follows & (chain_id[..., 1:] == chain_id[..., :-1])
+
+
+def _to_both_neighbours(x: Shaped[Tensor, "*B N-1"]) -> tuple[Shaped[Tensor, "*B N"], Shaped[Tensor, "*B N"]]:
+    """What lies between neighbours, at the one before and at the one after."""
+    none = x.new_zeros((*x.shape[:-1], 1))
+    return torch.cat([x, none], -1), torch.cat([none, x], -1)
+
+
+def _check_structure(
+    atom14: Tensor, mask: Tensor, residue_index: Tensor, aatype: Tensor, chain_id: Tensor | None
+) -> None:
+    check_shape("atom14", atom14, (*mask.shape, 3), "mask")
+    check_shape("mask", mask, (*mask.shape[:-1], 14), "itself")
+    check_shape("residue_index", residue_index, mask.shape[:-1], "mask")
+    check_shape("aatype", aatype, mask.shape[:-1], "mask")
+    if chain_id is not None:
+        check_shape("chain_id", chain_id, mask.shape[:-1], "mask")
