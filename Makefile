@@ -27,6 +27,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q parity_tests/test_house.py
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks --residues 64 128 256 512 1024

@@ -200,46 +200,6 @@ def test_same_exports():
     assert [name for name in jax if name not in own] == [name for name in torch if name not in own]
 
 
-FORBIDDEN = {
-    "ipa_bridge": {"ipa_jax", "ipa_torch", "ipa_parity", "jax", "haiku", "triton"},
-    "ipa_jax": {"ipa_torch", "ipa_parity", "torch"},
-    "ipa_torch": {"ipa_jax", "ipa_parity", "jax", "haiku"},
-}
-"""What a floor never imports: what lies above or beside it."""
-
-LAZY = {"ipa_bridge": {"torch", "safetensors", "gemmi", "ml_dtypes"}, "ipa_parity": {"jax", "haiku", "torch"}}
-"""What a package imports in the functions that need it, never at its own import."""
-
-
-def imported(tree: ast.AST) -> set[str]:
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
-
-
-def at_import(tree: ast.Module) -> ast.Module:
-    """The statements that importing the module runs."""
-    type_checking = "TYPE_CHECKING"
-    kept = [
-        node
-        for node in tree.body
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
-        and not (isinstance(node, ast.If) and ast.unparse(node.test) == type_checking)
-    ]
-    return ast.Module(kept, [])
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_run_downwards(package):
-    for module, tree in modules(package).items():
-        assert not imported(tree) & FORBIDDEN.get(package, set()), f"{package}.{module}"
-        assert not imported(at_import(tree)) & LAZY.get(package, set()), f"{package}.{module}"
-
-
 USER = """
 import jax
 import torch
