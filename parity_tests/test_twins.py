@@ -42,6 +42,7 @@ ONLY_IN_ONE = {
     "dtypes.Tree": "the type of a tree of arrays",
     "dtypes.varying_alike": "the types of torch's tensors know no axes of devices",
     "layers.take": "JAX has take_along_axis",
+    "attention.fused.OLDEST_TRITON": "JAX brings its own",
     "replace.__init__.replace_ipa": "a torch model is an object whose layers can be swapped …",
     "replace.__init__.restore_ipa": "… and given back",
     "replace.__init__.replace_alphafold_ipa": "AlphaFold builds its modules anew in each trace",
