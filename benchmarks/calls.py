@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights.tensors import torch_tensor
 
 FORWARD, BACKWARD = "forward", "forward + backward"
 DIRECTIONS = (FORWARD, BACKWARD)

@@ -13,10 +13,10 @@ from ipa_bridge.config import Implementation, IPAConfig, IPATransformerConfig, S
 if TYPE_CHECKING:
     from numpy import ndarray
 
-SHORTEST_CHAIN = 8
-"""Residues; of fewer, the steps from one to the next say nothing of the unit."""
+MIN_CHAIN = 8
+"""Least number of residues: of fewer, the steps from one to the next say nothing of the unit."""
 
-LEAST_SUSPECTED_UNIT = 10.0
+MIN_SUSPECTED_UNIT = 10.0
 """Å; in a smaller unit, steps that look like Å may be something else."""
 
 CA_STEPS = (3.6, 4.0)
@@ -140,7 +140,7 @@ def may_be_in_angstroms(config: IPAConfig) -> bool:
 
     Not where the attention divides by a position_scale itself, as one that is fed Å does.
     """
-    return config.position_scale == 1 and (config.frame_unit or 0) >= LEAST_SUSPECTED_UNIT
+    return config.position_scale == 1 and (config.frame_unit or 0) >= MIN_SUSPECTED_UNIT
 
 
 def warn_if_in_angstroms(config: IPAConfig, translation: ndarray, mask: ndarray | None) -> None:
@@ -155,14 +155,14 @@ def warn_if_in_angstroms(config: IPAConfig, translation: ndarray, mask: ndarray 
         translation: (*B, N, 3), as the caller passes them.
         mask: (*B, N), 1 or True where a residue is valid; None for everywhere.
     """
-    if not may_be_in_angstroms(config) or translation.shape[-2] < SHORTEST_CHAIN:
+    if not may_be_in_angstroms(config) or translation.shape[-2] < MIN_CHAIN:
         return
     step = np.diff(translation.astype(np.float32), axis=-2)
     length = np.sqrt(np.einsum("...i,...i->...", step, step))
     if mask is not None:
         length = length[(mask[..., 1:] != 0) & (mask[..., :-1] != 0)]
     least, most = CA_STEPS
-    if length.size < SHORTEST_CHAIN - 1 or 2 * np.count_nonzero((length >= least) & (length <= most)) < length.size:
+    if length.size < MIN_CHAIN - 1 or 2 * np.count_nonzero((length >= least) & (length <= most)) < length.size:
         return
     unit = f"{config.frame_unit:g}"
     warnings.warn(

@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import get_args
+from collections.abc import Collection, Mapping
 
 from ipa_bridge.config import (
-    Config,
     IPABlockConfig,
     IPAConfig,
     IPATransformerConfig,
@@ -23,10 +21,13 @@ from ipa_bridge.config import (
 
 Shapes = dict[str, tuple[int, ...]]
 
+POINT_WEIGHTS = "trainable_point_weights"
+"""γ, one per head: the parameter that every attention has."""
+
 
 def ipa_parameters(config: IPAConfig) -> Shapes:
     """Canonical parameter names and shapes of one invariant point attention (Suppl. Alg. 22)."""
-    shapes: Shapes = {"trainable_point_weights": (config.num_head,)}
+    shapes: Shapes = {POINT_WEIGHTS: (config.num_head,)}
     project = _monomer_projections if config.layout == "monomer" else _multimer_projections
     shapes |= project(config)
     if config.pair_channel is not None:
@@ -70,7 +71,7 @@ def structure_module_parameters(config: StructureModuleConfig) -> Shapes:
         **_layer_norm("pair_layer_norm", c_z),
     }
     for layer in range(1 if config.tied_layers else config.num_layer):
-        shapes |= {f"{numbered('fold_iteration', layer)}/{name}": x for name, x in _fold_iteration(config).items()}
+        shapes |= {f"{haiku_name('fold_iteration', layer)}/{name}": x for name, x in _fold_iteration(config).items()}
     return shapes
 
 
@@ -91,7 +92,7 @@ def ipa_block_parameters(config: IPABlockConfig) -> Shapes:
     shapes |= _layer_norm("attention_layer_norm", c_s)
     for i in range(layers):
         inputs, outputs = (c_s if end else c_s * config.transition_factor for end in (i == 0, i == layers - 1))
-        shapes |= _linear(numbered("transition", i), inputs, (outputs,), bias=True)
+        shapes |= _linear(haiku_name("transition", i), inputs, (outputs,), bias=True)
     return shapes | _layer_norm("transition_layer_norm", c_s)
 
 
@@ -101,12 +102,12 @@ def ipa_transformer_parameters(config: IPATransformerConfig) -> Shapes:
     shapes: Shapes = {} if config.num_token is None else {"token_embedding/embeddings": (config.num_token, c_s)}
     for i in range(config.num_layer):
         block = ipa_block_parameters(config.block)
-        shapes |= {f"{numbered('ipa_block', i)}/{name}": x for name, x in block.items()}
-        shapes |= _linear(numbered("affine_update", i), c_s, (6,), bias=True)
+        shapes |= {f"{haiku_name('ipa_block', i)}/{name}": x for name, x in block.items()}
+        shapes |= _linear(haiku_name("affine_update", i), c_s, (6,), bias=True)
     return shapes | (_linear("predicted_points", c_s, (3,), bias=True) if config.predict_points else {})
 
 
-def numbered(name: str, index: int) -> str:
+def haiku_name(name: str, index: int) -> str:
     """Haiku's name of the module that is number `index`, from 0, of that name."""
     return f"{name}_{index}" if index else name
 
@@ -135,13 +136,13 @@ def _fold_iteration(config: StructureModuleConfig) -> Shapes:
     shapes = {f"invariant_point_attention/{name}": x for name, x in ipa_parameters(config.ipa).items()}
     shapes |= _layer_norm("attention_layer_norm", c_s)
     for i in range(config.num_layer_in_transition):
-        shapes |= _linear(numbered("transition", i), c_s, (c_s,), bias=True)
+        shapes |= _linear(haiku_name("transition", i), c_s, (c_s,), bias=True)
     shapes |= _layer_norm("transition_layer_norm", c_s) | _linear(update, c_s, (6,), bias=True)
     for i in range(2):
-        shapes |= _linear(f"rigid_sidechain/{numbered('input_projection', i)}", c_s, (width,), bias=True)
+        shapes |= _linear(f"rigid_sidechain/{haiku_name('input_projection', i)}", c_s, (width,), bias=True)
     for i in range(config.num_residual_block):
-        shapes |= _linear(f"rigid_sidechain/{numbered('resblock1', i)}", width, (width,), bias=True)
-        shapes |= _linear(f"rigid_sidechain/{numbered('resblock2', i)}", width, (width,), bias=True)
+        shapes |= _linear(f"rigid_sidechain/{haiku_name('resblock1', i)}", width, (width,), bias=True)
+        shapes |= _linear(f"rigid_sidechain/{haiku_name('resblock2', i)}", width, (width,), bias=True)
     return shapes | _linear("rigid_sidechain/unnormalized_angles", width, (14,), bias=True)
 
 
@@ -154,54 +155,15 @@ def _linear(name: str, inputs: int, outputs: tuple[int, ...], bias: bool) -> Sha
     return {**weights, f"{name}/bias": outputs} if bias else weights
 
 
-LANDMARKS: dict[type, str] = {
-    StructureModuleConfig: "initial_projection/weights",
-    IPATransformerConfig: "ipa_block/transition_layer_norm/scale",
-    IPABlockConfig: "transition_layer_norm/scale",
-    IPAConfig: "trainable_point_weights",
-    PredictedLDDTConfig: "act_0/weights",
-}
-"""The parameter by which a module is known among others, the one that may hold another first."""
+def infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureModuleConfig:
+    """The structure module's config that canonical names and shapes tell.
 
-
-def parameter_shapes(config: Config) -> Shapes:
-    """Canonical parameter names and shapes of whatever the config is of.
+    Layers that share weights do not show their number, which is eight in AlphaFold and ESMFold; nor do they show the
+    unit of the frames.
 
     Raises:
-        ValueError: it is no config.
+        ValueError: parameters of the attention are missing or empty, or sizes do not divide by the number of heads.
     """
-    if isinstance(config, IPAConfig):
-        return ipa_parameters(config)
-    if isinstance(config, StructureModuleConfig):
-        return structure_module_parameters(config)
-    if isinstance(config, IPATransformerConfig):
-        return ipa_transformer_parameters(config)
-    if isinstance(config, IPABlockConfig):
-        return ipa_block_parameters(config)
-    if isinstance(config, PredictedLDDTConfig):
-        return predicted_lddt_parameters(config)
-    kinds = ", ".join(kind.__name__ for kind in get_args(Config))
-    raise ValueError(f"config must be one of {kinds}; got {config!r}")
-
-
-def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
-    """The config that canonical names and shapes tell, output axes flat or not.
-
-    Raises:
-        ValueError: parameters are missing or empty, or sizes do not divide by the number of heads.
-    """
-    known: dict[type, Callable[[Mapping[str, tuple[int, ...]]], Config]] = {
-        StructureModuleConfig: _infer_structure_module,
-        IPATransformerConfig: _infer_ipa_transformer,
-        IPABlockConfig: _infer_ipa_block,
-        PredictedLDDTConfig: _infer_predicted_lddt,
-    }
-    kind = next((kind for kind, landmark in LANDMARKS.items() if landmark in shapes), IPAConfig)
-    return known.get(kind, infer_ipa)(shapes)
-
-
-def _infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureModuleConfig:
-    """Layers that share weights do not show their number: eight, as AlphaFold and ESMFold have; nor does the unit."""
     fold = "fold_iteration/"
     within = {name.removeprefix(fold): shape for name, shape in shapes.items() if name.startswith(fold)}
     attention = "invariant_point_attention/"
@@ -221,7 +183,12 @@ def _infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureM
     )
 
 
-def _infer_ipa_block(shapes: Mapping[str, tuple[int, ...]]) -> IPABlockConfig:
+def infer_ipa_block(shapes: Mapping[str, tuple[int, ...]]) -> IPABlockConfig:
+    """The block's config that canonical names and shapes tell.
+
+    Raises:
+        ValueError: parameters of the attention are missing or empty, or sizes do not divide by the number of heads.
+    """
     attention = "invariant_point_attention/"
     ipa = infer_ipa({n.removeprefix(attention): x for n, x in shapes.items() if n.startswith(attention)})
     hidden = math.prod(shapes.get("transition/bias", (ipa.num_channel,)))
@@ -232,17 +199,27 @@ def _infer_ipa_block(shapes: Mapping[str, tuple[int, ...]]) -> IPABlockConfig:
     )
 
 
-def _infer_ipa_transformer(shapes: Mapping[str, tuple[int, ...]]) -> IPATransformerConfig:
+def infer_ipa_transformer(shapes: Mapping[str, tuple[int, ...]]) -> IPATransformerConfig:
+    """The transformer's config that canonical names and shapes tell, its blocks being like the first.
+
+    Raises:
+        ValueError: parameters of the attention are missing or empty, or sizes do not divide by the number of heads.
+    """
     first = {n.removeprefix("ipa_block/"): x for n, x in shapes.items() if n.startswith("ipa_block/")}
     return IPATransformerConfig(
-        block=_infer_ipa_block(first),
+        block=infer_ipa_block(first),
         num_layer=_count("ipa_block", "/transition_layer_norm/scale", shapes),
         num_token=shapes["token_embedding/embeddings"][0] if "token_embedding/embeddings" in shapes else None,
         predict_points="predicted_points/weights" in shapes,
     )
 
 
-def _infer_predicted_lddt(shapes: Mapping[str, tuple[int, ...]]) -> PredictedLDDTConfig:
+def infer_predicted_lddt(shapes: Mapping[str, tuple[int, ...]]) -> PredictedLDDTConfig:
+    """The confidence head's config that canonical names and shapes tell.
+
+    Raises:
+        ValueError: parameters are missing.
+    """
     missing = [name for name in ("act_0/bias", "input_layer_norm/scale", "logits/bias") if name not in shapes]
     if missing:
         raise ValueError(f"no confidence head without {', '.join(missing)}; got {', '.join(sorted(shapes))}")
@@ -254,7 +231,7 @@ def _infer_predicted_lddt(shapes: Mapping[str, tuple[int, ...]]) -> PredictedLDD
 
 def _count(module: str, leaf: str, names: Collection[str]) -> int:
     """How many modules of that name there are, as haiku numbers them."""
-    return next(i for i in itertools.count() if f"{numbered(module, i)}{leaf}" not in names)
+    return next(i for i in itertools.count() if f"{haiku_name(module, i)}{leaf}" not in names)
 
 
 def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
@@ -271,7 +248,7 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     scalars = ("q_scalar_projection", "v_scalar_projection") if multimer else ("q_scalar", "kv_scalar")
     points = ("q_point_projection/point_projection", "v_point_projection/point_projection")
     points = points if multimer else ("q_point_local", "kv_point_local")
-    needed = [LANDMARKS[IPAConfig], *(f"{name}/weights" for name in (*scalars, *points, "output_projection"))]
+    needed = [POINT_WEIGHTS, *(f"{name}/weights" for name in (*scalars, *points, "output_projection"))]
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise ValueError(f"no invariant point attention without {', '.join(missing)}; got {', '.join(sorted(shapes))}")
@@ -280,7 +257,7 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     if formless:
         listed = ", ".join(f"{name} {shapes[name]}" for name in formless)
         raise ValueError(f"these parameters tell no sizes: they are empty, or have too few axes: {listed}")
-    heads = math.prod(shapes[LANDMARKS[IPAConfig]])
+    heads = math.prod(shapes[POINT_WEIGHTS])
 
     def per_head(module: str, per: int = 1) -> int:
         outputs = math.prod(shapes[f"{module}/weights"][1:])
@@ -288,7 +265,7 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
             raise ValueError(
                 f"{module}/weights has {outputs} outputs, which {heads} heads"
                 + (f" of {per} coordinates" if per > 1 else "")
-                + f" do not divide: {LANDMARKS[IPAConfig]} or {module}/weights has a wrong shape"
+                + f" do not divide: {POINT_WEIGHTS} or {module}/weights has a wrong shape"
             )
         return outputs // (heads * per)
 

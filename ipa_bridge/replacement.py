@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ipa_bridge.console import table_lines
+
 RESIDUES = 101
-"""Of the random input that before and after are compared on: enough to stream, and no multiple of a block."""
+"""Residues of the random input that before and after are compared on: enough to stream, and no multiple of a block."""
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,11 @@ class ReplacedLayer:
     path: str
     """Where it lies in the model; "" for the model itself."""
     system: str
-    """Whose it is."""
+    """The system whose layer it is."""
     layer: str
     """What it is, its class for instance."""
     dtype: str
-    """Of its parameters."""
+    """The dtype of its parameters."""
     error: float | None
     """How far it is from the layer before on random input, in epsilons of the dtype; None where nobody looked."""
     unused: tuple[str, ...] = ()
@@ -46,8 +48,7 @@ class ReplacementReport:
             )
             for x in self.replaced
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = table_lines(rows)
         lines += [
             f"not read, before or after: {', '.join(f'{x.path}.{name}'.lstrip('.') for name in x.unused)}"
             for x in self.replaced

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ipa_bridge.tensors import numpy_dtype
+from ipa_bridge.weights.tensors import numpy_dtype
 
 BOUNDS = {
     "logits": 16,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ipa_bridge.config import IPAConfig, StructureModuleConfig
-from ipa_bridge.console import as_command
+from ipa_bridge.console import Progress, as_command
 from ipa_bridge.proteins import Structure, load_structure
 from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_bridge.version import __version__
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"ipa-parity: {error}", file=sys.stderr)
         return 2
-    progress = _Progress(shown=not args.quiet)
+    progress = Progress(shown=not args.quiet)
     started = time.perf_counter()
     comparisons: list[Comparison] = []
     described = []
@@ -248,25 +248,3 @@ def _report(
     if len(frameworks) < 2:
         alone = f" ({frameworks[0]} only: the other framework, which judges float64 gradients, is not installed)"
     return "\n".join([*lines, f"{verdict}{alone}. {seconds:.0f} s"])
-
-
-class _Progress:
-    """One line on standard error that says what is running; nothing where that is not a terminal's line."""
-
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
-        self.in_place = sys.stderr.isatty()
-        self.started = time.perf_counter()
-
-    def __call__(self, step: str) -> None:
-        if not self.shown:
-            return
-        seconds = f"{time.perf_counter() - self.started:5.0f} s"
-        if self.in_place:
-            print(f"\r\033[K{seconds}  {step}", end="", file=sys.stderr, flush=True)
-        else:
-            print(f"{seconds}  {step}", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if self.shown and self.in_place:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ipa_bridge.checks import check_arrays, check_per_atom, check_residue_types, check_shape
 from ipa_bridge.config import StructureModuleConfig
-from ipa_bridge.parameters import numbered
+from ipa_bridge.parameters import haiku_name
 from ipa_bridge.proteins import residues
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
@@ -84,8 +84,8 @@ class MultiRigidSidechain(Module):
         self.input_projection = Linear(c.num_channel, width)
         self.input_projection_1 = Linear(c.num_channel, width)
         for i in range(c.num_residual_block):
-            self.add_module(numbered("resblock1", i), Linear(width, width, initializer="relu"))
-            self.add_module(numbered("resblock2", i), Linear(width, width, initializer=final))
+            self.add_module(haiku_name("resblock1", i), Linear(width, width, initializer="relu"))
+            self.add_module(haiku_name("resblock2", i), Linear(width, width, initializer=final))
         self.unnormalized_angles = Linear(width, 14, full_precision=True)
 
     def forward(
@@ -94,8 +94,8 @@ class MultiRigidSidechain(Module):
         """Unit (sin, cos) of the seven torsions, and the same before normalisation, in at least float32."""
         hidden = self.input_projection(F.relu(act)) + self.input_projection_1(F.relu(initial_act))
         for i in range(self.config.num_residual_block):
-            update = self.get_submodule(numbered("resblock1", i))(F.relu(hidden))
-            hidden = hidden + self.get_submodule(numbered("resblock2", i))(F.relu(update))
+            update = self.get_submodule(haiku_name("resblock1", i))(F.relu(hidden))
+            hidden = hidden + self.get_submodule(haiku_name("resblock2", i))(F.relu(update))
         unnormalized = self.unnormalized_angles(F.relu(hidden)).unflatten(-1, (7, 2))
         return normalise(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
 

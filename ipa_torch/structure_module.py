@@ -18,7 +18,7 @@ from ipa_bridge.checks import (
     check_structure_module_inputs,
 )
 from ipa_bridge.config import Implementation, StructureModuleConfig
-from ipa_bridge.parameters import numbered
+from ipa_bridge.parameters import haiku_name
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
@@ -63,7 +63,7 @@ class FoldIteration(Module):
         self.attention_layer_norm = LayerNorm(width)
         for i in range(c.num_layer_in_transition):
             last = i == c.num_layer_in_transition - 1
-            self.add_module(numbered("transition", i), Linear(width, width, initializer=final if last else "relu"))
+            self.add_module(haiku_name("transition", i), Linear(width, width, initializer=final if last else "relu"))
         self.transition_layer_norm = LayerNorm(width)
         if c.ipa.layout == "monomer":
             self.affine_update = Linear(width, 6, initializer=final, full_precision=True)
@@ -100,7 +100,7 @@ class FoldIteration(Module):
         return act, rigids, angles, unnormalized_angles
 
     def _transition_layers(self) -> list[nn.Module]:
-        return [self.get_submodule(numbered("transition", i)) for i in range(self.config.num_layer_in_transition)]
+        return [self.get_submodule(haiku_name("transition", i)) for i in range(self.config.num_layer_in_transition)]
 
     def _backbone_update(self, act: Float[Tensor, "*B N c_s"], update_mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
         """Alg. 23: the quaternion (1, b, c, d), normalised, and a translation, in the residue's own frame."""
@@ -146,7 +146,7 @@ class StructureModule(Module):
         self.initial_projection = Linear(c.num_channel, c.num_channel)
         self.pair_layer_norm = LayerNorm(c.pair_channel)
         for layer in range(1 if c.tied_layers else c.num_layer):
-            self.add_module(numbered("fold_iteration", layer), FoldIteration(c, implementation=implementation))
+            self.add_module(haiku_name("fold_iteration", layer), FoldIteration(c, implementation=implementation))
 
     def forward(
         self,
@@ -187,7 +187,7 @@ class StructureModule(Module):
         rigids = rigids.astype(dtype).scale_translation(1 / c.position_scale)
         each = []
         for layer in range(c.num_layer):
-            fold_iteration = self.get_submodule(numbered("fold_iteration", 0 if c.tied_layers else layer))
+            fold_iteration = self.get_submodule(haiku_name("fold_iteration", 0 if c.tied_layers else layer))
             act, rigids, *angles = fold_iteration(act, pair, rigids, initial_act, mask, update_mask=update_mask)
             each.append((act, *rigids, *angles))
             rigids = rigids.stop_rotation_gradient()  # line 20

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ipa_bridge.checks import check_arrays, check_config, check_implementation, check_rigids, check_tokens
 from ipa_bridge.config import Implementation, IPABlockConfig, IPATransformerConfig
-from ipa_bridge.parameters import numbered
+from ipa_bridge.parameters import haiku_name
 from ipa_bridge.tuples import by_name
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
@@ -57,7 +57,7 @@ class IPABlock(Module):
         for i in range(layers):
             last = i == layers - 1
             inputs, outputs = (width if end else c.transition_factor * width for end in (i == 0, last))
-            self.add_module(numbered("transition", i), Linear(inputs, outputs, initializer=final if last else "relu"))
+            self.add_module(haiku_name("transition", i), Linear(inputs, outputs, initializer=final if last else "relu"))
         self.transition_layer_norm = LayerNorm(width)
 
     def forward(
@@ -93,7 +93,7 @@ class IPABlock(Module):
         __call__ = forward
 
     def _transition_layers(self) -> list[nn.Module]:
-        return [getattr(self, numbered("transition", i)) for i in range(self.config.num_layer_in_transition)]
+        return [getattr(self, haiku_name("transition", i)) for i in range(self.config.num_layer_in_transition)]
 
 
 class IPATransformer(Module):
@@ -115,9 +115,9 @@ class IPATransformer(Module):
         if c.num_token is not None:
             self.token_embedding = nn.Embedding(c.num_token, c.num_channel)
         for i in range(c.num_layer):
-            self.add_module(numbered("ipa_block", i), IPABlock(c.block, implementation=implementation))
+            self.add_module(haiku_name("ipa_block", i), IPABlock(c.block, implementation=implementation))
             update = Linear(c.num_channel, 6, initializer=initializer, full_precision=True)
-            self.add_module(numbered("affine_update", i), update)
+            self.add_module(haiku_name("affine_update", i), update)
         if c.predict_points:
             self.predicted_points = Linear(c.num_channel, 3, full_precision=True)
 
@@ -154,8 +154,8 @@ class IPATransformer(Module):
         rigids = rigids.astype(dtype)
         for i in range(c.num_layer):
             frozen = rigids.stop_rotation_gradient() if c.detach_rotations else rigids
-            act = getattr(self, numbered("ipa_block", i))(act, pair, frozen, mask)
-            rigids = self._moved(getattr(self, numbered("affine_update", i))(act), rigids, frozen)
+            act = getattr(self, haiku_name("ipa_block", i))(act, pair, frozen, mask)
+            rigids = self._moved(getattr(self, haiku_name("affine_update", i))(act), rigids, frozen)
         points = rigids.apply(self.predicted_points(act)) if c.predict_points else None
         return IPATransformerOutput(act, rigids, points)
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ipa_bridge.tensors import numpy_array, torch_tensor
 from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
+from ipa_bridge.weights.tensors import numpy_array, torch_tensor
 from ipa_parity.frameworks import jax_point_attention
 from ipa_parity.structure_module.stages import named_layers, target_of
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import ipa_jax
 import ipa_torch
-from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.report import compare
 
 FAN_IN = 400

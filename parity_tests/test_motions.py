@@ -16,8 +16,8 @@ import pytest
 
 from ipa_bridge.config import IPABlockConfig, IPAConfig, IPATransformerConfig, StructureModuleConfig
 from ipa_bridge.proteins.frames import random_frames, random_rotations
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import compare
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ipa_bridge import cli
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.proteins import load_structure, residues, save_structure
 from ipa_bridge.proteins.frames import idealised_peptide
-from ipa_bridge.tensors import torch_tensor
-from ipa_bridge.weights import Weights
+from ipa_bridge.weights import Weights, cli
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.report import compare
 
 ROOT = Path(__file__).resolve().parent.parent

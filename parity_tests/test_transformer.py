@@ -20,12 +20,10 @@ from transformer_cases import (
     run,
 )
 
-from ipa_bridge import semantics
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
-from ipa_bridge.conversion import express
-from ipa_bridge.dialects import named
-from ipa_bridge.tensors import torch_tensor
-from ipa_bridge.weights import Weights, in_dialect
+from ipa_bridge.weights import Weights, semantics
+from ipa_bridge.weights.dialects import find_dialect
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.frameworks import installed_frameworks
 
 
@@ -61,7 +59,7 @@ def test_they_are_what_numpy_makes_of_the_same_parameters(name, each):
     """`semantics` is written without either framework; its rigid motions are its own."""
     config = (BLOCKS | TRANSFORMERS)[name]
     inputs = draw(config)
-    p = {x: y.astype(np.float64) for x, y in in_dialect(inputs["weights"], named("ipa_jax"), "").items()}
+    p = {x: y.astype(np.float64) for x, y in inputs["weights"].arrays.items()}
     arrays = [inputs[x] for x in ("single", "pair", "rotation", "translation", "mask")]
     if isinstance(config, IPATransformerConfig):
         act, rotation, translation, points = semantics.transformer("ipa_jax", p, config, *arrays)
@@ -193,7 +191,7 @@ def test_the_right_order_is_another_function_and_said_to_be():
     weights = Weights.random(config)
     with pytest.raises(ValueError, match="--allow-lossy composition_order"):
         weights.to_torch(dialect="lucidrains")
-    expressed = express(weights, named("lucidrains"), allow_lossy=["composition_order"])
-    assert expressed.weights.config.original_composition_order
-    apart = [semantics.probe("ipa_jax", x.arrays, x.config) for x in (weights, expressed.weights)]
+    converted, _ = weights.converted(find_dialect("lucidrains"), allow_lossy=["composition_order"])
+    assert converted.config.original_composition_order
+    apart = [semantics.probe("ipa_jax", x.arrays, x.config) for x in (weights, converted)]
     assert semantics.distance(*apart) > 1e-3

@@ -22,9 +22,9 @@ from transformer_cases import (
 
 from ipa_bridge.config import IPATransformerConfig
 from ipa_bridge.proteins.frames import random_frames
-from ipa_bridge.tensors import numpy_dtype, torch_tensor
 from ipa_bridge.tolerance import bound, epsilon
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.tensors import numpy_dtype, torch_tensor
 from ipa_parity.attention.cases import ODD
 
 # --- Motions

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ipa_bridge import files
+import ipa_bridge
 
-ROOT = Path(files.__file__).resolve().parent.parent
+ROOT = Path(ipa_bridge.__file__).resolve().parent.parent
 PACKAGES = ("ipa_bridge", "ipa_jax", "ipa_torch", "ipa_parity")
 
 ONLY_IN_ONE = {
@@ -42,6 +42,7 @@ ONLY_IN_ONE = {
     "dtypes.Tree": "the type of a tree of arrays",
     "dtypes.varying_alike": "the types of torch's tensors know no axes of devices",
     "layers.take": "JAX has take_along_axis",
+    "attention.fused.OLDEST_TRITON": "JAX brings its own",
     "replace.__init__.replace_ipa": "a torch model is an object whose layers can be swapped …",
     "replace.__init__.restore_ipa": "… and given back",
     "replace.__init__.replace_alphafold_ipa": "AlphaFold builds its modules anew in each trace",

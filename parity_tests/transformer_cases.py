@@ -9,8 +9,8 @@ import pytest
 
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig
 from ipa_bridge.proteins.frames import random_frames
-from ipa_bridge.tensors import numpy_dtype, torch_tensor
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.tensors import numpy_dtype, torch_tensor
 from ipa_parity.attention.cases import ODD, ODD_MULTIMER, ODD_NO_PAIR
 from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import compare

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipa_bridge.files import replacing
+from ipa_bridge.destinations import replacing
 from ipa_bridge.proteins.residues import ATOM37_MASK, ATOM_TYPES, RESTYPE_NAMES, UNKNOWN_AATYPE, may_have
 from ipa_bridge.proteins.structure import import_gemmi
 

@@ -13,8 +13,8 @@ import numpy as np
 from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.proteins import Structure
 from ipa_bridge.proteins.frames import idealised_peptide, random_frames
-from ipa_bridge.tensors import numpy_dtype
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.tensors import numpy_dtype
 
 PRESETS: dict[str, Callable[[], IPAConfig]] = {
     "alphafold2": IPAConfig.alphafold2,

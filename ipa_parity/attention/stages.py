@@ -15,8 +15,8 @@ import numpy as np
 
 from ipa_bridge import oracle
 from ipa_bridge.config import Implementation, IPAConfig
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention.cases import Case
 
 Arrays = dict[str, np.ndarray]

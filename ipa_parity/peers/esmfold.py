@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 from ipa_bridge.config import StructureModuleConfig
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights, canonical_from_torch
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention.cases import Case
 from ipa_parity.attention.stages import Arrays
 from ipa_parity.peers.stages import name_layers, name_stages, torch_gradients

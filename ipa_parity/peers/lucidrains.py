@@ -6,8 +6,8 @@ import warnings
 from typing import Any
 
 from ipa_bridge.config import IPAConfig
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import canonical_from_torch
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention.cases import Case
 from ipa_parity.attention.stages import Arrays
 from ipa_parity.peers.stages import name_stages, torch_gradients

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention.cases import Case
 from ipa_parity.attention.stages import Arrays
 

@@ -13,8 +13,8 @@ from ipa_bridge import oracle
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.proteins import Structure, residues
 from ipa_bridge.proteins.frames import idealised_peptide
-from ipa_bridge.tensors import numpy_dtype
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.tensors import numpy_dtype
 
 PRESETS: dict[str, Callable[[], StructureModuleConfig]] = {
     "alphafold2": StructureModuleConfig.alphafold2,

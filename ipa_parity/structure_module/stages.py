@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ipa_bridge.config import Implementation, StructureModuleConfig
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention.stages import Arrays
 from ipa_parity.structure_module.cases import StructureModuleCase
 

@@ -1,6 +1,6 @@
 """Whose layer an attention in a model is, by the names and shapes of its parameters, and whether ours can replace it.
 
-A system more is an adapter and a row of `SYSTEMS`, whose key is a dialect of `ipa_bridge.dialects`.
+A system more is an adapter and a row of `SYSTEMS`, whose key is a dialect of `ipa_bridge.weights.dialects`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ipa_bridge.config import IPAConfig, NormForm
-from ipa_bridge.dialects import Found, modules
+from ipa_bridge.weights.finding import Found, modules
 from ipa_torch.replace.adapters import (
     Adapter,
     Argument,

@@ -19,7 +19,7 @@ from fused_cases import (
 )
 
 from ipa_bridge import tiling
-from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights.tensors import torch_tensor
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ipa_bridge import oracle
-from ipa_bridge.tensors import numpy_array, torch_tensor
+from ipa_bridge.weights.tensors import numpy_array, torch_tensor
 from ipa_parity.attention.cases import CATALOGUE
 from ipa_parity.report import compare
 

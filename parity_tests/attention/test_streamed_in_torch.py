@@ -11,7 +11,7 @@ from frameworks import Torch
 from streamed_cases import core_arrays, first, judge, rest
 
 from ipa_bridge import tiling
-from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention.cases import ODD, make_case
 
 # torch.

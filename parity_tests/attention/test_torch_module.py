@@ -19,8 +19,8 @@ from ipa_bridge.config import (
     StructureModuleConfig,
 )
 from ipa_bridge.parameters import ipa_parameters
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention.cases import CATALOGUE, ODD, ODD_MULTIMER, ODD_NO_PAIR
 
 

@@ -15,7 +15,7 @@ import ipa_torch
 from ipa_bridge.config import (
     IPATransformerConfig,
 )
-from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.attention.cases import CATALOGUE, ODD, ODD_MULTIMER, ODD_NO_PAIR, make_case
 
 

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 
 import ipa_torch
-from ipa_bridge.tensors import torch_tensor
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity.report import compare
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from loss_problems import LAYERED, PREDICTED, Frames, Problem, cotangent
 
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.tolerance import bound, epsilon
+from ipa_bridge.weights.tensors import torch_tensor
 
 DTYPES = ("float32", "float64")
 

@@ -124,7 +124,7 @@ def test_masks_of_any_dtype(framework):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_computes_in_float32(dtype, framework):
-    from ipa_bridge.tensors import numpy_dtype
+    from ipa_bridge.weights.tensors import numpy_dtype
 
     half = map_floats(lambda _, x: x.astype(np.float32).astype(numpy_dtype(dtype)), synthetic_problem())
     widened = Problem(

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import ipa_bridge
-from ipa_bridge import cli as port
 from ipa_bridge.config import StructureModuleConfig
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights import cli as port
 from ipa_parity import cli
 from ipa_parity.attention import stages
 from ipa_parity.attention.cases import ODD_MULTIMER, load_weights

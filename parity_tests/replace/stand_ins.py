@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ipa_bridge import semantics
 from ipa_bridge.config import IPAConfig
-from ipa_bridge.dialects import named
-from ipa_bridge.weights import Weights
+from ipa_bridge.weights import Weights, semantics
+from ipa_bridge.weights.dialects import find_dialect
 from ipa_parity.attention.cases import ODD, make_case
 from ipa_parity.report import compare
 
@@ -76,10 +75,10 @@ class OpenFold(nn.Module):
     def __init__(self, config: IPAConfig, *, eps: float = 1e-8) -> None:
         super().__init__()
         self.function, self.eps, self.inf = replace(config, norm_epsilon=eps), eps, 1e5
-        for name, (theirs, transform) in named(self.dialect).names(config).items():
+        for name, (theirs, transform) in find_dialect(self.dialect).names(config).items():
             if theirs.endswith(".weight"):
                 *inner, layer, _ = theirs.split(".")
-                bias = name.replace("/weights", "/bias") in named(self.dialect).names(config)
+                bias = name.replace("/weights", "/bias") in find_dialect(self.dialect).names(config)
                 linear = nn.Linear(*transform.their_shape[::-1], bias=bias)
                 parent = self
                 for step in inner:

@@ -13,10 +13,10 @@ from structure_module_cases import (
 )
 
 from ipa_bridge.config import PredictedLDDTConfig
-from ipa_bridge.parameters import parameter_shapes
+from ipa_bridge.kinds import parameter_shapes
 from ipa_bridge.proteins import load_structure, residues
-from ipa_bridge.tensors import torch_tensor
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.tensors import torch_tensor
 from ipa_parity import peers
 from ipa_parity.frameworks import installed_frameworks
 from ipa_parity.report import compare

@@ -13,7 +13,7 @@ from structure_module_cases import (
     start_of,
 )
 
-from ipa_bridge.parameters import parameter_shapes
+from ipa_bridge.kinds import parameter_shapes
 from ipa_bridge.proteins import residues
 from ipa_bridge.weights import Weights
 from ipa_parity.structure_module.cases import PRESETS, make_case

@@ -14,21 +14,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipa_bridge import semantics
 from ipa_bridge.config import (
     IPABlockConfig,
     IPAConfig,
     IPATransformerConfig,
     PredictedLDDTConfig,
     StructureModuleConfig,
-    attention_of,
-    replace_attention,
 )
-from ipa_bridge.conversion import LOSSES, express, in_layout
-from ipa_bridge.dialects import DIALECTS, Transform, find_module, named
-from ipa_bridge.dialects.spec import Order
-from ipa_bridge.told import is_functional
-from ipa_bridge.weights import Weights, _read, in_dialect
+from ipa_bridge.kinds import attention_of, replace_attention
+from ipa_bridge.weights import Weights, semantics
+from ipa_bridge.weights.assumptions import is_functional
+from ipa_bridge.weights.conversion import LOSSES, Conversion, in_layout
+from ipa_bridge.weights.dialects import DIALECTS, Transform, find_dialect
+from ipa_bridge.weights.dialects.spec import Order
+from ipa_bridge.weights.finding import find_module
+from ipa_bridge.weights.translation import from_dialect, in_dialect
 from ipa_parity import peers
 from ipa_parity.attention.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR, make_case
 from ipa_parity.attention.stages import RUNNERS
@@ -97,21 +97,29 @@ WHOLE = {
 
 
 def state_of(weights: Weights, dialect: str) -> dict[str, np.ndarray]:
-    return in_dialect(weights, named(dialect), "")
+    return in_dialect(weights.arrays, weights.config, find_dialect(dialect))
+
+
+def convert(weights: Weights, dialect: str, **options) -> tuple[Weights, Conversion]:
+    return weights.converted(find_dialect(dialect), **options)
+
+
+def in_other_layout(weights: Weights, layout: str) -> Weights:
+    return Weights(*in_layout(weights.arrays, weights.config, layout))
 
 
 def random_state(dialect: str, config, seed: int) -> dict[str, np.ndarray]:
     """Parameters drawn under their names, no matter what ours are."""
     rng = np.random.default_rng(seed)
     state = {}
-    for ours, (theirs, transform) in named(dialect).names(config).items():
+    for ours, (theirs, transform) in find_dialect(dialect).names(config).items():
         shape = transform.their_shape
         x = rng.standard_normal(shape) / (np.sqrt(np.prod(shape) / min(shape)) if len(shape) > 1 else 10)
         if ours.endswith("/scale"):
             x = 1 + x
         update = "affine_update" in ours or "quat_rigid" in ours
         state[theirs] = ((0.2 if update else 1) * x).astype(np.float32)
-    unused = named(dialect).unused.get(type(config), {})
+    unused = find_dialect(dialect).unused.get(type(config), {})
     return state | {name: np.zeros(shape, np.float32) for name, shape in unused.items()}
 
 
@@ -122,7 +130,7 @@ def from_state(state, dialect: str, config) -> Weights:
         return Weights(found.arrays, found.config)  # under its own name
     root = "some.plddt" if isinstance(config, PredictedLDDTConfig) else "some"
     tensors = {f"{root}.{name}": torch.tensor(x) for name, x in state.items()}
-    unused = named(dialect).unused.get(type(config))
+    unused = find_dialect(dialect).unused.get(type(config))
     with pytest.warns(UserWarning, match="linear_rbf") if unused else contextlib.nullcontext():
         return Weights.from_torch(tensors, dialect=dialect, root=root, config=config)
 
@@ -247,7 +255,7 @@ def exact_pairs() -> set[tuple[str, str]]:
         weights = with_biases_of_zero(Weights.random(config))
         for target in DIALECTS:
             try:
-                express(weights, named(target))
+                convert(weights, target)
             except ValueError:
                 continue
             pairs.add((name, target))
@@ -295,13 +303,13 @@ def test_there_and_back_through_another_system_is_bitwise(name, target):
         config = replace(config, norm_epsilon=1e-8)
     weights = with_biases_of_zero(Weights.random(config))
     state = state_of(weights, source)
-    there = express(from_state(state, source, config), named(target)).weights
+    there, _ = convert(from_state(state, source, config), target)
     arrived = from_state(state_of(there, target), target, there.config)
-    back = express(arrived, named(source))
+    back, conversion = convert(arrived, source)
     # Of two layouts that say the same, the one it is in is kept: ask for the one it came in.
-    home = in_layout(back.weights, attention_of(config).layout) if hasattr(config, "layout") else back.weights
-    home = express(home, named(source)).weights
-    assert not back.losses
+    home = in_other_layout(back, attention_of(config).layout) if hasattr(config, "layout") else back
+    home, _ = convert(home, source)
+    assert not conversion.losses
     assert_same_bits(state_of(home, source), state)
 
 
@@ -319,10 +327,10 @@ def test_an_attention_without_a_pair_in_openfolds_names_is_unknown():
 )
 def test_layouts_are_exact_both_ways(config):
     weights = Weights.random(config)
-    multimer = in_layout(weights, "multimer")
+    multimer = in_other_layout(weights, "multimer")
     assert attention_of(multimer.config).scalar_bias
-    assert in_layout(multimer, "monomer").config == config
-    assert_same_bits(in_layout(multimer, "monomer").arrays, weights.arrays)
+    assert in_other_layout(multimer, "monomer").config == config
+    assert_same_bits(in_other_layout(multimer, "monomer").arrays, weights.arrays)
     probes = [semantics.probe("ipa_jax", x.arrays, x.config) for x in (weights, multimer)]
     assert semantics.distance(*probes) < 1e-13
 
@@ -467,7 +475,7 @@ def test_openfolds_checkpoints_hold_several(tmp_path):
 )
 def test_what_a_system_cannot_say_is_refused(config, target, message):
     with pytest.raises(ValueError, match=message):
-        express(Weights.random(config), named(target), allow_lossy=list(LOSSES))
+        convert(Weights.random(config), target, allow_lossy=list(LOSSES))
 
 
 @pytest.mark.parametrize(
@@ -486,19 +494,18 @@ def test_losses_have_names_and_are_allowed_by_them(config, target, losses, apart
     weights = Weights.random(config)
     if losses:
         with pytest.raises(ValueError, match=rf"cannot say all of this.*--allow-lossy {','.join(losses)}"):
-            express(weights, named(target))
+            convert(weights, target)
         with pytest.raises(ValueError, match=f"--allow-lossy {losses[-1]} "):
-            express(weights, named(target), allow_lossy=losses[:-1])
-    expressed = express(weights, named(target), allow_lossy=losses)
-    assert [loss.name for loss in expressed.losses] == losses
-    result = expressed.weights
+            convert(weights, target, allow_lossy=losses[:-1])
+    result, conversion = convert(weights, target, allow_lossy=losses)
+    assert [loss.name for loss in conversion.losses] == losses
     probes = [
         semantics.probe("ipa_jax", weights.arrays, config),
         semantics.probe(target, state_of(result, target), result.config),
     ]
     assert semantics.distance(*probes) < apart
     with pytest.raises(ValueError, match="allow_lossy must name norm, "):
-        express(weights, named(target), allow_lossy=["everything"])
+        convert(weights, target, allow_lossy=["everything"])
 
 
 def test_of_two_layouts_the_less_grave_loss_is_taken():
@@ -506,11 +513,11 @@ def test_of_two_layouts_the_less_grave_loss_is_taken():
     config = replace(ONE_WIDTH, layout="multimer", scalar_bias=True, norm_form="clamp")
     weights = Weights.random(config)
     for allowed in (["norm"], ["norm", "scalar_bias"]):
-        expressed = express(weights, named("openfold"), allow_lossy=allowed)
-        assert [loss.name for loss in expressed.losses] == ["norm"]
-        assert expressed.weights.config.layout == "monomer"
-    expressed = express(weights, named("openfold"), allow_lossy=["scalar_bias"])
-    assert [loss.name for loss in expressed.losses] == ["scalar_bias"]
+        converted, conversion = convert(weights, "openfold", allow_lossy=allowed)
+        assert [loss.name for loss in conversion.losses] == ["norm"]
+        assert converted.config.layout == "monomer"
+    _, conversion = convert(weights, "openfold", allow_lossy=["scalar_bias"])
+    assert [loss.name for loss in conversion.losses] == ["scalar_bias"]
 
 
 def test_what_a_file_cannot_say_is_told(tmp_path):
@@ -764,7 +771,7 @@ def test_any_names_and_shapes_are_read_or_refused(shapes, dialect):
 def test_any_damage_to_names_and_shapes_is_named(name, data):
     """A parameter lost, renamed or of another shape: an error, whatever the system."""
     dialect, config = NATIVE[name]
-    names = named(dialect).names(config)
+    names = find_dialect(dialect).names(config)
     shapes = {theirs: transform.their_shape for theirs, transform in names.values()}
     victim = data.draw(st.sampled_from(sorted(shapes)))
     match data.draw(st.integers(0, 2)):
@@ -777,7 +784,7 @@ def test_any_damage_to_names_and_shapes_is_named(name, data):
 
     def read():
         found, told, _ = find_module(shapes, dialect=dialect, config=config)
-        return _read(found, told, shapes, lambda key: np.zeros(shapes[key]))
+        return from_dialect(found, told, shapes, lambda key: np.zeros(shapes[key]))
 
     with pytest.raises(ValueError, match=r"no .*s |do not fit"):
         read()

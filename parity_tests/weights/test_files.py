@@ -10,9 +10,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from ipa_bridge import files
-from ipa_bridge.files import open_arrays, write_arrays
-from ipa_bridge.weights import Weights
+from ipa_bridge.weights import Weights, files
+from ipa_bridge.weights.files import open_arrays, write_arrays
 from ipa_parity.attention.cases import ODD
 
 SUFFIXES = (".npz", ".safetensors", ".pt")

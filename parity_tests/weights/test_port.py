@@ -13,12 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ipa_bridge import cli, files
-from ipa_bridge import weights as weights_module
-from ipa_bridge.cli import main
 from ipa_bridge.config import IPABlockConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig
-from ipa_bridge.parameters import parameter_shapes
-from ipa_bridge.weights import Weights
+from ipa_bridge.console import Progress
+from ipa_bridge.kinds import parameter_shapes
+from ipa_bridge.weights import Weights, checkpoints, files, porting
+from ipa_bridge.weights.cli import main
 from ipa_parity.attention.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS
 
 ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
@@ -197,16 +196,16 @@ def test_a_conversion_that_does_not_hold_writes_nothing(tmp_path, capsys, monkey
         untrained = {name: 0 * x if name.startswith("output_") else x for name, x in weights.arrays.items()}
         weights = replace(weights, arrays=untrained)
     weights.save(tmp_path / "a.safetensors")
-    real = cli.in_dialect
+    real = porting.in_dialect
 
-    def damaged(weights, dialect, root):
-        arrays = real(weights, dialect, root)
+    def damaged(*of):
+        arrays = real(*of)
         return {
             x: y[::-1].copy() if x.endswith(("q_scalar.weight", "linear_q.weight")) else y for x, y in arrays.items()
         }
 
     assert run(capsys, "convert", tmp_path / "a.safetensors", tmp_path / "b.bin", "--verify", *options)[0] == 0
-    monkeypatch.setattr(cli, "in_dialect", damaged)
+    monkeypatch.setattr(porting, "in_dialect", damaged)
     code, out, _ = run(capsys, "convert", tmp_path / "a.safetensors", tmp_path / "c.pt", "--verify", *options)
     assert code == 1
     assert "NOT THE SAME FUNCTION" in out
@@ -360,7 +359,7 @@ def test_a_disk_that_fills_midway(tmp_path):
     Weights.random(StructureModuleConfig.alphafold2()).save(tmp_path / "a.npz")
     (tmp_path / "b.pt").write_text("precious")
     script = (
-        "import resource, signal, sys, torch\nfrom ipa_bridge.cli import main\n"
+        "import resource, signal, sys, torch\nfrom ipa_bridge.weights.cli import main\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "sys.exit(main(['convert', 'a.npz', 'b.pt', '--force']))"
     )
@@ -462,7 +461,7 @@ def test_a_small_file_that_claims_a_large_module(tmp_path, capsys):
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
 def test_a_large_module_in_a_large_file_is_no_bomb(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(weights_module, "MOST_NUMBERS", 10)
+    monkeypatch.setattr(checkpoints, "MAX_NUMBERS", 10)
     weights = Weights.random(ODD)
     weights.save(tmp_path / f"a{suffix}")
     assert Weights.load(tmp_path / f"a{suffix}").config == ODD
@@ -533,7 +532,7 @@ import resource, sys
 import numpy, safetensors
 if not sys.argv[1].endswith(".npz") or not sys.argv[2].endswith(".npz"):
     import torch
-from ipa_bridge.cli import main
+from ipa_bridge.weights.cli import main
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 code = main(["convert", sys.argv[1], sys.argv[2], "--to", sys.argv[3]])
 print(code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -648,14 +647,31 @@ def test_other_bytes_of_the_same_numbers(tmp_path, capsys, suffix):
     assert "must be floating-point, got" in err
 
 
+def test_files_are_ported_and_looked_into_without_the_command_line(tmp_path):
+    weights = Weights.random(SMALL_MODULE)
+    weights.save(tmp_path / "a.npz")
+    report = porting.convert(tmp_path / "a.npz", tmp_path / "b.pt", dialect="openfold", verified=True)
+    assert report.written
+    assert report.verified == porting.verify(weights, "openfold")
+    assert report.verified.eps < 10
+    comparison = porting.compare(tmp_path / "a.npz", tmp_path / "b.pt")
+    assert comparison.same
+    assert len(comparison.parameters) == report.converted == len(weights.arrays)
+    contents = porting.inspect(tmp_path / "b.pt").contents
+    assert contents.dialect == "openfold"
+    assert contents.config == SMALL_MODULE
+    with pytest.raises(ValueError, match="exists, and is not to be replaced"):
+        porting.convert(tmp_path / "a.npz", tmp_path / "b.pt")
+
+
 def test_progress_is_drawn_on_terminals_only_and_late(capsys, monkeypatch):
-    progress = cli._Progress("reading x")
-    progress(1, 10)
+    progress = Progress(delay=1)
+    progress.bar("reading x", 1, 10)
     progress.clear()
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress.started -= 2
-    progress(5, 10)
+    progress.bar("reading x", 5, 10)
     progress.clear()
     assert "reading x ███████████████░░░░░░░░░░░░░░░ 5/10" in capsys.readouterr().err
 

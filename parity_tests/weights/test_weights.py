@@ -15,18 +15,17 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ipa_bridge import files
 from ipa_bridge.config import (
     IPABlockConfig,
     IPAConfig,
     IPATransformerConfig,
     PredictedLDDTConfig,
     StructureModuleConfig,
-    attention_of,
-    replace_attention,
 )
-from ipa_bridge.parameters import ipa_parameters
-from ipa_bridge.weights import Weights, functional, torch_name
+from ipa_bridge.kinds import attention_of, replace_attention
+from ipa_bridge.parameters import ipa_parameters, torch_name
+from ipa_bridge.weights import Weights, files
+from ipa_bridge.weights.assumptions import functional_fields
 from ipa_parity.attention.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS, ODD_NO_PAIR
 
 CONFIGS = {
@@ -522,7 +521,7 @@ def test_files_saved_before_the_frames_unit_was_known_load(config, tmp_path):
     again = Weights.load(tmp_path / "old.safetensors")
     unknown = dataclasses.replace(attention_of(config), frame_unit=None)
     assert again.config == replace_attention(config, unknown)
-    assert functional(again.config) == functional(config)
+    assert functional_fields(again.config) == functional_fields(config)
     assert_same_bits(dict(sorted(again.arrays.items())), dict(sorted(weights.arrays.items())))
 
 

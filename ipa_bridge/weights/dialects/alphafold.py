@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-from ipa_bridge.config import Config, IPAConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig
-from ipa_bridge.dialects.spec import Dialect, Form, Transform
-from ipa_bridge.parameters import LANDMARKS, Shapes, canonical_leaf, infer_config, parameter_shapes, torch_name
+from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, StructureModuleConfig
+from ipa_bridge.kinds import KINDS, infer_config, parameter_shapes
+from ipa_bridge.parameters import Shapes, canonical_leaf, torch_name
+from ipa_bridge.weights.dialects.spec import Dialect, Form, Transform
 
 
 class HaikuDialect(Dialect):
@@ -71,18 +72,15 @@ ALPHAFOLD = HaikuDialect(
             scalar_bias=False, point_bias=True, norm_form="clamp", norm_epsilon=1e-8, epsilon_is_fixed=True
         ),
     },
-    landmarks={kind: (LANDMARKS[kind],) for kind in _ALPHAFOLDS},
+    landmarks={kind: KINDS[kind].landmarks for kind in _ALPHAFOLDS},
 )
-
-_LANDMARKS: dict[type, tuple[str, ...]] = {kind: (landmark,) for kind, landmark in LANDMARKS.items()}
-_LANDMARKS[IPATransformerConfig] += ("affine_update/weights",)  # a block alone may lie at a path of the same name
 
 IPA_JAX = HaikuDialect(
     name="ipa_jax",
     title="IPA Twins in Haiku",
-    rows={kind: {} for kind in LANDMARKS},
+    rows={kind: {} for kind in KINDS},
     forms={},
-    landmarks=_LANDMARKS,
+    landmarks={kind: row.landmarks for kind, row in KINDS.items()},
     absent=(_FOLD_ITERATIONS_OWN,),
     at=lambda root, kind: kind not in _ALPHAFOLDS or not _lies_in_alphafold(root),
 )
@@ -90,8 +88,8 @@ IPA_JAX = HaikuDialect(
 IPA_TORCH = TorchDialect(
     name="ipa_torch",
     title="IPA Twins in PyTorch",
-    rows={kind: {} for kind in LANDMARKS},
+    rows={kind: {} for kind in KINDS},
     forms={},
-    landmarks={kind: tuple(map(torch_name, names)) for kind, names in _LANDMARKS.items()},
+    landmarks={kind: tuple(map(torch_name, row.landmarks)) for kind, row in KINDS.items()},
     absent=(torch_name(_FOLD_ITERATIONS_OWN),),
 )

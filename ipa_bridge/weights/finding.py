@@ -1,4 +1,4 @@
-"""Other systems' parameters: how each names and lays out ours, and which of them a set of names is.
+"""Which module of which system a set of parameters holds, and what lies beside it.
 
 A dialect is recognised by names and shapes alone. Where two would read the same parameters differently, that is an
 error which names both; nothing is guessed.
@@ -8,28 +8,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from ipa_bridge.config import Config, IPAConfig, PredictedLDDTConfig, attention_of
-from ipa_bridge.dialects.alphafold import ALPHAFOLD, IPA_JAX, IPA_TORCH
-from ipa_bridge.dialects.esmfold import ESMFOLD
-from ipa_bridge.dialects.framediff import FRAMEDIFF, FRAMEFLOW
-from ipa_bridge.dialects.lucidrains import LUCIDRAINS
-from ipa_bridge.dialects.openfold import OPENFOLD, OPENFOLD_V1
-from ipa_bridge.dialects.spec import KINDS, Dialect, Form, Transform, layout_of
-from ipa_bridge.parameters import LANDMARKS, Shapes
-from ipa_bridge.told import fields, functional
-
-__all__ = ["DIALECTS", "KINDS", "Dialect", "Form", "Found", "Parts", "Transform", "find_module", "layout_of", "named"]
-
-DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect
-    for dialect in (ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS)
-}
-"""Every dialect by name."""
+from ipa_bridge.config import Config, IPAConfig
+from ipa_bridge.kinds import KINDS, attention_of, has_attention
+from ipa_bridge.parameters import Shapes
+from ipa_bridge.weights.assumptions import fields, functional_fields
+from ipa_bridge.weights.dialects import DIALECTS, Dialect, find_dialect
+from ipa_bridge.weights.paths import names_below
 
 
 class Found(NamedTuple):
@@ -42,8 +31,7 @@ class Found(NamedTuple):
 
     def names(self, keys: Iterable[str]) -> dict[str, str]:
         """Their name below the root to the key, of all keys there."""
-        prefix = self.root + self.dialect.separator if self.root else ""
-        return {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
+        return names_below(keys, self.root, self.dialect.separator)
 
     def infer(self, shapes: Shapes) -> Config:
         """What the module's names and shapes tell."""
@@ -111,28 +99,6 @@ class Parts:
             warnings.warn(note, stacklevel=stacklevel)
 
 
-@cache
-def _words_of_attentions() -> frozenset[str]:
-    """Words that the names of other systems' attentions are made of."""
-    rows = (row for each in DIALECTS.values() for layout in each.rows.get(IPAConfig, {}).values() for row in layout)
-    return frozenset(word for row in rows for word in _words(row.theirs.partition(".")[0]))
-
-
-def _words(module: str) -> list[str]:
-    return re.split(r"[_\d]+", module)
-
-
-def named(name: str) -> Dialect:
-    """The dialect of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in DIALECTS:
-        raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}; got {name!r}")
-    return DIALECTS[name]
-
-
 def modules(keys: Mapping[str, object], dialect: str | None = None, *, haiku: bool | None = None) -> list[Found]:
     """Every module of every dialect that the names may be of, those within others too.
 
@@ -141,7 +107,7 @@ def modules(keys: Mapping[str, object], dialect: str | None = None, *, haiku: bo
         dialect: only of this one.
         haiku: whether only haiku's or only torch's names are in question; None for both.
     """
-    asked = DIALECTS.values() if dialect is None else [named(dialect)]
+    asked = DIALECTS.values() if dialect is None else [find_dialect(dialect)]
     found = []
     for each in asked:
         if haiku is not None and haiku != (each.separator == "/"):
@@ -185,34 +151,49 @@ def find_module(
         ValueError: no such module; several and no root; dialects that would read it differently; or parameters that
             are missing or do not fit each other.
     """
-    kinds = [kind for kind in LANDMARKS if config is None or isinstance(config, kind)]
+    kinds = [kind for kind in KINDS if config is None or isinstance(config, kind)]
     found = [each for each in modules(shapes, dialect, haiku=haiku) if each.kind in kinds]
     if root is not None:
-        at_root = [each for each in found if each.root == root]
-        if not at_root:
-            there = list(dict.fromkeys(each.root for each in found))
-            raise ValueError(f"no module at root={root!r} in {source}; there is {there or 'none'}")
-        found = at_root
+        found = _at_root(found, root, source)
     present = next((kind for kind in kinds if any(each.kind is kind for each in found)), None)
     if present is None:
-        known = " or ".join(f"{KINDS[kind]}s" for kind in kinds)
-        ends = " or ".join(LANDMARKS[kind] for kind in kinds)
-        whose = f"in {named(dialect).title}'s names " if dialect else ""
-        some = ", ".join(sorted(shapes)[:5])
-        raise ValueError(
-            f"no {known} {whose}in {source}: no name ends in {ends}, or in what other dialects call it; names are "
-            f"{some}, …"
-        )
+        raise ValueError(_none_found(kinds, shapes, dialect, source))
     found = [each for each in found if each.kind is present]
     roots = list(dict.fromkeys(each.root for each in found))
     if len(roots) > 1:
         listed = ", ".join(map(repr, roots))
-        raise ValueError(f"{len(roots)} {KINDS[present]}s in {source}: choose with root=, one of {listed}")
+        raise ValueError(f"{len(roots)} {KINDS[present].title}s in {source}: choose with root=, one of {listed}")
     if config is not None:
         return found[0], config, frozenset()
     readings = [each.infer(shapes) for each in found]
+    _check_pair(found, readings, source)
+    return found[0], readings[0], _untold(found, readings, dialect is not None, source)
+
+
+def _at_root(found: Sequence[Found], root: str, source: str) -> list[Found]:
+    """The modules at a path, of which there must be one."""
+    at_root = [each for each in found if each.root == root]
+    if not at_root:
+        there = list(dict.fromkeys(each.root for each in found))
+        raise ValueError(f"no module at root={root!r} in {source}; there is {there or 'none'}")
+    return at_root
+
+
+def _none_found(kinds: Sequence[type], shapes: Shapes, dialect: str | None, source: str) -> str:
+    """The message that no module of these kinds is there, with the names by which one would be known."""
+    known = " or ".join(f"{KINDS[kind].title}s" for kind in kinds)
+    ends = " or ".join(KINDS[kind].landmark for kind in kinds)
+    whose = f"in {find_dialect(dialect).title}'s names " if dialect else ""
+    some = ", ".join(sorted(shapes)[:5])
+    return (
+        f"no {known} {whose}in {source}: no name ends in {ends}, or in what other dialects call it; names are {some}, …"
+    )
+
+
+def _check_pair(found: Sequence[Found], readings: Sequence[Config], source: str) -> None:
+    """No module lacks a pair representation that every attention of its system reads."""
     for each, reading in zip(found, readings, strict=True):
-        pairless = not isinstance(reading, PredictedLDDTConfig) and attention_of(reading).pair_channel is None
+        pairless = has_attention(reading) and attention_of(reading).pair_channel is None
         forms = () if each.dialect.separator == "/" else each.dialect.forms.values()  # AlphaFold's names are ours too
         if pairless and forms and all(form.pair_required for form in forms):
             raise ValueError(
@@ -220,15 +201,28 @@ def find_module(
                 "parameters for it, so it is another system's, and how that scales its logits is unknown (MDGen: by "
                 "√(1/3)). Pass config= if they are scaled by √(1/2), as without a pair here"
             )
-    if any(functional(reading) != functional(readings[0]) for reading in readings):
+
+
+def _untold(found: Sequence[Found], readings: Sequence[Config], named: bool, source: str) -> frozenset[str]:
+    """Paths of the config's fields that not all candidates tell alike; the candidates must be the same function."""
+    if any(functional_fields(reading) != functional_fields(readings[0]) for reading in readings):
         candidates = " or ".join(f"{each.dialect.name!r} ({each.dialect.title})" for each in found)
         raise ValueError(
             f"{source} may be of several dialects, which read the same names as different functions: pass "
             f"dialect={candidates}, or config="
         )
     values = [fields(reading) for reading in readings]
-    told = [
-        each.dialect.told(reading, named=dialect is not None) for each, reading in zip(found, readings, strict=True)
-    ]
+    told = [each.dialect.told(reading, named=named) for each, reading in zip(found, readings, strict=True)]
     agreed = {path for path, x in values[0].items() if all(other[path] == x for other in values)}
-    return found[0], readings[0], frozenset(values[0]) - agreed.intersection(*told)
+    return frozenset(values[0]) - agreed.intersection(*told)
+
+
+@cache
+def _words_of_attentions() -> frozenset[str]:
+    """Words that the names of other systems' attentions are made of."""
+    rows = (row for each in DIALECTS.values() for layout in each.rows.get(IPAConfig, {}).values() for row in layout)
+    return frozenset(word for row in rows for word in _words(row.theirs.partition(".")[0]))
+
+
+def _words(module: str) -> list[str]:
+    return re.split(r"[_\d]+", module)

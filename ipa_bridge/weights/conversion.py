@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -17,16 +17,13 @@ from ipa_bridge.config import (
     IPATransformerConfig,
     Layout,
     NormForm,
-    PredictedLDDTConfig,
     StructureModuleConfig,
-    attention_of,
-    replace_attention,
 )
-from ipa_bridge.dialects import KINDS, Dialect, Form, layout_of
-from ipa_bridge.parameters import parameter_shapes
+from ipa_bridge.kinds import attention_of, has_attention, kind_of, parameter_shapes, replace_attention
+from ipa_bridge.weights.dialects import Dialect, Form, layout_of
 
-if TYPE_CHECKING:
-    from ipa_bridge.weights import Weights
+Arrays = Mapping[str, np.ndarray]
+"""Parameters by canonical name."""
 
 LOSSES = {
     "norm": "how the length of a value point is kept from zero (a difference of about 1e-9 in lengths of order 1)",
@@ -36,10 +33,11 @@ LOSSES = {
     "point_bias": "biases of the point projections, which are not zero",
     "scalar_bias": "biases of the scalar projections, which are not zero",
 }
-"""By the names that allow them, the gravest last."""
+"""What a conversion may lose, by the names that allow it, the gravest last."""
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """What a conversion gives up."""
 
     name: str
@@ -47,24 +45,33 @@ class Loss(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class Expressed:
-    """Weights in a form that a dialect can say."""
+class Parameters(NamedTuple):
+    """A module's arrays by canonical name, and the config they fit."""
 
-    weights: Weights
-    losses: tuple[Loss, ...]
-    notes: tuple[str, ...]
+    arrays: Arrays
+    config: Config
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """Parameters in a form that a dialect can say."""
+
+    arrays: Arrays
+    config: Config
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[str, ...] = ()
     """What the file cannot say, and its reader must be told."""
 
 
-def express(weights: Weights, dialect: Dialect, *, allow_lossy: Collection[str] = ()) -> Expressed:
+def convert(arrays: Arrays, config: Config, dialect: Dialect, *, allow_lossy: Collection[str] = ()) -> Conversion:
     """The same function in a form that a dialect has names for.
 
     Layout and biases of zero change exactly. Of two layouts the one is taken that loses least of what is not allowed,
     then the less grave, then their own.
 
     Args:
-        weights: of any form.
+        arrays: parameters of any form by canonical name.
+        config: what they are of.
         dialect: the target.
         allow_lossy: names of `LOSSES` that may happen.
 
@@ -74,24 +81,30 @@ def express(weights: Weights, dialect: Dialect, *, allow_lossy: Collection[str] 
     unknown = [name for name in allow_lossy if name not in LOSSES]
     if unknown:
         raise ValueError(f"allow_lossy must name {', '.join(LOSSES)}; got {', '.join(unknown)}")
-    if not dialect.forms or isinstance(weights.config, PredictedLDDTConfig):
-        dialect.names(weights.config)  # which raises where it has no such module
-        return Expressed(weights, (), ())
-    own = layout_of(weights.config)
+    if not dialect.forms or not has_attention(config):
+        dialect.names(config)  # which raises where it has no such module
+        return Conversion(arrays, config)
+    own = layout_of(config)
     layouts = sorted(dialect.forms, key=lambda layout: layout != own)
-    if type(weights.config) not in dialect.rows:
-        raise ValueError(f"{dialect.title} has no {KINDS[type(weights.config)]} of its own to convert to")
-    _refuse(weights.config, dialect)
-    attempts = [_fit(in_layout(weights, layout), dialect.forms[layout]) for layout in layouts]
+    if type(config) not in dialect.rows:
+        raise ValueError(f"{dialect.title} has no {kind_of(config).title} of its own to convert to")
+    _refuse(config, dialect)
+    attempts = [_fit(in_layout(arrays, config, layout), dialect.forms[layout]) for layout in layouts]
 
-    def gravity(attempt: tuple[Weights, list[Loss]]) -> tuple[int, list[int]]:
+    def gravity(attempt: tuple[Parameters, list[Loss]]) -> tuple[int, list[int]]:
         names = [loss.name for loss in attempt[1]]
         return len(set(names) - set(allow_lossy)), sorted((list(LOSSES).index(name) for name in names), reverse=True)
 
     fitted, losses = min(attempts, key=gravity)
     if isinstance(fitted.config, IPATransformerConfig) and not fitted.config.original_composition_order:
         losses.append(Loss("composition_order", "its transformer composes rotations so that it is not equivariant"))
-        fitted = replace(fitted, config=replace(fitted.config, original_composition_order=True))
+        fitted = fitted._replace(config=replace(fitted.config, original_composition_order=True))
+    _check_allowed(losses, allow_lossy, dialect)
+    dialect.names(fitted.config)
+    return Conversion(fitted.arrays, fitted.config, tuple(losses), _notes(fitted.config, dialect))
+
+
+def _check_allowed(losses: Collection[Loss], allow_lossy: Collection[str], dialect: Dialect) -> None:
     forbidden = [loss for loss in losses if loss.name not in allow_lossy]
     if forbidden:
         listed = "".join(f"\n  {loss.name}: {loss.reason}" for loss in forbidden)
@@ -99,39 +112,36 @@ def express(weights: Weights, dialect: Dialect, *, allow_lossy: Collection[str] 
             f"{dialect.title} cannot say all of this; allow what may be lost by its name, as --allow-lossy "
             f"{','.join(loss.name for loss in forbidden)} or allow_lossy=:{listed}"
         )
-    dialect.names(fitted.config)
-    return Expressed(fitted, tuple(losses), _notes(fitted.config, dialect))
 
 
-def in_layout(weights: Weights, layout: Layout) -> Weights:
+def in_layout(arrays: Arrays, config: Config, layout: Layout) -> Parameters:
     """The same function with the parameters of AlphaFold's other layout, exactly: nothing but an order of numbers.
 
     Biases and the form of the norm stay, as the config says.
     """
-    config = weights.config
     ipa = attention_of(config)
     if ipa.layout == layout:
-        return weights
+        return Parameters(arrays, config)
     convert = _to_multimer if layout == "multimer" else _to_monomer
     changed = replace_attention(config, replace(ipa, layout=layout))
     if isinstance(config, IPAConfig):
-        arrays = convert(weights.arrays, ipa)
-    else:
-        arrays = {}
-        for prefix in _attentions(weights.arrays):
-            part = {n.removeprefix(prefix): x for n, x in weights.arrays.items() if n.startswith(prefix)}
-            arrays |= {prefix + name: x for name, x in convert(part, ipa).items()}
-        arrays |= {
-            re.sub(rf"^(fold_iteration(?:_\d+)?)/{_UPDATE[ipa.layout]}/", rf"\1/{_UPDATE[layout]}/", name): x
-            for name, x in weights.arrays.items()
-            if not any(name.startswith(prefix) for prefix in _attentions(weights.arrays))
-        }
-    return _like(weights, arrays, changed)
+        return _in_order(convert(arrays, ipa), changed)
+    found: dict[str, np.ndarray] = {}
+    prefixes = _attentions(arrays)
+    for prefix in prefixes:
+        part = {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
+        found |= {prefix + name: x for name, x in convert(part, ipa).items()}
+    found |= {
+        re.sub(rf"^(fold_iteration(?:_\d+)?)/{_UPDATE[ipa.layout]}/", rf"\1/{_UPDATE[layout]}/", name): x
+        for name, x in arrays.items()
+        if not any(name.startswith(prefix) for prefix in prefixes)
+    }
+    return _in_order(found, changed)
 
 
-def _like(weights: Weights, arrays: Mapping[str, np.ndarray], config: Config) -> Weights:
-    """In the order of the manifest."""
-    return replace(weights, arrays={name: arrays[name] for name in parameter_shapes(config)}, config=config)
+def _in_order(arrays: Arrays, config: Config) -> Parameters:
+    """The arrays in the order of the config's parameters."""
+    return Parameters({name: arrays[name] for name in parameter_shapes(config)}, config)
 
 
 def _attentions(names: Collection[str]) -> list[str]:
@@ -140,7 +150,7 @@ def _attentions(names: Collection[str]) -> list[str]:
     return [name.removesuffix(end) for name in names if name.endswith(end)]
 
 
-def _to_multimer(arrays: Mapping[str, np.ndarray], c: IPAConfig) -> dict[str, np.ndarray]:
+def _to_multimer(arrays: Arrays, c: IPAConfig) -> dict[str, np.ndarray]:
     """Heads unflattened, keys and values parted; points with the coordinate inside the head."""
     h, qk, p = c.num_head, c.num_scalar_qk, c.num_point_qk
     found = {name: x for name, x in arrays.items() if name.split("/")[0] not in _MONOMER}
@@ -161,7 +171,7 @@ def _to_multimer(arrays: Mapping[str, np.ndarray], c: IPAConfig) -> dict[str, np
     return found
 
 
-def _to_monomer(arrays: Mapping[str, np.ndarray], c: IPAConfig) -> dict[str, np.ndarray]:
+def _to_monomer(arrays: Arrays, c: IPAConfig) -> dict[str, np.ndarray]:
     """The way back."""
     h = c.num_head
     found = {name: x for name, x in arrays.items() if "_projection/" not in name or name.startswith("output_")}
@@ -190,15 +200,15 @@ _UPDATE = {"monomer": "affine_update", "multimer": "quat_rigid/rigid"}
 _MONOMER = ("q_scalar", "kv_scalar", "q_point_local", "kv_point_local")
 
 
-def _fit(weights: Weights, form: Form) -> tuple[Weights, list[Loss]]:
+def _fit(given: Parameters, form: Form) -> tuple[Parameters, list[Loss]]:
     """Biases, pair projection and norm as a form has them, and what that loses."""
     losses: list[Loss] = []
     for field, wanted in (("scalar_bias", form.scalar_bias), ("point_bias", form.point_bias)):
-        weights = _with_biases(weights, field, wanted, losses)
-    if attention_of(weights.config).pair_value_channel is not None and form.pair_value_divisor is None:
-        weights = _merged(weights)
+        given = _with_biases(given, field, wanted, losses)
+    if attention_of(given.config).pair_value_channel is not None and form.pair_value_divisor is None:
+        given = _merged(given)
         losses.append(Loss("down_z", f"it has no down_z: {LOSSES['down_z']}"))
-    ipa = attention_of(weights.config)
+    ipa = attention_of(given.config)
     epsilon = form.norm_epsilon if form.epsilon_is_fixed else ipa.norm_epsilon
     if (ipa.norm_form, ipa.norm_epsilon) != (form.norm_form, epsilon):
         if ipa.norm_form != form.norm_form:
@@ -207,34 +217,34 @@ def _fit(weights: Weights, form: Form) -> tuple[Weights, list[Loss]]:
         ours, theirs = said[ipa.norm_form].format(ipa.norm_epsilon), said[form.norm_form].format(epsilon)
         losses.append(Loss("norm", f"the length of a value point x is {ours}, there it is {theirs}"))
         changed = replace(ipa, norm_form=cast(NormForm, form.norm_form), norm_epsilon=epsilon)
-        weights = replace(weights, config=replace_attention(weights.config, changed))
-    return weights, losses
+        given = given._replace(config=replace_attention(given.config, changed))
+    return given, losses
 
 
-def _with_biases(weights: Weights, field: str, wanted: bool, losses: list[Loss]) -> Weights:
+def _with_biases(given: Parameters, field: str, wanted: bool, losses: list[Loss]) -> Parameters:
     """Biases of zero where there are none, or none where they are zero."""
-    ipa = attention_of(weights.config)
+    ipa = attention_of(given.config)
     if getattr(ipa, field) == wanted:
-        return weights
-    config = replace_attention(weights.config, replace(ipa, **cast(dict[str, Any], {field: wanted})))
-    arrays, shapes = dict(weights.arrays), parameter_shapes(config)
+        return given
+    config = replace_attention(given.config, replace(ipa, **cast(dict[str, Any], {field: wanted})))
+    arrays, shapes = dict(given.arrays), parameter_shapes(config)
     if wanted:
         like = next(x for name, x in arrays.items() if name.endswith("output_projection/weights"))
         arrays |= {name: np.zeros(shape, like.dtype) for name, shape in shapes.items() if name not in arrays}
     else:
         dropped = {name: x for name, x in arrays.items() if name not in shapes}
         if any(x.any() for x in dropped.values()):
-            named = ", ".join(name for name, x in dropped.items() if x.any())
-            losses.append(Loss(field, f"it has none of the {LOSSES[field]}: {named}"))
-    return _like(weights, arrays, config)
+            names = ", ".join(name for name, x in dropped.items() if x.any())
+            losses.append(Loss(field, f"it has none of the {LOSSES[field]}: {names}"))
+    return _in_order(arrays, config)
 
 
-def _merged(weights: Weights) -> Weights:
+def _merged(given: Parameters) -> Parameters:
     """The attended pair's projection as part of the output's: attention sums to 1, so its bias is the output's."""
-    ipa = attention_of(weights.config)
-    arrays = dict(weights.arrays)
+    ipa = attention_of(given.config)
+    arrays = dict(given.arrays)
     h, narrow = ipa.num_head, cast(int, ipa.pair_value_channel)
-    for prefix in [""] if isinstance(weights.config, IPAConfig) else _attentions(arrays):
+    for prefix in [""] if isinstance(given.config, IPAConfig) else _attentions(arrays):
         down, bias = (arrays.pop(f"{prefix}down_z/{leaf}").astype(np.float64) for leaf in ("weights", "bias"))
         output = arrays[f"{prefix}output_projection/weights"]
         others, pair = np.split(output.astype(np.float64), [len(output) - h * narrow])
@@ -243,7 +253,7 @@ def _merged(weights: Weights) -> Weights:
         arrays[f"{prefix}output_projection/weights"] = np.concatenate([others, wide]).astype(output.dtype)
         old = arrays[f"{prefix}output_projection/bias"]
         arrays[f"{prefix}output_projection/bias"] = (old + np.einsum("n,hnc->c", bias, pair)).astype(old.dtype)
-    return _like(weights, arrays, replace_attention(weights.config, replace(ipa, pair_value_channel=None)))
+    return _in_order(arrays, replace_attention(given.config, replace(ipa, pair_value_channel=None)))
 
 
 def _refuse(config: Config, dialect: Dialect) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import secrets
 import warnings
 import zipfile
 from collections import Counter
@@ -13,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
-from ipa_bridge.tensors import import_torch, numpy_array, torch_tensor
+from ipa_bridge.destinations import check_destination, replacing
+from ipa_bridge.weights.tensors import import_torch, numpy_array, torch_tensor
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -35,7 +35,7 @@ class ArrayFile:
     """Entries that are no arrays."""
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of one array, which is not read for it.
+        """The shape of one array, which is not read for it.
 
         Raises:
             ValueError: it is no array of numbers, or the file is damaged.
@@ -254,45 +254,6 @@ def _plain_errors(path: Path, what: str) -> Iterator[None]:
         elif not isinstance(error, ValueError):
             reason = f"it may be damaged ({type(error).__name__}: {reason})"
         raise ValueError(f"{path}: cannot read {what}: {reason}") from error
-
-
-def check_destination(path: Path, *, replace: bool) -> None:
-    """A file can be written there.
-
-    Raises:
-        ValueError: it exists and is not to be replaced, or is a link, a directory or a device.
-    """
-    if path.is_symlink():
-        raise ValueError(f"{path} is a symbolic link, which would be replaced: name the file it points to")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no ordinary file: name one")
-    if path.exists() and not replace:
-        raise ValueError(f"{path} exists, and is not to be replaced")
-
-
-@contextmanager
-def replacing(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place once it is whole and on disk."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder: {path.parent}")
-    beside = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with open(beside, "xb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        if replace:
-            os.replace(beside, path)
-        else:
-            try:
-                os.link(beside, path)  # which fails where there is something by now
-            except FileExistsError:
-                raise ValueError(f"{path} exists, and is not to be replaced") from None
-            except OSError:  # a file system without links
-                check_destination(path, replace=False)
-                os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _suffix(path: Path) -> str:

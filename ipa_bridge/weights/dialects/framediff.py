@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ipa_bridge.config import IPAConfig
-from ipa_bridge.dialects.openfold import MONOMER_V1
-from ipa_bridge.dialects.spec import Dialect, Form, Row
+from ipa_bridge.weights.dialects.openfold import MONOMER_V1
+from ipa_bridge.weights.dialects.spec import Dialect, Form, Row
 
 FRAMEDIFF = Dialect(
     name="framediff",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ipa_bridge.config import Config, IPABlockConfig, IPAConfig, IPATransformerConfig
-from ipa_bridge.dialects.spec import Dialect, Form, Order, Row, within
+from ipa_bridge.weights.dialects.spec import Dialect, Form, Order, Row, within
 
 POINTS = {
     "q": Order(ours="h c q", theirs="h q c"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from ipa_bridge.config import IPAConfig, PredictedLDDTConfig, StructureModuleConfig
-from ipa_bridge.dialects.spec import Dialect, Form, Row, within
+from ipa_bridge.weights.dialects.spec import Dialect, Form, Row, within
 
 SHARED = (
     Row("trainable_point_weights", "head_weights"),

@@ -16,18 +16,10 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from ipa_bridge.config import (
-    Config,
-    IPABlockConfig,
-    IPAConfig,
-    IPATransformerConfig,
-    Layout,
-    PredictedLDDTConfig,
-    StructureModuleConfig,
-    attention_of,
-)
-from ipa_bridge.parameters import Shapes, canonical_leaf, infer_config, parameter_shapes, torch_name
-from ipa_bridge.told import fields, told_by_shapes
+from ipa_bridge.config import Config, IPAConfig, Layout
+from ipa_bridge.kinds import attention_of, has_attention, infer_config, kind_of, parameter_shapes
+from ipa_bridge.parameters import Shapes, canonical_leaf, torch_name
+from ipa_bridge.weights.assumptions import fields, told_by_shapes
 
 
 @dataclass(frozen=True)
@@ -74,9 +66,9 @@ class Row(NamedTuple):
     ours: str
     theirs: str
     outputs: Order | None = None
-    """Of a weight and its bias, where theirs come in another order."""
+    """Order of a weight's and its bias's outputs, where theirs is another."""
     inputs: Order | None = None
-    """Of a weight."""
+    """Order of a weight's inputs, where theirs is another."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ class Transform:
     """One parameter's array from our form into theirs and back, bit for bit."""
 
     shape: tuple[int, ...]
-    """Ours: inputs first, heads unflattened in the multimer layout."""
+    """Shape of our array: inputs first, heads unflattened in the multimer layout."""
     turned: bool = False
     """A linear layer's weight, whose outputs come first there."""
     outputs: np.ndarray | None = None
@@ -93,13 +85,13 @@ class Transform:
 
     @property
     def their_shape(self) -> tuple[int, ...]:
-        """Theirs."""
+        """Shape of their array."""
         if self.turned:
             return math.prod(self.shape[1:]), self.shape[0]
         return (math.prod(self.shape),) if self.flat else self.shape
 
     def apply(self, ours: np.ndarray) -> np.ndarray:
-        """Ours into theirs."""
+        """Turns our array into theirs."""
         if not self.flat:
             return ours
         x = ours.reshape(len(ours), -1).T if self.turned else ours.reshape(-1)
@@ -107,7 +99,7 @@ class Transform:
         return np.ascontiguousarray(x if self.inputs is None else x[:, self.inputs])
 
     def invert(self, theirs: np.ndarray) -> np.ndarray:
-        """Theirs into ours.
+        """Turns their array into ours.
 
         Raises:
             ValueError: it has another shape than the config asks for.
@@ -134,9 +126,9 @@ class Form:
     point_bias: bool
     norm_form: str
     norm_epsilon: float
-    """Theirs unless they are told."""
+    """The ε that they use unless they are told another."""
     epsilon_is_fixed: bool = False
-    """Nobody can tell them."""
+    """Their ε cannot be set."""
     one_width: bool = False
     """Scalar values are as wide as scalar queries and keys: one constructor argument gives both."""
     pair_required: bool = True
@@ -195,7 +187,7 @@ class Dialect:
             return self.rows[type(config)][layout]
         except KeyError:
             where = f" in the {layout} layout" if type(config) in self.rows else ""
-            raise ValueError(f"{self.title} has no {KINDS[type(config)]}{where}") from None
+            raise ValueError(f"{self.title} has no {kind_of(config).title}{where}") from None
 
     def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
         """Canonical name to theirs and the transform between them.
@@ -277,24 +269,14 @@ class Dialect:
         }
 
 
-KINDS: dict[type, str] = {
-    IPAConfig: "invariant point attention",
-    IPABlockConfig: "IPA block",
-    IPATransformerConfig: "IPA transformer",
-    StructureModuleConfig: "structure module",
-    PredictedLDDTConfig: "confidence head",
-}
-"""What parameters may belong to."""
-
-
 def within(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     """A table of modules that lie inside others."""
     return tuple(row._replace(ours=ours + row.ours, theirs=theirs + row.theirs) for row in rows)
 
 
 def layout_of(config: Config) -> Layout:
-    """That of the attention; the confidence head is the same in both."""
-    return "monomer" if isinstance(config, PredictedLDDTConfig) else attention_of(config).layout
+    """The layout of a module's attention; a module without one is the same in both."""
+    return attention_of(config).layout if has_attention(config) else "monomer"
 
 
 _HOLES: dict[str, tuple[str, Callable[[int], str], Callable[[str | None], int]]] = {

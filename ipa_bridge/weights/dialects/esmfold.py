@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import cast
 
 from ipa_bridge.config import Config, IPAConfig, StructureModuleConfig
-from ipa_bridge.dialects.openfold import OPENFOLD_V1
-from ipa_bridge.dialects.spec import Dialect, Form
+from ipa_bridge.weights.dialects.openfold import OPENFOLD_V1
+from ipa_bridge.weights.dialects.spec import Dialect, Form
 
 
 def _finish(config: Config) -> Config:

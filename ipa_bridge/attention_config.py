@@ -1,0 +1,214 @@
+"""What an invariant point attention is: its frozen, typed configuration and the named presets of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+Layout = Literal["monomer", "multimer"]
+NormForm = Literal["add", "clamp"]
+Implementation = Literal["reference", "streamed", "fused"]
+"""Names of the attention's implementations; see `point_attention`."""
+
+UNIT_SOFTPLUS = math.log(math.e - 1.0)
+"""The γ at which softplus(γ) = 1, AlphaFold's initial point weight."""
+
+SMALLEST_FLOAT32 = 2.0**-126
+"""The least normal number of float32: below it, hardware may take a number for zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPAConfig:
+    """One invariant point attention (Jumper et al. 2021, Suppl. Alg. 22).
+
+    Attributes:
+        num_channel: c_s, width of the single representation, in and out.
+        pair_channel: c_z, width of the pair representation; None for an attention without one,
+            whose logits then have two terms and scale √(1/2) instead of √(1/3).
+        num_head: H, attention heads.
+        num_scalar_qk: C, scalar query and key channels per head.
+        num_scalar_v: scalar value channels per head.
+        num_point_qk: P, query and key points per head.
+        num_point_v: value points per head.
+        layout: how the projections are named and packed: AlphaFold's "monomer" or "multimer" parameters.
+        scalar_bias: the scalar query, key and value projections have biases.
+        point_bias: the point projections have biases.
+        norm_form: the length of a value point x: "add" is √(|x|² + ε), "clamp" is √max(|x|², ε²).
+        norm_epsilon: that ε.
+        pair_value_channel: width that the attended pair representation is projected down to before it is read (`down_z`
+            of FrameDiff and its family; the bias reads the whole pair); None for the pair as it is.
+        position_scale: what the frames' translations are divided by before anything reads them: 10 for frames in Å and
+            weights trained on nm; 1 where the caller scales, as the structure module does.
+        frame_unit: Å per unit of the translations that the caller passes: 10 where frames in Å must be divided by 10
+            first, 1 where they go in as they are; None for unknown. It changes no output: `Structure.rigids` divides by
+            it, and a module called with frames in Å warns where it is 10 or more.
+        point_weight_init: γ before training; the point weight is softplus(γ).
+        zero_init: the output projection starts at zero, so that a residual branch starts as the identity.
+
+    Raises:
+        ValueError: a width is not a positive integer, a name is not one of those listed, ε is no positive number that
+            float32 can hold, a position_scale or frame_unit that is not positive, or a pair_value_channel without a
+            pair_channel.
+    """
+
+    num_channel: int
+    pair_channel: int | None
+    num_head: int
+    num_scalar_qk: int
+    num_scalar_v: int
+    num_point_qk: int
+    num_point_v: int
+    layout: Layout = "monomer"
+    scalar_bias: bool = True
+    point_bias: bool = True
+    norm_form: NormForm = "add"
+    norm_epsilon: float = 1e-8
+    pair_value_channel: int | None = None
+    position_scale: float = 1.0
+    frame_unit: float | None = None
+    point_weight_init: float = UNIT_SOFTPLUS
+    zero_init: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("num_channel", "num_head", "num_scalar_qk", "num_scalar_v", "num_point_qk", "num_point_v"):
+            check_width(field, getattr(self, field))
+        if self.pair_channel is not None:
+            check_width("pair_channel", self.pair_channel, "; pass None for no pair representation")
+        if self.pair_value_channel is not None:
+            check_width("pair_value_channel", self.pair_value_channel, "; pass None for the pair as it is")
+            if self.pair_channel is None:
+                raise ValueError("pair_value_channel must be None where pair_channel is: there is no pair to project")
+        for field, names in (("layout", get_args(Layout)), ("norm_form", get_args(NormForm))):
+            if getattr(self, field) not in names:
+                raise ValueError(f"{field} must be one of {', '.join(names)}; got {getattr(self, field)!r}")
+        for field in ("scalar_bias", "point_bias", "zero_init"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be True or False; got {getattr(self, field)!r}")
+        check_number("norm_epsilon", self.norm_epsilon)
+        least = SMALLEST_FLOAT32 if self.norm_form == "add" else math.sqrt(SMALLEST_FLOAT32)
+        if self.norm_epsilon < least:
+            raise ValueError(
+                f"norm_epsilon must be a positive number, at least {least:.2g} for float32 to hold what is under the "
+                f"root, or the norm's gradient at a zero-length point is not finite; got {self.norm_epsilon!r}"
+            )
+        check_number("point_weight_init", self.point_weight_init)
+        check_number("position_scale", self.position_scale)
+        if not self.position_scale > 0:
+            raise ValueError(f"position_scale must be positive; got {self.position_scale!r}")
+        if self.frame_unit is not None:
+            check_number("frame_unit", self.frame_unit, "; pass None for unknown")
+            if not self.frame_unit > 0:
+                raise ValueError(f"frame_unit must be positive, in Å; got {self.frame_unit!r}; pass None for unknown")
+
+    @property
+    def num_logit_terms(self) -> int:
+        """T, the number of logit terms: scalars, points and, if there is a pair representation, its bias."""
+        return 2 if self.pair_channel is None else 3
+
+    @property
+    def num_feature(self) -> int:
+        """Width of the concatenated features that the output projection reads (line 11)."""
+        pair_value = self.pair_value_channel or self.pair_channel or 0
+        return self.num_head * (self.num_scalar_v + 4 * self.num_point_v + pair_value)
+
+    @classmethod
+    def alphafold2(cls) -> IPAConfig:
+        """AlphaFold 2 monomer (`model_1` … `model_5`, with or without `_ptm`); also OpenFold's sizes."""
+        return cls(
+            num_channel=384,
+            pair_channel=128,
+            num_head=12,
+            num_scalar_qk=16,
+            num_scalar_v=16,
+            num_point_qk=4,
+            num_point_v=8,
+            frame_unit=10.0,
+        )
+
+    @classmethod
+    def alphafold_multimer(cls) -> IPAConfig:
+        """AlphaFold-Multimer: one projection each for q, k and v, scalars without bias, clamped norms; 20 Å."""
+        return replace(cls.alphafold2(), layout="multimer", scalar_bias=False, norm_form="clamp", frame_unit=20.0)
+
+    @classmethod
+    def esmfold(cls) -> IPAConfig:
+        """ESMFold's structure module: AlphaFold 2's attention, but that γ starts at 0."""
+        return replace(cls.alphafold2(), point_weight_init=0.0)
+
+    @classmethod
+    def framediff(cls) -> IPAConfig:
+        """One block of FrameDiff, and of FrameFlow and FoldFlow: frames in Å, which it reads in nm, and `down_z`.
+
+        Each of its blocks (`trunk.ipa_0` …) has weights of its own.
+        """
+        return cls(
+            num_channel=256,
+            pair_channel=128,
+            num_head=8,
+            num_scalar_qk=256,
+            num_scalar_v=256,
+            num_point_qk=8,
+            num_point_v=12,
+            pair_value_channel=32,
+            position_scale=10.0,
+            frame_unit=1.0,
+        )
+
+    @classmethod
+    def lucidrains(
+        cls,
+        dim: int,
+        *,
+        heads: int = 8,
+        scalar_key_dim: int = 16,
+        scalar_value_dim: int = 16,
+        point_key_dim: int = 4,
+        point_value_dim: int = 4,
+        pairwise_repr_dim: int | None = None,
+        require_pairwise_repr: bool = True,
+        eps: float = 1e-8,
+    ) -> IPAConfig:
+        """The PyPI package `invariant-point-attention`, with its constructor's own argument names and defaults.
+
+        Its mask leaves a masked residue attending to all keys uniformly; here such a row attends to them
+        by their logits, as in AlphaFold. Valid rows are the same.
+        """
+        return cls(
+            num_channel=dim,
+            pair_channel=(dim if pairwise_repr_dim is None else pairwise_repr_dim) if require_pairwise_repr else None,
+            num_head=heads,
+            num_scalar_qk=scalar_key_dim,
+            num_scalar_v=scalar_value_dim,
+            num_point_qk=point_key_dim,
+            num_point_v=point_value_dim,
+            layout="multimer",
+            scalar_bias=False,
+            point_bias=False,
+            norm_epsilon=eps,
+            zero_init=False,
+        )
+
+
+def check_width(field: str, value: object, hint: str = "") -> None:
+    """A field that counts or measures channels is a positive integer.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} must be a positive integer; got {value!r}{hint}")
+
+
+def check_number(field: str, value: object, hint: str = "") -> None:
+    """A field is a number that is neither infinite nor NaN.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        finite = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        finite = False
+    if not finite:
+        raise ValueError(f"{field} must be a finite number; got {value!r}{hint}")

@@ -1,0 +1,218 @@
+"""What weights may be of: one row for each kind of module.
+
+A row tells what is peculiar to a kind: its config, its parameters, how it is known among others, and which fields of
+its config names and shapes of parameters tell. A new head or module is a config and a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
+
+from ipa_bridge.config import (
+    Config,
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+)
+from ipa_bridge.parameters import (
+    POINT_WEIGHTS,
+    Shapes,
+    infer_ipa,
+    infer_ipa_block,
+    infer_ipa_transformer,
+    infer_predicted_lddt,
+    infer_structure_module,
+    ipa_block_parameters,
+    ipa_parameters,
+    ipa_transformer_parameters,
+    predicted_lddt_parameters,
+    structure_module_parameters,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind of module.
+
+    Attributes:
+        config: the type of its config.
+        title: as people call it.
+        root: the haiku module path of one on its own, as `ipa_jax.transform_ipa` and its like make it.
+        landmarks: canonical names by which it is known among other parameters; the first is enough for parameters that
+            are all of one module.
+        parameters: its config to canonical names and shapes.
+        infer: canonical names and shapes to its config.
+        told_by_shapes: fields of its config that names and shapes of parameters tell.
+        told_besides: paths of further such fields, which depend on the config.
+        part: the field that holds the config of the kind within, and that config's type; None where there is none.
+        values: fields that its values have in a file's metadata.
+        values_without: fields that they do not have.
+    """
+
+    config: type
+    title: str
+    root: str
+    landmarks: tuple[str, ...]
+    parameters: Callable[[Any], Shapes]
+    infer: Callable[[Mapping[str, tuple[int, ...]]], Config]
+    told_by_shapes: tuple[str, ...]
+    told_besides: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    part: tuple[str, type] | None = None
+    values: tuple[str, ...] = ()
+    values_without: tuple[str, ...] = ()
+
+    @property
+    def landmark(self) -> str:
+        """The parameter by which one is known among parameters of a single module."""
+        return self.landmarks[0]
+
+    def from_values(self, values: Mapping[str, Any]) -> Config:
+        """Makes its config of the values of its fields, those of the configs within included."""
+        if self.part is None:
+            return self.config(**values)
+        name, config = self.part
+        return self.config(**{**values, name: KINDS[config].from_values(values[name])})
+
+
+KINDS: dict[type, Kind] = {
+    kind.config: kind
+    for kind in (
+        Kind(
+            config=StructureModuleConfig,
+            title="structure module",
+            root="structure_module",
+            landmarks=("initial_projection/weights",),
+            parameters=structure_module_parameters,
+            infer=infer_structure_module,
+            told_by_shapes=("tied_layers", "num_layer_in_transition", "sidechain_channel", "num_residual_block"),
+            # The attention's position_scale can only be 1.
+            told_besides=lambda config: ("ipa.position_scale", *(() if config.tied_layers else ("num_layer",))),
+            part=("ipa", IPAConfig),
+            values=("ipa",),
+            values_without=("block", "post_norm"),
+        ),
+        Kind(
+            config=IPATransformerConfig,
+            title="IPA transformer",
+            root="ipa_transformer",
+            # A block alone may lie at a path of the same name.
+            landmarks=("ipa_block/transition_layer_norm/scale", "affine_update/weights"),
+            parameters=ipa_transformer_parameters,
+            infer=infer_ipa_transformer,
+            told_by_shapes=("num_layer", "num_token", "predict_points"),
+            part=("block", IPABlockConfig),
+            values=("block",),
+        ),
+        Kind(
+            config=IPABlockConfig,
+            title="IPA block",
+            root="ipa_block",
+            landmarks=("transition_layer_norm/scale",),
+            parameters=ipa_block_parameters,
+            infer=infer_ipa_block,
+            told_by_shapes=("num_layer_in_transition", "transition_factor"),
+            part=("ipa", IPAConfig),
+            values=("post_norm",),
+            values_without=("block",),
+        ),
+        Kind(
+            config=IPAConfig,
+            title="invariant point attention",
+            root="invariant_point_attention",
+            landmarks=(POINT_WEIGHTS,),
+            parameters=ipa_parameters,
+            infer=infer_ipa,
+            told_by_shapes=(
+                "num_channel",
+                "pair_channel",
+                "num_head",
+                "num_scalar_qk",
+                "num_scalar_v",
+                "num_point_qk",
+                "num_point_v",
+                "layout",
+                "scalar_bias",
+                "point_bias",
+                "pair_value_channel",
+            ),
+            values_without=("num_bin",),
+        ),
+        Kind(
+            config=PredictedLDDTConfig,
+            title="confidence head",
+            root="predicted_lddt_head",
+            landmarks=("act_0/weights",),
+            parameters=predicted_lddt_parameters,
+            infer=infer_predicted_lddt,
+            told_by_shapes=("num_channel", "hidden_channel", "num_bin"),
+            values=("num_bin",),
+        ),
+    )
+}
+"""The row of each kind by the type of its config; a kind that may hold another comes first."""
+
+
+def kind_of(config: Config) -> Kind:
+    """The row of the kind of module that a config describes.
+
+    Raises:
+        ValueError: it is no config.
+    """
+    for kind in KINDS.values():
+        if isinstance(config, kind.config):
+            return kind
+    names = ", ".join(config_type.__name__ for config_type in get_args(Config))
+    raise ValueError(f"config must be one of {names}; got {config!r}")
+
+
+def parameter_shapes(config: Config) -> Shapes:
+    """Canonical parameter names and shapes of the module that a config describes.
+
+    Raises:
+        ValueError: it is no config.
+    """
+    return kind_of(config).parameters(config)
+
+
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
+    """The config that canonical names and shapes tell, output axes flat or not.
+
+    Raises:
+        ValueError: parameters are missing or empty, or sizes do not divide by the number of heads.
+    """
+    kind = next((kind for kind in KINDS.values() if kind.landmark in shapes), KINDS[IPAConfig])
+    return kind.infer(shapes)
+
+
+def config_from_values(values: Mapping[str, Any]) -> Config:
+    """The config that has these values of its fields, of whatever kind.
+
+    Raises:
+        TypeError, KeyError, ValueError: there is none.
+    """
+    for kind in KINDS.values():
+        if all(name in values for name in kind.values) and not any(name in values for name in kind.values_without):
+            return kind.from_values(values)
+    raise ValueError(f"these are the fields of no config: {', '.join(values)}")
+
+
+def has_attention(config: Config) -> bool:
+    """The module is an attention or holds one."""
+    return attention_of(config) is not None
+
+
+def attention_of(config: Config) -> IPAConfig:
+    """The config of the attention within a module, or of the attention itself; None for a confidence head."""
+    return cast(IPAConfig, config if isinstance(config, IPAConfig) else getattr(config, "ipa", None))
+
+
+def replace_attention(config: Config, ipa: IPAConfig) -> Config:
+    """The config with another attention."""
+    part = kind_of(config).part
+    if part is None:
+        return ipa
+    return replace(config, **{part[0]: replace_attention(getattr(config, part[0]), ipa)})  # type: ignore[arg-type]

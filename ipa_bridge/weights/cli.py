@@ -1,0 +1,307 @@
+"""The command `ipa-port`: weight files from one system to another, what is in them, and whether two are the same."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ipa_bridge.console import Progress, as_command, table_lines
+from ipa_bridge.destinations import check_destination
+from ipa_bridge.version import __version__
+from ipa_bridge.weights.conversion import LOSSES
+from ipa_bridge.weights.dialects import DIALECTS, default_dialect, find_dialect
+from ipa_bridge.weights.files import SUFFIXES
+from ipa_bridge.weights.porting import MAX_VERIFIED_EPS, compare, convert, inspect
+from ipa_bridge.weights.reports import (
+    Comparison,
+    FileContents,
+    FileConversion,
+    ParameterComparison,
+    Place,
+    Verification,
+)
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+EXAMPLES = """\
+examples:
+  ipa-port inspect params_model_1.npz
+  ipa-port convert params_model_1.npz openfold.pt --to openfold --verify
+  ipa-port compare params_model_1.npz openfold.pt
+"""
+
+
+@as_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 0 if all is well, 1 if files differ or a conversion does not hold, 2 if it cannot be done."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        print(f"ipa-port {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ipa-port", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"ipa-twins {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    dialects = ", ".join(DIALECTS)
+
+    convert = commands.add_parser("convert", help="write a module's weights as another system's")
+    convert.add_argument("source", metavar="SRC", help=f"weights: {', '.join(SUFFIXES)}")
+    convert.add_argument("destination", metavar="DST", help="where to; the suffix says the format")
+    convert.add_argument(
+        "--from", dest="source_dialect", choices=DIALECTS, metavar="DIALECT", help=f"of SRC: {dialects}"
+    )
+    convert.add_argument(
+        "--to",
+        choices=DIALECTS,
+        metavar="DIALECT",
+        help="of DST (default: ours, in AlphaFold's haiku names for .npz and in torch's for others)",
+    )
+    convert.add_argument("--root", help="path of the module in SRC, where there are several or another is meant")
+    convert.add_argument("--to-root", metavar="PATH", help="path of the module in DST (default: the module alone)")
+    convert.add_argument("--dtype", choices=DTYPES, help="round to it (default: as they are)")
+    convert.add_argument(
+        "--allow-lossy",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="LOSS[,LOSS…]",
+        help=f"what may be lost, of {', '.join(LOSSES)}",
+    )
+    convert.add_argument("--verify", action="store_true", help="run both files' semantics on random input")
+    convert.add_argument("--force", action="store_true", help="replace DST if it exists")
+    convert.set_defaults(run=_convert)
+
+    inspect = commands.add_parser("inspect", help="what is in a file")
+    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument("--dialect", choices=DIALECTS, metavar="DIALECT", help=f"whose it is: {dialects}")
+    inspect.add_argument("--root", help="path of the module")
+    inspect.set_defaults(run=_inspect)
+
+    compare = commands.add_parser("compare", help="whether two files hold the same function")
+    compare.add_argument("files", nargs=2, metavar="FILE")
+    for letter in "ab":
+        compare.add_argument(
+            f"--dialect-{letter}", choices=DIALECTS, metavar="DIALECT", help=f"of file {letter.upper()}"
+        )
+        compare.add_argument(f"--root-{letter}", metavar="PATH", help=f"path of the module in file {letter.upper()}")
+    compare.set_defaults(run=_compare)
+
+    for command in (convert, inspect, compare):
+        command.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+def _convert(args: argparse.Namespace) -> int:
+    destination = Path(args.destination)
+    _check_destination(destination, Path(args.source), args.force)
+    with _progress() as progress:
+        report = convert(
+            args.source,
+            args.destination,
+            source_dialect=args.source_dialect,
+            source_root=args.root,
+            dialect=args.to,
+            root=_root(args.to_root, args.to or default_dialect(destination)),
+            dtype=args.dtype,
+            allow_lossy=args.allow_lossy,
+            verified=args.verify,
+            replace=args.force,
+            progress=progress,
+        )
+    if args.json:
+        values = dataclasses.asdict(report)
+        if report.verified is None:
+            del values["verified"]
+        print(json.dumps(values, indent=1))
+    else:
+        print(_conversion(report, destination))
+    return 0 if report.written else 1
+
+
+def _root(asked: str | None, dialect: str) -> str | None:
+    """The path in the destination; a prefix may be given with its dot."""
+    if asked is None:
+        return None
+    root, separator = asked.rstrip("./"), find_dialect(dialect).separator
+    if root and ("" in root.split(separator) or root.strip() != root):
+        raise ValueError(f"--to-root must be names with {separator!r} between them; got {asked!r}")
+    return root
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for reading that takes longer than a second."""
+    progress = Progress(delay=1)
+    try:
+        yield lambda name, done, of: progress.bar(f"reading {name}", done, of)
+    finally:
+        progress.clear()
+
+
+def _check_destination(destination: Path, source: Path, force: bool) -> None:
+    if destination.suffix not in SUFFIXES:
+        raise ValueError(f"{destination}: expected a name ending in {', '.join(SUFFIXES)}")
+    if source.exists() and destination.exists() and destination.samefile(source):
+        raise ValueError(f"{destination} is the source itself: name another file")
+    try:
+        check_destination(destination, replace=force)
+    except ValueError as error:
+        raise ValueError(f"{error}; --force replaces an ordinary file") from None
+    if not destination.parent.is_dir():
+        raise ValueError(f"{destination}: there is no directory {destination.parent}")
+
+
+def _conversion(report: FileConversion, destination: Path) -> str:
+    source, target = (find_dialect(place.dialect) for place in (report.source, report.destination))
+    where = f" at {report.source.root}" if report.source.root else ""
+    lines = [
+        f"{report.source.file}: {source.title}'s {report.module}{where}",
+        f"{destination}: {target.title}'s, {report.converted} parameters, {report.numbers:,} numbers",
+    ]
+    if report.added:
+        lines.append(f"and zeros, which {target.title} never reads: {', '.join(report.added)}")
+    lines += [f"lost, as allowed: {loss.name}: {loss.reason}" for loss in report.losses]
+    lines += [f"mind: {note}" for note in report.notes]
+    if report.elsewhere:
+        others = ", ".join(f"{stem} ({number})" for stem, number in sorted(report.elsewhere.items())[:8])
+        more = len(report.elsewhere) - 8
+        lines.append(
+            f"left, for they belong to other parts of the model: {sum(report.elsewhere.values())} arrays: {others}"
+            + (f" and {more} more places" if more > 0 else "")
+        )
+    if report.ignored:
+        lines.append(f"left, for they are no arrays by name: {_some(report.ignored)}")
+    if report.verified is not None:
+        lines += _verification(report.verified)
+    if not report.written:
+        lines.append("nothing was written")
+    return "\n".join(lines)
+
+
+def _verification(verified: Verification) -> list[str]:
+    if verified.eps is None or verified.change is None:
+        return ["verified on random input: outputs overflow, NOTHING CAN BE SAID"]
+    verdict = "the same function as the file's names mean" if verified.passed else "NOT THE SAME FUNCTION"
+    lines = [f"verified on random input: within {verified.eps:.1f} eps of float64: {verdict}"]
+    if verified.change > MAX_VERIFIED_EPS * float(np.finfo(np.float64).eps):
+        lines.append(f"what was lost or rounded changes outputs by {verified.change:.1e} of the largest")
+    return lines
+
+
+def _some(names: Sequence[str], limit: int = 10) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    with _progress() as progress:
+        report = inspect(args.file, dialect=args.dialect, root=args.root, progress=progress)
+    if args.json:
+        values = dataclasses.asdict(report)
+        problem, contents = values.pop("problem"), values.pop("contents")
+        print(json.dumps(values | ({"problem": problem} if contents is None else contents), indent=1))
+    else:
+        print(_contents(report))
+    return 2 if report.contents is None else 0
+
+
+def _contents(report: FileContents) -> str:
+    lines = [f"{report.file}: {report.arrays} arrays"]
+    places: dict[tuple[str, str], list[str]] = {}
+    for each in report.modules:
+        places.setdefault((each.module, each.root), []).append(each.dialect)
+    lines += [f"  {module} at {root or 'the top'}: {' or '.join(whose)}" for (module, root), whose in places.items()]
+    found = report.contents
+    if found is None:
+        return "\n".join([*lines, str(report.problem)])
+    lines += [f"{find_dialect(found.dialect).title}'s {found.module}" + (f" at {found.root}" if found.root else "")]
+    lines += [f"  {line}" for line in _config_lines(dataclasses.asdict(found.config), found.assumed)]
+    if found.assumed:
+        lines.append("assumed fields are those that neither names nor shapes nor the file's metadata tell")
+    lines += [f"mind: {note}" for note in found.notes]
+    rows = [("parameter", "in the file", "shape", "dtype", "norm")]
+    for x in found.parameters:
+        theirs = "" if x.theirs == x.name else x.theirs
+        rows.append((x.name, theirs, "×".join(map(str, x.shape)), x.dtype, f"{x.norm:.4g}"))
+    lines += table_lines(rows)
+    if found.elsewhere:
+        lines.append("other parts of the model:")
+        lines += [f"  {stem}: {number} arrays" for stem, number in sorted(found.elsewhere.items())]
+    if report.ignored:
+        lines.append(f"no arrays by name: {_some(report.ignored)}")
+    return "\n".join(lines)
+
+
+def _config_lines(config: dict[str, Any], assumed: Sequence[str], prefix: str = "") -> list[str]:
+    lines = []
+    for name, x in config.items():
+        path = f"{prefix}{name}"
+        if isinstance(x, dict):
+            lines += _config_lines(x, assumed, f"{path}.")
+        else:
+            lines.append(f"{path} = {x}" + (" (assumed)" if path in assumed else ""))
+    return lines
+
+
+def _compare(args: argparse.Namespace) -> int:
+    with _progress() as progress:
+        report = compare(
+            *args.files,
+            dialect_a=args.dialect_a,
+            dialect_b=args.dialect_b,
+            root_a=args.root_a,
+            root_b=args.root_b,
+            progress=progress,
+        )
+    if args.json:
+        values = dataclasses.asdict(report)
+        del values["module"]
+        values["parameters"] = [{name: x for name, x in row.items() if x is not None} for row in values["parameters"]]
+        print(json.dumps(values, indent=1))
+    else:
+        print(_comparison(report))
+    return 0 if report.same else 1
+
+
+def _comparison(report: Comparison) -> str:
+    lines = [_place(place, report.module) for place in report.files]
+    lines += [f"{name} differs: {a!r} and {b!r}" for name, (a, b) in report.config.items()]
+    lines += [_difference(row) for row in report.parameters if not row.same]
+    number = len(report.parameters)
+    differing = sum(not row.same for row in report.parameters)
+    lines.append(
+        f"the same function: {number} parameters, number for number"
+        if report.same
+        else f"not the same parameters: {differing} of {number} parameters and {len(report.config)} settings differ"
+    )
+    return "\n".join(lines)
+
+
+def _place(place: Place, module: str) -> str:
+    return f"{place.file}: {find_dialect(place.dialect).title}'s {module}" + (f" at {place.root}" if place.root else "")
+
+
+def _difference(row: ParameterComparison) -> str:
+    if row.shapes is not None:
+        a, b = ("nothing" if shape is None else list(shape) for shape in row.shapes)
+        return f"{row.name} differs: {a} and {b}"
+    return f"{row.name} differs by {row.difference:.3g}, {row.relative:.2g} of its largest value"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

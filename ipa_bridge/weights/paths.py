@@ -1,0 +1,51 @@
+"""Paths of parameters, `module/…/leaf` in haiku and `module.….leaf` in torch: joined, split and looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def join_path(module: str, leaf: str, separator: str = "/") -> str:
+    """The path of a leaf or module within a module, "" for none."""
+    return module + separator + leaf if module else leaf
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """The module of a haiku path, "" for none, and its leaf."""
+    module, _, leaf = path.rpartition("/")
+    return module, leaf
+
+
+def double_slash(path: str) -> str:
+    """The path as AlphaFold's .npz has it, `module//leaf`."""
+    return join_path(*split_path(path), "//")
+
+
+def names_below(keys: Iterable[str], root: str, separator: str) -> dict[str, str]:
+    """Name below the root to key, for the keys there."""
+    prefix = root + separator if root else ""
+    return {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
+
+
+def keys_by_path(keys: Iterable[str], source: str = "this file") -> dict[str, str]:
+    """A file's keys by their paths with one `/` before the leaf, as haiku has it.
+
+    Raises:
+        ValueError: two keys are the same path.
+    """
+    return without_duplicates([(key.replace("//", "/"), key) for key in keys], source)
+
+
+def without_duplicates(pairs: Iterable[tuple[str, Any]], source: str) -> dict[str, Any]:
+    """The pairs as a dictionary.
+
+    Raises:
+        ValueError: a name is there twice.
+    """
+    found: dict[str, Any] = {}
+    for name, x in pairs:
+        if name in found:
+            raise ValueError(f"{source}: {name!r} is there twice; which of the two is meant cannot be told")
+        found[name] = x
+    return found

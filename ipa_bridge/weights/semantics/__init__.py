@@ -1,0 +1,130 @@
+"""What every system computes with its own parameters under its own names: float64 numpy, small inputs.
+
+Written from each system's conventions and not from our tables of its names, so that a conversion can be probed: the
+source's parameters in its semantics, and the target's in its own, must be the same function.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import numpy as np
+from numpy import ndarray
+
+from ipa_bridge.config import (
+    Config,
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    StructureModuleConfig,
+)
+from ipa_bridge.kinds import attention_of, has_attention
+from ipa_bridge.proteins.frames import random_frames
+from ipa_bridge.weights.semantics import modules
+from ipa_bridge.weights.semantics.alphafold import IPA_JAX, IPA_TORCH
+from ipa_bridge.weights.semantics.lucidrains import LUCIDRAINS
+from ipa_bridge.weights.semantics.openfold import OPENFOLD, OPENFOLD_V1
+from ipa_bridge.weights.semantics.system import Parameters, System
+
+SYSTEMS: dict[str, System] = {
+    "alphafold": IPA_JAX,
+    "ipa_jax": IPA_JAX,
+    "ipa_torch": IPA_TORCH,
+    "openfold": OPENFOLD,
+    "openfold_v1": OPENFOLD_V1,
+    "esmfold": OPENFOLD_V1,
+    "frameflow": OPENFOLD_V1,
+    "framediff": OPENFOLD_V1,
+    "lucidrains": LUCIDRAINS,
+}
+"""The semantics of every dialect by its name."""
+
+PROBE_RESIDUES = 9
+"""Residues of a probe."""
+
+
+def probe(dialect: str, parameters: Parameters, config: Config, *, seed: int = 0) -> ndarray:
+    """Outputs on random inputs, the same ones for every dialect.
+
+    Args:
+        dialect: whose semantics.
+        parameters: under its names, below the module.
+        config: what its modules are told.
+        seed: of the inputs.
+    """
+    p = {name: np.asarray(x, np.float64) for name, x in parameters.items()}
+    rng = np.random.default_rng(seed)
+    if not has_attention(config):
+        return modules.confidence(SYSTEMS[dialect], p, rng.standard_normal((PROBE_RESIDUES, config.num_channel)))
+    ipa = attention_of(config)
+    single: ndarray = rng.standard_normal((PROBE_RESIDUES, ipa.num_channel))
+    pair = None if ipa.pair_channel is None else rng.standard_normal((PROBE_RESIDUES, PROBE_RESIDUES, ipa.pair_channel))
+    rotation, translation = random_frames(rng, (PROBE_RESIDUES,), spread=2.0)
+    mask = np.arange(PROBE_RESIDUES) != PROBE_RESIDUES // 2
+    if isinstance(config, StructureModuleConfig):
+        layers = structure_module(dialect, p, config, single, cast(ndarray, pair), mask)
+        return np.concatenate([x[:, mask].ravel() for x in layers.values()])
+    inputs = (pair, rotation, translation * ipa.position_scale, mask)
+    if isinstance(config, IPATransformerConfig):
+        tokens = rng.integers(0, config.num_token or 1, PROBE_RESIDUES)
+        outputs = transformer(dialect, p, config, single if config.num_token is None else tokens, *inputs)
+        return np.concatenate([x[mask].ravel() for x in outputs if x is not None])
+    if isinstance(config, IPABlockConfig):
+        return block(dialect, p, config, single, *inputs)[mask]
+    return attention(dialect, p, ipa, single, *inputs)[mask]
+
+
+def attention(
+    dialect: str,
+    p: Parameters,
+    config: IPAConfig,
+    single: ndarray,
+    pair: ndarray | None,
+    rotation: ndarray,
+    translation: ndarray,
+    mask: ndarray,
+) -> ndarray:
+    """One invariant point attention's output; frames are ours, and turned or scaled as the system's callers must."""
+    return SYSTEMS[dialect].attention(p, config, single, pair, rotation, translation, mask)
+
+
+def structure_module(
+    dialect: str, p: Parameters, config: StructureModuleConfig, single: ndarray, pair: ndarray, mask: ndarray
+) -> dict[str, ndarray]:
+    """Suppl. Alg. 20 up to the angles: act, rotation, translation (Å) and unnormalized_angles, layers first."""
+    return modules.structure_module(SYSTEMS[dialect], p, config, single, pair, mask)
+
+
+def block(
+    dialect: str,
+    p: Parameters,
+    config: IPABlockConfig,
+    act: ndarray,
+    pair: ndarray | None,
+    rotation: ndarray,
+    translation: ndarray,
+    mask: ndarray,
+) -> ndarray:
+    """An IPA block's output."""
+    return modules.block(SYSTEMS[dialect], p, config, act, pair, rotation, translation, mask)
+
+
+def transformer(
+    dialect: str,
+    p: Parameters,
+    config: IPATransformerConfig,
+    single: ndarray,
+    pair: ndarray | None,
+    rotation: ndarray,
+    translation: ndarray,
+    mask: ndarray,
+) -> tuple[ndarray, ndarray, ndarray, ndarray | None]:
+    """An IPA transformer's activations, rotations, translations and points."""
+    return modules.transformer(SYSTEMS[dialect], p, config, single, pair, rotation, translation, mask)
+
+
+def distance(one: ndarray, other: ndarray) -> float:
+    """Largest difference over the largest value; infinite where that is zero, for zeros tell nothing."""
+    largest = float(np.abs(other).max())
+    return float(np.abs(one - other).max()) / largest if largest else math.inf
