@@ -57,52 +57,54 @@ def model(name: str, framework: str, dtype: str) -> Callable[[dict], dict[str, n
     """Outputs by name, of arrays by name."""
     config = MODULES[name]
     weights = Weights.random(config, dtype=np.dtype(dtype))
+    return model_in_jax(config, weights) if framework == "jax" else model_in_torch(config, weights, dtype)
 
-    def outputs(found, rigids_of: Callable) -> dict:
-        if isinstance(config, IPAConfig | IPABlockConfig):
-            return {"out": found}
-        rigids = rigids_of(found)
-        moved = {"rotation": rigids.rotation, "translation": rigids.translation}
-        if isinstance(config, IPATransformerConfig):
-            return {"act": found.act, **moved, "points": found.points}
-        return {
-            "act": found.act[-1],
-            **moved,
-            "unnormalized_angles": found.unnormalized_angles[-1],
-            "atom14": found.atom14[-1],
-        }
 
-    def last(found):
-        if isinstance(config, IPATransformerConfig):
-            return found.rigids
-        return type(found.rigids)(*(x[-1] for x in found.rigids))
+def name_outputs(config, found) -> dict:
+    """The last layer's, where there are several."""
+    if isinstance(config, IPAConfig | IPABlockConfig):
+        return {"out": found}
+    whole = isinstance(config, StructureModuleConfig)
+    rigids = type(found.rigids)(*(x[-1] for x in found.rigids)) if whole else found.rigids
+    moved = {"rotation": rigids.rotation, "translation": rigids.translation}
+    if isinstance(config, IPATransformerConfig):
+        return {"act": found.act, **moved, "points": found.points}
+    return {
+        "act": found.act[-1],
+        **moved,
+        "unnormalized_angles": found.unnormalized_angles[-1],
+        "atom14": found.atom14[-1],
+    }
 
-    if framework == "jax":
-        import haiku as hk
-        import jax
 
-        import ipa_jax
+def model_in_jax(config, weights: Weights) -> Callable[[dict], dict[str, np.ndarray]]:
+    import haiku as hk
+    import jax
 
-        transforms = {
-            IPAConfig: lambda c: hk.transform(lambda *xs: ipa_jax.InvariantPointAttention(c)(*xs)),
-            IPABlockConfig: lambda c: hk.transform(lambda *xs: ipa_jax.IPABlock(c)(*xs)),
-            IPATransformerConfig: ipa_jax.transform_ipa_transformer,
-            StructureModuleConfig: ipa_jax.transform_structure_module,
-        }
-        transformed = transforms[type(config)](config)
-        params = jax.tree.map(jax.numpy.asarray, weights.to_haiku())
+    import ipa_jax
 
-        @jax.jit
-        def apply(x):
-            rigids = ipa_jax.Rigid(x["rotation"], x["translation"])
-            if isinstance(config, StructureModuleConfig):
-                found = transformed.apply(params, None, x["single"], x["pair"], x["aatype"], x["mask"], rigids=rigids)
-            else:
-                found = transformed.apply(params, None, x["single"], x["pair"], rigids, x["mask"])
-            return outputs(found, last)
+    transforms = {
+        IPAConfig: lambda c: hk.transform(lambda *xs: ipa_jax.InvariantPointAttention(c)(*xs)),
+        IPABlockConfig: lambda c: hk.transform(lambda *xs: ipa_jax.IPABlock(c)(*xs)),
+        IPATransformerConfig: ipa_jax.transform_ipa_transformer,
+        StructureModuleConfig: ipa_jax.transform_structure_module,
+    }
+    transformed = transforms[type(config)](config)
+    params = jax.tree.map(jax.numpy.asarray, weights.to_haiku())
 
-        return lambda x: jax.tree.map(np.asarray, apply(x))
+    @jax.jit
+    def apply(x):
+        rigids = ipa_jax.Rigid(x["rotation"], x["translation"])
+        if isinstance(config, StructureModuleConfig):
+            found = transformed.apply(params, None, x["single"], x["pair"], x["aatype"], x["mask"], rigids=rigids)
+        else:
+            found = transformed.apply(params, None, x["single"], x["pair"], rigids, x["mask"])
+        return name_outputs(config, found)
 
+    return lambda x: jax.tree.map(np.asarray, apply(x))
+
+
+def model_in_torch(config, weights: Weights, dtype: str) -> Callable[[dict], dict[str, np.ndarray]]:
     import torch
 
     import ipa_torch
@@ -124,7 +126,7 @@ def model(name: str, framework: str, dtype: str) -> Callable[[dict], dict[str, n
                 found = module(x["single"], x["pair"], x["aatype"], x["mask"], rigids=rigids)
             else:
                 found = module(x["single"], x["pair"], rigids, x["mask"])
-        return {field: y.numpy() for field, y in outputs(found, last).items()}
+        return {field: y.numpy() for field, y in name_outputs(config, found).items()}
 
     return call
 

@@ -27,8 +27,6 @@ from ipa_bridge.weights import Weights
 from ipa_bridge.weights.tensors import numpy_dtype, torch_tensor
 from ipa_parity.attention.cases import ODD
 
-# --- Motions
-
 
 def moved(inputs: dict, rng) -> tuple[dict, np.ndarray, np.ndarray]:
     """The same inputs with all frames moved alike."""

@@ -27,9 +27,6 @@ def load(request, tmp_path):
     return write_and_load
 
 
-# Small files, one oddity each, in both formats
-
-
 def test_frames_are_of_the_atoms_written(load):
     structure = load([*residue("GLY", 3), *residue("TRP", 4)])
     n, ca, c = np.moveaxis(POSITIONS[3:5], 1, 0)

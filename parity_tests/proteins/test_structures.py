@@ -39,9 +39,6 @@ def biopython_residues(path: Path) -> list:
     return [(c.id, r) for c in model for r in c if r.id[0] == " " or r.resname == "MSE"]
 
 
-# Real files
-
-
 @pytest.mark.parametrize("name", RESIDUES)
 def test_types_and_numbers_of_residues(structures_dir, name):
     structure = load_structure(structures_dir / name)

@@ -1,0 +1,86 @@
+"""Models of several systems, and their weights in each system's names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ipa_bridge.config import (
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+)
+from ipa_bridge.kinds import replace_attention
+from ipa_bridge.weights import Weights
+from ipa_bridge.weights.conversion import Conversion
+from ipa_bridge.weights.dialects import find_dialect
+from ipa_bridge.weights.translation import in_dialect
+from ipa_parity.attention.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIAS
+
+ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
+SMALL_MODULE = StructureModuleConfig(ipa=ONE_WIDTH, sidechain_channel=5, num_layer=8)
+"""Odd, distinct widths, where a system has one for scalar queries, keys and values."""
+FRAMEDIFF = replace(ODD_DOWN_Z, num_scalar_v=ODD.num_scalar_qk, pair_channel=8, pair_value_channel=2)
+
+NATIVE = {
+    "alphafold monomer": ("alphafold", ODD),
+    "alphafold multimer": ("alphafold", ODD_MULTIMER),
+    "openfold": ("openfold", ONE_WIDTH),
+    "openfold multimer": (
+        "openfold",
+        replace(ONE_WIDTH, layout="multimer", scalar_bias=False, norm_form="clamp", frame_unit=20.0),
+    ),
+    "openfold_v1": ("openfold_v1", ONE_WIDTH),
+    "esmfold": ("esmfold", replace(ONE_WIDTH, point_weight_init=0.0)),
+    "framediff": ("framediff", FRAMEDIFF),
+    "frameflow": ("frameflow", FRAMEDIFF),
+    "lucidrains": ("lucidrains", ODD_NO_BIAS),
+    "lucidrains without pair": ("lucidrains", replace(ODD_NO_BIAS, pair_channel=None)),
+    "lucidrains block": ("lucidrains", IPABlockConfig.lucidrains(6, heads=2, ff_mult=2)),
+    "lucidrains transformer": (
+        "lucidrains",
+        IPATransformerConfig.lucidrains(
+            6, depth=12, num_tokens=5, predict_points=True, original_composition_order=True, heads=2
+        ),
+    ),
+    "alphafold structure module": ("alphafold", SMALL_MODULE),
+    "openfold structure module": ("openfold", SMALL_MODULE),
+    "openfold_v1 structure module": ("openfold_v1", SMALL_MODULE),
+    "openfold multimer structure module": (
+        "openfold",
+        replace(SMALL_MODULE, ipa=replace(ONE_WIDTH, layout="multimer", scalar_bias=False, norm_form="clamp")),
+    ),
+    "esmfold structure module": ("esmfold", SMALL_MODULE),
+    "alphafold confidence head": ("alphafold", PredictedLDDTConfig(num_channel=5, hidden_channel=4, num_bin=3)),
+    "openfold confidence head": ("openfold", PredictedLDDTConfig(num_channel=5, hidden_channel=4, num_bin=3)),
+}
+"""By what the parameters are: whose, and with which config."""
+
+
+def state_of(weights: Weights, dialect: str) -> dict[str, np.ndarray]:
+    return in_dialect(weights.arrays, weights.config, find_dialect(dialect))
+
+
+def convert(weights: Weights, dialect: str, **options) -> tuple[Weights, Conversion]:
+    return weights.converted(find_dialect(dialect), **options)
+
+
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert (actual[name].dtype, actual[name].shape) == (x.dtype, x.shape), name
+        assert actual[name].tobytes() == x.tobytes(), name
+
+
+def replace_untold(config):
+    """What names and shapes do not tell, put aside."""
+    if isinstance(config, StructureModuleConfig):
+        return replace(config, ipa=replace(replace_untold(config.ipa), frame_unit=1.0), position_scale=1.0)
+    if isinstance(config, IPAConfig):
+        return replace(config, zero_init=True, point_weight_init=0.0)
+    if isinstance(config, IPABlockConfig | IPATransformerConfig):
+        return replace_attention(config, replace_untold(config.ipa))
+    return config
