@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from functools import cache, cached_property
+from importlib import metadata
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,20 @@ from ipa_bridge.weights import canonical_from_haiku, canonical_from_torch
 from ipa_bridge.weights.tensors import numpy_array, torch_tensor
 from ipa_parity.frameworks import jax_point_attention
 from ipa_parity.structure_module.stages import named_layers, target_of
+
+
+def torch_is_at_least(version: str) -> bool:
+    """As of no PyTorch at all, none."""
+    try:
+        installed = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, installed.split(".")[:2])) >= tuple(map(int, version.split(".")))
+
+
+def needs_torch(version: str) -> pytest.MarkDecorator:
+    """Skips a test of what an older PyTorch's Dynamo cannot trace; docs/versions.md tells of it."""
+    return pytest.mark.skipif(not torch_is_at_least(version), reason=f"wants the Dynamo of PyTorch {version}")
 
 
 class Jax:
@@ -181,7 +197,8 @@ class Torch:
             module = type("Module", (self.torch.nn.Module,), {"forward": lambda _, *xs: function(*xs)})()
             return self.torch.export.export(module, inputs).module()
 
-        return lambda f: self.torch.compile(f, fullgraph=True, backend="eager"), exported
+        compiled = functools.partial(self.torch.compile, fullgraph=True, backend="eager")
+        return (compiled, exported) if torch_is_at_least("2.8") else (compiled,)
 
     def shapes(self, function):
         """The outputs that are no integers."""
@@ -197,7 +214,7 @@ class Torch:
         """Gradients of the sum of a function's output, zero where it does not depend on an array."""
         leaves = [self.array(x).requires_grad_() for x in arrays]
         grads = self.torch.autograd.grad(function(*leaves).sum(), leaves, allow_unused=True, materialize_grads=True)
-        return [x.numpy() for x in grads]
+        return [x.detach().numpy() for x in grads]
 
     def ipa(self, case, *inputs):
         """The attention of a case, on inputs of one's own."""

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from frameworks import Jax, Torch
+from frameworks import Jax, Torch, needs_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -324,6 +324,7 @@ def test_torch_pytree():
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@needs_torch("2.11")
 def test_torch_exports_indices_and_fields(strict):
     """Its modules flatten what they are called with by x[0], x[1], …, which of frames are residues."""
     framework = Torch()

@@ -7,7 +7,7 @@ from functools import partial
 from typing import ClassVar
 
 import pytest
-from frameworks import Torch
+from frameworks import Torch, needs_torch
 from streamed_cases import core_arrays, first, judge, rest
 
 from ipa_bridge import tiling
@@ -52,6 +52,7 @@ def test_torch_forward_mode_and_second_derivatives_name_the_reference():
         torch.autograd.grad(gradient.sum(), leaf)
 
 
+@needs_torch("2.8")
 @pytest.mark.parametrize("pair", [True, False])
 def test_torch_compiles_whole_and_exports(pair):
     torch, attend, inputs = torch_inputs(pair=pair)

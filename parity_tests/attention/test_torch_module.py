@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+from frameworks import needs_torch
 
 torch = pytest.importorskip("torch")
 
@@ -191,6 +192,7 @@ def test_quantised_projections_take_effect(projection):
     assert 0 < error < 0.2
 
 
+@needs_torch("2.8")
 @pytest.mark.covering
 @pytest.mark.parametrize("name", ["monomer", "multimer", "no-pair"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -221,6 +223,7 @@ def test_compiles_for_inference(context, name):
     torch.compiler.reset()
 
 
+@needs_torch("2.11")
 def test_compiles_a_functions_gradient():
     case = CATALOGUE["monomer"]()
     module, (single, *others) = model(case).requires_grad_(False), arguments(case)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from frameworks import needs_torch
 from loss_cases import clashes, lddt, plddt, sidechain, total, violations
 from loss_frameworks import GRADIENT, LOSS, Jax, Torch, assert_close, inputs, one_of
 from loss_problems import cast, synthetic_problem
@@ -77,6 +78,7 @@ def test_torch_chunks_keep_memory_linear():
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.exhaustive)])
+@needs_torch("2.11")
 def test_torch_compiles_whole(backend):
     """By Dynamo into one graph; and backwards, traced ahead of time, which takes much longer."""
     framework = one_of(Torch)

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from frameworks import Jax, Torch, one_of
+from frameworks import Jax, Torch, needs_torch, one_of
 from structure_module_cases import (
     CONFIGS,
     assert_same,
@@ -151,6 +151,7 @@ def test_torch_dropout_is_only_in_training():
 @pytest.mark.parametrize(
     ("name", "num_layer"), [("untied multimer", 1), pytest.param("odd", 3, marks=pytest.mark.exhaustive)]
 )
+@needs_torch("2.8")
 def test_torch_compiles_whole_and_exports(name, num_layer):
     framework = one_of(Torch)
     case = make_case(name, replace(CONFIGS[name], num_layer=num_layer))
