@@ -6,6 +6,7 @@ Numpy only; the examples of both frameworks see the same numbers.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,18 +130,18 @@ def number_of_steps(text: str) -> int:
 
 def folder_to_write(text: str) -> Path:
     """A folder that is there or can be made, as a command's argument: better known before training than after."""
-    try:
-        Path(text).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"no folder to write to: {error}") from error
-    return Path(text)
+    folder = Path(text)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{there} is no folder that can be written to")
+    return folder
 
 
 def folder_of_structures(text: str) -> Path:
     """Such a folder, as a command's argument."""
     try:
         structure_files(Path(text))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return Path(text)
 
@@ -174,7 +175,7 @@ def training_and_held_out(folder: Path | None) -> tuple[Backbones, Backbones]:
         return peptides(128, seed=1), peptides(16, seed=2)
     found = proteins(folder)
     if len(found) < 2:
-        raise SystemExit(f"{folder}: chains of {LENGTH} residues with a backbone in two files or more were expected")
+        raise ValueError(f"{folder}: chains of {LENGTH} residues with a backbone in two files or more were expected")
     *known, unseen = found
     joined = (np.concatenate([getattr(x, field) for x in known]) for field in ("rotation", "translation", "mask"))
     return Backbones(*joined), unseen

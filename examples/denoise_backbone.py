@@ -111,7 +111,10 @@ def main() -> None:
         help="folder to write to (default: %(default)s)",
     )
     args = parser.parse_args()
-    training, truth = training_and_held_out(args.structures)
+    try:
+        training, truth = training_and_held_out(args.structures)
+    except ValueError as error:  # of a structure that cannot be read
+        parser.error(str(error))
     noised = truth.noised(np.random.default_rng(7)).astype(np.float32)
     losses, held_out = {}, {"noised": noised}
     for name, alone in (("each alone", True), ("denoised", False)):

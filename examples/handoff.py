@@ -64,6 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.at >= args.steps:
         parser.error(f"--at must be less than --steps; got {args.at} of {args.steps}")
+    args.out.mkdir(parents=True, exist_ok=True)
     found = curves(peptides(128, seed=1), args.steps, args.at)
     plot_losses(args.out / "handoff.png", found, f"handed over at step {args.at}")
     haiku, _, handed = (np.array(x) for x in found.values())

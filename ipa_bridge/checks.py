@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ipa_bridge.config import Implementation, IPAConfig, IPATransformerConfig, StructureModuleConfig
+from ipa_bridge.config import IPAConfig, IPATransformerConfig, StructureModuleConfig
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -43,6 +43,11 @@ def check_rigids(rigids: Any, array: type | None = None) -> None:
     Raises:
         ValueError: it is something else.
     """
+    if hasattr(rigids, "rigids") and not callable(rigids.rigids):
+        raise ValueError(
+            f"rigids must be Rigid(rotation, translation); got {type(rigids).__name__}: pass its .rigids, or of "
+            "several layers .rigids[-1]"
+        )
     if hasattr(rigids, "rigids"):
         raise ValueError(
             f"rigids must be Rigid(rotation, translation); got {type(rigids).__name__}: make a Rigid of the two "
@@ -89,15 +94,16 @@ def check_arrays(kind: type | None = None, /, **arrays: Any) -> None:
             raise ValueError(f"{name} must be an array; got {type(x).__name__}: pass jnp.asarray(x)")
 
 
-def check_implementation(implementation: str | None) -> None:
-    """The name of an implementation of the attention, or None to choose one.
+def check_floating(**arrays: Any) -> None:
+    """All are floating, or None.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: one is not, or is no array.
     """
-    known = get_args(Implementation)
-    if implementation is not None and implementation not in known:
-        raise ValueError(f"implementation must be None or one of {', '.join(known)}; got {implementation!r}")
+    check_arrays(**arrays)
+    for name, x in arrays.items():
+        if x is not None and "float" not in str(x.dtype):
+            raise ValueError(f"{name} must be floating; got {x.dtype}: cast it, as to float32")
 
 
 def check_ipa_inputs(
@@ -114,7 +120,8 @@ def check_ipa_inputs(
         ValueError: no arrays, or single or pair not floating; a wrong rank, size or batch shape; a pair representation
             where the config has none, or none where it has one.
     """
-    _check_activations(single, pair, mask=mask)
+    check_arrays(mask=mask)
+    check_floating(single=single, pair=pair)
     if len(single.shape) < 2 or single.shape[-1] != config.num_channel:
         raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
     if (pair is None) != (config.pair_channel is None):
@@ -188,7 +195,8 @@ def check_structure_module_inputs(
         ValueError: no arrays, or single or pair not floating; a wrong rank, size or batch shape, or an aatype of other
             than integers.
     """
-    _check_activations(single, pair, aatype=aatype, mask=mask, update_mask=update_mask)
+    check_arrays(aatype=aatype, mask=mask, update_mask=update_mask)
+    check_floating(single=single, pair=pair)
     if len(single.shape) < 2 or single.shape[-1] != config.num_channel:
         raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
     check_residue_types(aatype)
@@ -219,7 +227,7 @@ def check_tokens(config: IPATransformerConfig, single: Shaped, outside: Sequence
         ValueError: it is the other, or there are such tokens.
     """
     if config.num_token is None:
-        _check_activations(single, None)
+        check_floating(single=single)
     if config.num_token is not None and ("int" not in str(single.dtype) or len(single.shape) < 1):
         raise ValueError(
             f"single must hold tokens, integers (*batch, N), as config.num_token is {config.num_token}; got "
@@ -322,13 +330,6 @@ def _check_shapes(anchor: str, expected: Mapping[str, tuple[Shaped | None, tuple
     for name, (array, shape) in expected.items():
         if array is not None and tuple(array.shape) != shape:
             raise ValueError(f"{name} must be {shape} beside {anchor}; got {_shape(array)}")
-
-
-def _check_activations(single: Any, pair: Any, **others: Any) -> None:
-    check_arrays(single=single, pair=pair, **others)
-    for name, array in (("single", single), ("pair", pair)):
-        if array is not None and "float" not in str(array.dtype):
-            raise ValueError(f"{name} must be floating; got {array.dtype}: cast it, as to float32")
 
 
 def _a(name: str) -> str:

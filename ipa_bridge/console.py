@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-INTERRUPTED = 130
-"""The exit status by which shells tell an interruption."""
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""The exit statuses by which shells tell an interruption, and that nobody reads on."""
 
 
 class Main(Protocol):
@@ -28,12 +28,12 @@ def as_command(main: Callable[[Sequence[str] | None], int]) -> Main:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal may have no √
+        status = BROKEN_PIPE
         try:
             status = main(argv)
             sys.stdout.flush()
-        except BrokenPipeError:  # as of `| head`
+        except BrokenPipeError:  # as of `| head`; what was found out stands
             sys.stdout = open(os.devnull, "w")
-            return 0
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             return INTERRUPTED

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ipa_bridge.checks import check_config
+from ipa_bridge.checks import check_config, check_floating
 from ipa_bridge.config import PredictedLDDTConfig
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.layers import LayerNorm, Linear, without_rng
@@ -23,6 +23,7 @@ class PredictedLDDT(hk.Module):
 
     def __call__(self, act: Float[Array, "*B N c_s"]) -> Float[Array, "*B N bins"]:
         """Reads the activations of the structure module's last layer (Alg. 29, lines 1–3)."""
+        check_floating(act=act)
         c = self.config
         hidden = LayerNorm(name="input_layer_norm")(act)
         hidden = jax.nn.relu(Linear(c.hidden_channel, initializer="relu", name="act_0")(hidden))

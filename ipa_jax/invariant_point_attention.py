@@ -14,14 +14,13 @@ from jaxtyping import Array, Float, Shaped
 from ipa_bridge.checks import (
     check_arrays,
     check_config,
-    check_implementation,
     check_ipa_inputs,
     check_rigids,
     may_be_in_angstroms,
     warn_if_in_angstroms,
 )
 from ipa_bridge.config import Implementation, IPAConfig
-from ipa_jax.attention import point_attention
+from ipa_jax.attention import check_implementation, point_attention
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.layers import Initializer, Linear, without_rng
 from ipa_jax.rigid import Rigid

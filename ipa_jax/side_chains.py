@@ -158,6 +158,7 @@ def atom14_to_atom37(
     Raises:
         ValueError: atoms that do not fit aatype, or residue types that `check_aatype` refuses.
     """
+    check_arrays(atom14=atom14, aatype=aatype)
     check_per_atom("atom14", atom14, 14, aatype)
     check_aatype(aatype, mask)
     return _gather(atom14, residues.ATOM37_TO_ATOM14, residues.ATOM37_MASK, aatype)
@@ -171,6 +172,7 @@ def atom37_to_atom14(
     Raises:
         ValueError: atoms that do not fit aatype, or residue types that `check_aatype` refuses.
     """
+    check_arrays(atom37=atom37, aatype=aatype)
     check_per_atom("atom37", atom37, 37, aatype)
     check_aatype(aatype, mask)
     return _gather(atom37, residues.ATOM14_TO_ATOM37, residues.ATOM14_MASK, aatype)

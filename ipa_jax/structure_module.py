@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int, Shaped
 from ipa_bridge.checks import (
     check_arrays,
     check_config,
-    check_implementation,
     check_rigids,
     check_structure_module_inputs,
 )
 from ipa_bridge.config import Implementation, StructureModuleConfig
 from ipa_bridge.tuples import by_name
+from ipa_jax.attention import check_implementation
 from ipa_jax.dtypes import at_least_float32, varying_alike
 from ipa_jax.invariant_point_attention import InvariantPointAttention
 from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout, transition, with_rng

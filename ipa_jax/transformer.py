@@ -8,9 +8,10 @@ import haiku as hk
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from ipa_bridge.checks import check_arrays, check_config, check_implementation, check_rigids, check_tokens
+from ipa_bridge.checks import check_arrays, check_config, check_floating, check_rigids, check_shape, check_tokens
 from ipa_bridge.config import Implementation, IPABlockConfig, IPATransformerConfig
 from ipa_bridge.tuples import by_name
+from ipa_jax.attention import check_implementation
 from ipa_jax.dtypes import at_least_float32
 from ipa_jax.invariant_point_attention import InvariantPointAttention
 from ipa_jax.layers import Initializer, LayerNorm, Linear, dropout, transition, with_rng
@@ -74,6 +75,8 @@ class IPABlock(hk.Module):
         Raises:
             ValueError: shapes that do not fit the config or each other.
         """
+        check_floating(act=act)
+        act = jnp.asarray(act)
         c = self.config
         ipa = InvariantPointAttention(c.ipa, implementation=self.implementation)
         attention_layer_norm = LayerNorm(name="attention_layer_norm")
@@ -153,6 +156,8 @@ class IPATransformer(hk.Module):
             check_rigids(rigids)
         check_tokens(c, single)
         if c.num_token is not None:
+            if mask is not None:
+                check_shape("mask", mask, single.shape, "single")
             check_tokens(c, single, integers_outside(single, c.num_token - 1, mask))
         act = single
         if c.num_token is not None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ipa_bridge.checks import check_config
+from ipa_bridge.checks import check_arrays, check_config, check_floating
 from ipa_bridge.config import PredictedLDDTConfig
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.layers import LayerNorm, Linear, Module
@@ -29,6 +29,8 @@ class PredictedLDDT(Module):
 
     def forward(self, act: Float[Tensor, "*B N c_s"]) -> Float[Tensor, "*B N bins"]:
         """Reads the activations of the structure module's last layer (Alg. 29, lines 1–3)."""
+        check_arrays(Tensor, act=act)
+        check_floating(act=act)
         hidden = self.input_layer_norm(act)
         return self.logits(F.relu(self.act_1(F.relu(self.act_0(hidden)))))
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from ipa_bridge.checks import (
     check_arrays,
     check_config,
-    check_implementation,
     check_ipa_inputs,
     check_rigids,
     may_be_in_angstroms,
     warn_if_in_angstroms,
 )
 from ipa_bridge.config import Implementation, IPAConfig
-from ipa_torch.attention import point_attention
+from ipa_torch.attention import check_implementation, point_attention
 from ipa_torch.dtypes import at_least_float32, without_autocast
 from ipa_torch.layers import Linear, Module
 from ipa_torch.rigid import Rigid

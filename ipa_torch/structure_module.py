@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ipa_bridge.checks import (
     check_arrays,
     check_config,
-    check_implementation,
     check_rigids,
     check_structure_module_inputs,
 )
 from ipa_bridge.config import Implementation, StructureModuleConfig
 from ipa_bridge.parameters import haiku_name
 from ipa_bridge.tuples import by_name
+from ipa_torch.attention import check_implementation
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
 from ipa_torch.layers import Initializer, LayerNorm, Linear, Module, transition

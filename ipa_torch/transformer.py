@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ipa_bridge.checks import check_arrays, check_config, check_implementation, check_rigids, check_tokens
+from ipa_bridge.checks import check_arrays, check_config, check_floating, check_rigids, check_shape, check_tokens
 from ipa_bridge.config import Implementation, IPABlockConfig, IPATransformerConfig
 from ipa_bridge.parameters import haiku_name
 from ipa_bridge.tuples import by_name
+from ipa_torch.attention import check_implementation
 from ipa_torch.dtypes import at_least_float32
 from ipa_torch.invariant_point_attention import InvariantPointAttention
 from ipa_torch.layers import Initializer, LayerNorm, Linear, Module, transition
@@ -78,6 +79,8 @@ class IPABlock(Module):
         Raises:
             ValueError: shapes that do not fit the config or each other.
         """
+        check_arrays(Tensor, act=act, pair=pair, mask=mask)
+        check_floating(act=act)
         c = self.config
         ipa = self.invariant_point_attention
         attention_layer_norm = self.attention_layer_norm
@@ -146,6 +149,8 @@ class IPATransformer(Module):
             check_rigids(rigids, Tensor)
         check_tokens(c, single)
         if c.num_token is not None:
+            if mask is not None:
+                check_shape("mask", mask, single.shape, "single")
             check_tokens(c, single, integers_outside(single, c.num_token - 1, mask))
         act = single if c.num_token is None else self.token_embedding(single)
         dtype = at_least_float32(act.dtype)  # whatever the start frames' is

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from frameworks import Jax, Torch
 
-from ipa_bridge import IPAConfig, IPATransformerConfig, PredictedLDDTConfig, StructureModuleConfig, Weights
+from ipa_bridge import (
+    IPABlockConfig,
+    IPAConfig,
+    IPATransformerConfig,
+    PredictedLDDTConfig,
+    StructureModuleConfig,
+    Weights,
+)
 from ipa_bridge.proteins.frames import idealised_peptide
 from ipa_parity.attention.cases import CATALOGUE, ODD
 
@@ -55,6 +62,7 @@ def test_ipa(framework, spoil, message):
         ("4x4", r"rigids must be Rigid\(.*; got .* \(7, 4, 4\): .*Rigid.from_4x4\(matrix\)"),
         ("numpy", "rigids.rotation must be a Tensor; got ndarray: pass torch.as_tensor"),
         ("structure", r"rigids must be Rigid\(.*\); got Structure: make a Rigid of .* structure.rigids\(config\)"),
+        ("output", r"rigids must be Rigid\(.*\); got IPATransformerOutput: pass its .rigids, or of several layers"),
     ],
 )
 def test_what_is_no_rigid(framework, kind, message):
@@ -64,6 +72,7 @@ def test_what_is_no_rigid(framework, kind, message):
         "4x4": framework.array(np.zeros((7, 4, 4), np.float32)),
         "numpy": framework.package.Rigid(case.rotation, case.translation),
         "structure": idealised_peptide(),
+        "output": framework.package.IPATransformerOutput(None, None, None),
     }[kind]
     arrays = framework.array(case.single), framework.array(case.pair), rigids, framework.array(case.mask)
     if kind == "numpy" and isinstance(framework, Jax):
@@ -81,7 +90,7 @@ def test_what_is_no_array(framework, name):
     arrays = {name: framework.array(getattr(case, name)) for name in ("single", "pair", "mask")}
     for given in (getattr(case, name).tolist(), getattr(case, name)):
         inputs = {**arrays, name: given}
-        if given is not inputs[name] or isinstance(given, list) or isinstance(framework, Torch):
+        if isinstance(given, list) or isinstance(framework, Torch):
             with pytest.raises(ValueError, match=rf"{name} must be an? (array|Tensor); got (list|ndarray): pass"):
                 framework.ipa(case, inputs["single"], inputs["pair"], rigids, inputs["mask"])
         else:
@@ -121,9 +130,45 @@ def test_tokens_outside_the_vocabulary(framework):
     for wrong in ([0, 5, 1], [0, -1, 1]):
         with pytest.raises(ValueError, match=rf"tokens must be 0–4, as config.num_token says; got {wrong[1]}"):
             run(framework.array(wrong and np.array(wrong)))
+    with pytest.raises(ValueError, match=r"mask must be \(3,\) to fit single; got \(2,\)"):
+        run(framework.array(np.array([0, 4, 1])), mask=framework.array(np.ones(2)))
     if isinstance(framework, Jax):
         mask = framework.array(np.array([1, 0, 1]))
         assert np.isfinite(run(framework.array(np.array([0, -1, 1])), mask=mask).act).all()
+
+
+@pytest.mark.parametrize("kind", ["block", "confidence head", "atoms"])
+def test_what_else_is_no_array_or_not_floating(framework, kind):
+    """Where it does not come to an attention first: whole numbers had come back truncated."""
+    package, jax = framework.package, isinstance(framework, Jax)
+    if kind == "atoms":
+        with pytest.raises(ValueError, match=r"atom14 must be an? (array|Tensor); got list"):
+            package.atom14_to_atom37([[0.0] * 3] * 14, framework.array(np.zeros(1, int)))
+        return
+    if kind == "block":
+        config = IPABlockConfig(ipa=IPAConfig.lucidrains(8, heads=2, require_pairwise_repr=False), post_norm=False)
+        make, more = package.IPABlock, (None, package.Rigid.identity((3,)))
+    else:
+        config, more = PredictedLDDTConfig(num_channel=8, hidden_channel=4), ()
+        make = package.PredictedLDDT
+    act = framework.array(np.ones((3, 8), np.int32))
+    if jax:
+        import haiku as hk
+
+        transformed = hk.transform(lambda x: make(config)(x, *more))
+        params = Weights.random(config).to_haiku()
+
+        def run(x):
+            return transformed.apply(params, None, x)
+    else:
+
+        def run(x):
+            return make(config)(x, *more)
+
+    with pytest.raises(ValueError, match=r"act must be floating; got (torch\.)?int32: cast it"):
+        run(act)
+    with pytest.raises(ValueError, match=r"act must be an? (array|Tensor); got list"):
+        run([[1.0] * 8] * 3)
 
 
 def test_pair_where_the_config_has_none(framework):

@@ -19,7 +19,7 @@ from ipa_bridge.version import __version__
 from ipa_bridge.weights.conversion import LOSSES
 from ipa_bridge.weights.dialects import DIALECTS, default_dialect, find_dialect
 from ipa_bridge.weights.files import SUFFIXES
-from ipa_bridge.weights.porting import MAX_VERIFIED_EPS, compare, convert, inspect
+from ipa_bridge.weights.porting import MAX_VERIFIED_EPS, check_paths, compare, convert, inspect
 from ipa_bridge.weights.reports import (
     Comparison,
     FileContents,
@@ -155,16 +155,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _check_destination(destination: Path, source: Path, force: bool) -> None:
-    if destination.suffix not in SUFFIXES:
-        raise ValueError(f"{destination}: expected a name ending in {', '.join(SUFFIXES)}")
-    if source.exists() and destination.exists() and destination.samefile(source):
-        raise ValueError(f"{destination} is the source itself: name another file")
+    check_paths(source, destination)
     try:
         check_destination(destination, replace=force)
     except ValueError as error:
         raise ValueError(f"{error}; --force replaces an ordinary file") from None
-    if not destination.parent.is_dir():
-        raise ValueError(f"{destination}: there is no directory {destination.parent}")
 
 
 def _conversion(report: FileConversion, destination: Path) -> str:

@@ -21,7 +21,7 @@ from ipa_bridge.weights.assumptions import functional_fields
 from ipa_bridge.weights.checkpoints import Checkpoint, read_checkpoint, unstored_fields
 from ipa_bridge.weights.conversion import in_layout
 from ipa_bridge.weights.dialects import Dialect, default_dialect, find_dialect
-from ipa_bridge.weights.files import ArrayFile, open_arrays
+from ipa_bridge.weights.files import SUFFIXES, ArrayFile, open_arrays
 from ipa_bridge.weights.finding import Found, Parts, modules
 from ipa_bridge.weights.paths import keys_by_path
 from ipa_bridge.weights.reports import (
@@ -78,6 +78,7 @@ def convert(
         ValueError: the source holds no such module, the dialect cannot say it, or the destination cannot be written.
     """
     path = Path(destination)
+    check_paths(Path(source), path)
     check_destination(path, replace=replace)
     target = find_dialect(dialect or default_dialect(path))
     with open_arrays(source) as file:
@@ -117,6 +118,20 @@ def convert(
     if report.written:
         converted.write(path, target, root=root, replace=replace)
     return report
+
+
+def check_paths(source: Path, destination: Path) -> None:
+    """A file can be converted from here to there, be there one already or not.
+
+    Raises:
+        ValueError: the destination's suffix is of no format, it is the source itself, or its folder is not there.
+    """
+    if destination.suffix not in SUFFIXES:
+        raise ValueError(f"{destination}: expected a name ending in {', '.join(SUFFIXES)}")
+    if source.exists() and destination.exists() and destination.samefile(source):
+        raise ValueError(f"{destination} is the source itself: name another file")
+    if not destination.parent.is_dir():
+        raise ValueError(f"{destination}: there is no directory {destination.parent}")
 
 
 def verify(

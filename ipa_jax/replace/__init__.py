@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from ipa_bridge.config import Implementation
-from ipa_bridge.replacement import RESIDUES, ReplacedLayer, ReplacementReport
-from ipa_jax.attention import choose_implementation
+from ipa_bridge.replacement import ReplacedLayer, ReplacementReport
+from ipa_jax.attention import check_implementation
 from ipa_jax.replace.adapters import original_class, replaced_class
 from ipa_jax.replace.recognise import find_attentions
 from ipa_jax.replace.verify import compare_with_original
@@ -36,7 +36,7 @@ def replace_alphafold_ipa(*, implementation: Implementation | None = None, verif
         ValueError: there is no `alphafold` package, or its attention computes something else than AlphaFold's; nothing
             is replaced then.
     """
-    choose_implementation(implementation, RESIDUES)
+    check_implementation(implementation)
     ours, rows = {}, []
     for name, (module, config) in find_attentions().items():
         original = original_class(module.InvariantPointAttention)

@@ -14,7 +14,7 @@ from ipa_bridge.config import Implementation
 from ipa_torch.attention import fused, reference, streamed
 from ipa_torch.dtypes import at_least_float32, without_autocast
 
-__all__ = ["IMPLEMENTATIONS", "STREAMED_FROM", "choose_implementation", "point_attention"]
+__all__ = ["IMPLEMENTATIONS", "STREAMED_FROM", "check_implementation", "choose_implementation", "point_attention"]
 
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference.point_attention,
@@ -90,6 +90,16 @@ def point_attention(
     return (*outputs, attention) if return_attention else outputs
 
 
+def check_implementation(implementation: str | None) -> None:
+    """The name is that of an implementation, or None to choose one.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+
+
 def choose_implementation(
     implementation: Implementation | None, number: int, *, block_size: int | None = None
 ) -> Callable:
@@ -103,8 +113,7 @@ def choose_implementation(
     Raises:
         ValueError: no implementation of that name.
     """
+    check_implementation(implementation)
     streams = block_size is not None or torch.compiler.is_compiling() or number >= STREAMED_FROM
     name = implementation or ("streamed" if streams else "reference")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
     return IMPLEMENTATIONS[name]

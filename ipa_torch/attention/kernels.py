@@ -441,6 +441,8 @@ def run(kernel: str, arrays: Mapping[str, Any], sizes: Sizes, chunk: Chunk, **op
     known = {**arrays, **chunk._asdict(), "number": sizes.number, "stride": stride(sizes)}
     tile = tiles(kernel, sizes, options["pair_dtype"])
     function = KERNELS[kernel]
+    if isinstance(function, triton.JITFunction) == options["interpret"]:  # bfloat16 would come out wrong
+        raise NotImplementedError("implementation='fused': only tests set TRITON_INTERPRET=1; unset it")
     compiled_for = constants(kernel, sizes, **options)
     given = {name: known[name] for name in function.arg_names if name not in compiled_for}
     function[grid(kernel, sizes, chunk, tile)](**given, **compiled_for, **compiler_options(tile))

@@ -12,8 +12,8 @@ from dataclasses import replace
 from torch import nn
 
 from ipa_bridge.config import Implementation
-from ipa_bridge.replacement import RESIDUES, ReplacedLayer, ReplacementReport
-from ipa_torch.attention import choose_implementation
+from ipa_bridge.replacement import ReplacedLayer, ReplacementReport
+from ipa_torch.attention import check_implementation
 from ipa_torch.replace.adapters import (
     Adapter,
     Argument,
@@ -68,7 +68,7 @@ def replace_ipa(
         ValueError: there is no layer to replace, or one computes something else than it did or cannot be compared; the
             model is untouched then.
     """
-    choose_implementation(implementation, RESIDUES)
+    check_implementation(implementation)
     found = find_attentions(model)
     left_alone = {path: reason for path, reason in found.items() if isinstance(reason, str)}
     layers = [

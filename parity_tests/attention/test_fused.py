@@ -37,6 +37,20 @@ def test_another_triton_is_told(version, message, monkeypatch):
         point_attention(**tensors, implementation="fused")
 
 
+@needs_triton
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run on a GPU")
+def test_kernels_that_are_interpreted_unasked_are_refused(monkeypatch):
+    """As with TRITON_INTERPRET=1 on a GPU, where products with bfloat16 had come out wrong without a word."""
+    torch = pytest.importorskip("torch")
+    from ipa_torch.attention import fused, point_attention
+
+    monkeypatch.setattr(fused, "_no_place_to_run", lambda device: None)
+    arrays, _ = arrays_of((5,), 2, 32)
+    tensors = {name: None if x is None else torch.tensor(x) for name, x in arrays.items()}
+    with pytest.raises(NotImplementedError, match="only tests set TRITON_INTERPRET=1; unset it"):
+        point_attention(**tensors, implementation="fused")
+
+
 @interpreted
 @needs_triton
 @pytest.mark.parametrize("case", RAGGED)

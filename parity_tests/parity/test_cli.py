@@ -220,7 +220,7 @@ def test_a_missing_requirement_fails_the_suite():
     assert "--require: not installed: nonesuch" in result.stderr
 
 
-@pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 0)])
+@pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
 def test_what_ends_a_command_is_no_traceback(raised, status, monkeypatch, capsys):
     def stopped(*_, **__):
         raise raised

@@ -10,7 +10,7 @@ import pytest
 from port_cases import ONE_WIDTH, run
 
 from ipa_bridge.config import StructureModuleConfig
-from ipa_bridge.weights import Weights, files
+from ipa_bridge.weights import Weights, files, porting
 from ipa_parity.attention.cases import ODD
 
 pytestmark = pytest.mark.usefixtures("torch")
@@ -35,6 +35,9 @@ def test_what_exists_is_replaced_by_force_only(tmp_path, capsys):
         code, _, err = run(capsys, "convert", source, case, "--force")
         assert code == 2, case
         assert message in err, case
+        with pytest.raises(ValueError, match=message):
+            porting.convert(source, case, replace=True)
+    assert Weights.load(source).config == ODD
 
 
 def test_links_are_not_followed(tmp_path, capsys):
