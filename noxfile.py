@@ -101,3 +101,15 @@ def compat(session: nox.Session, name: str) -> None:
 
 for _name, (_python, _, _) in PAIRS.items():
     nox.session(lambda session, name=_name: compat(session, name), name=_name, python=_python)
+
+
+@nox.session(venv_backend="none")
+def table(session: nox.Session) -> None:
+    """Prints what the pairs came to, for docs/versions.md."""
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    columns = ("python", *SHOWN, "passed", "skipped", "failed", "minutes")
+    print("| pair |", " | ".join(columns), "|")
+    print("|---|" + "---:|" * len(columns))
+    for name in PAIRS:
+        if name in rows:
+            print(f"| {name} |", " | ".join(str(rows[name][column]) for column in columns), "|")
