@@ -6,7 +6,8 @@ its config names and shapes of parameters tell. A new head or module is a config
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
@@ -49,8 +50,6 @@ class Kind:
         told_by_shapes: fields of its config that names and shapes of parameters tell.
         told_besides: paths of further such fields, which depend on the config.
         part: the field that holds the config of the kind within, and that config's type; None where there is none.
-        values: fields that its values have in a file's metadata.
-        values_without: fields that they do not have.
     """
 
     config: type
@@ -62,13 +61,17 @@ class Kind:
     told_by_shapes: tuple[str, ...]
     told_besides: Callable[[Any], tuple[str, ...]] = lambda config: ()
     part: tuple[str, type] | None = None
-    values: tuple[str, ...] = ()
-    values_without: tuple[str, ...] = ()
 
     @property
     def landmark(self) -> str:
         """The parameter by which one is known among parameters of a single module."""
         return self.landmarks[0]
+
+    def has_fields(self, names: Collection[str]) -> bool:
+        """Its config has fields of all these names, and needs none besides."""
+        fields = dataclasses.fields(self.config)
+        needed = {x.name for x in fields if x.default is x.default_factory is dataclasses.MISSING}
+        return needed <= set(names) <= {x.name for x in fields}
 
     def from_values(self, values: Mapping[str, Any]) -> Config:
         """Makes its config of the values of its fields, those of the configs within included."""
@@ -92,8 +95,6 @@ KINDS: dict[type, Kind] = {
             # The attention's position_scale can only be 1.
             told_besides=lambda config: ("ipa.position_scale", *(() if config.tied_layers else ("num_layer",))),
             part=("ipa", IPAConfig),
-            values=("ipa",),
-            values_without=("block", "post_norm"),
         ),
         Kind(
             config=IPATransformerConfig,
@@ -105,7 +106,6 @@ KINDS: dict[type, Kind] = {
             infer=infer_ipa_transformer,
             told_by_shapes=("num_layer", "num_token", "predict_points"),
             part=("block", IPABlockConfig),
-            values=("block",),
         ),
         Kind(
             config=IPABlockConfig,
@@ -116,8 +116,6 @@ KINDS: dict[type, Kind] = {
             infer=infer_ipa_block,
             told_by_shapes=("num_layer_in_transition", "transition_factor"),
             part=("ipa", IPAConfig),
-            values=("post_norm",),
-            values_without=("block",),
         ),
         Kind(
             config=IPAConfig,
@@ -139,7 +137,6 @@ KINDS: dict[type, Kind] = {
                 "point_bias",
                 "pair_value_channel",
             ),
-            values_without=("num_bin",),
         ),
         Kind(
             config=PredictedLDDTConfig,
@@ -149,7 +146,6 @@ KINDS: dict[type, Kind] = {
             parameters=predicted_lddt_parameters,
             infer=infer_predicted_lddt,
             told_by_shapes=("num_channel", "hidden_channel", "num_bin"),
-            values=("num_bin",),
         ),
     )
 }
@@ -195,7 +191,7 @@ def config_from_values(values: Mapping[str, Any]) -> Config:
         TypeError, KeyError, ValueError: there is none.
     """
     for kind in KINDS.values():
-        if all(name in values for name in kind.values) and not any(name in values for name in kind.values_without):
+        if kind.has_fields(values):
             return kind.from_values(values)
     raise ValueError(f"these are the fields of no config: {', '.join(values)}")
 
