@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -65,6 +66,8 @@ def an_abstract_gpu():
     try:
         from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
     except ImportError:
+        return contextlib.nullcontext()
+    if len(inspect.signature(AbstractDevice).parameters) < 3:  # an older one, which nobody asks for
         return contextlib.nullcontext()
     device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
     return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
