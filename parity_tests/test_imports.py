@@ -63,7 +63,8 @@ NO_COMPILER = """
 import torch
 before = set(sys.modules)
 import ipa_torch
-compilers = {"torch._dynamo", "torch._inductor", *(["sympy"] if torch.__version__ > "2.8" else [])}  # 2.6 wants it itself
+compilers = {"torch._dynamo", "torch._inductor"}
+compilers |= {"sympy"} if torch.__version__ >= (2, 8) else set()  # whose own operators want it before
 heavy = compilers & (set(sys.modules) - before)
 assert not heavy, heavy
 """
