@@ -92,7 +92,7 @@ for name in ["ipa_jax", "ipa_jax.attention", "ipa_parity.frameworks"]:
 
 
 def run(script: str, absent: tuple[str, ...] = ()) -> None:
-    """Runs a script in a fresh interpreter, warnings being errors; what torch and JAX 0.8 themselves deprecate aside."""
+    """Runs a script in a fresh interpreter, warnings being errors; what torch and JAX 0.8 deprecate aside."""
     ignored = ["-W", "ignore::DeprecationWarning:torch", "-W", "ignore:'maxsplit' is passed:DeprecationWarning"]
     command = [sys.executable, "-W", "error", *ignored, "-c"]
     result = subprocess.run(
