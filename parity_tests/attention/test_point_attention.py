@@ -85,7 +85,7 @@ def test_the_mask_is_a_constant(framework, implementation, request):
     if implementation == "fused":
         request.getfixturevalue("interpreted")
         if framework == "torch":
-            pytest.importorskip("triton", minversion="3.6")
+            pytest.importorskip("triton", minversion="3.7")
     rng = np.random.default_rng(0)
     shapes = [(1, 4, 2, 3)] * 3 + [(1, 4, 2, 2, 3)] * 3 + [(1, 4, 4, 32), (32, 2), (2,), (1, 4)]
     *arrays, bias, weights, mask = (rng.random(shape, "float32") for shape in shapes)
