@@ -50,7 +50,7 @@ the structure module on 2RBG: an eighteenth of this. It sees what is grossly wro
 
 HALF_DTYPES = ("bfloat16", "float16")
 DTYPES = ("float64", "float32", *HALF_DTYPES)
-"""That have bounds, by name."""
+"""The dtypes that have bounds, by name."""
 
 
 def epsilon(dtype: str) -> float:

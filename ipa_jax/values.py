@@ -8,12 +8,12 @@ from jaxtyping import Array, Int, Shaped
 
 
 def at_hand(*arrays: Array | None) -> bool:
-    """Whether the values of all these are known here and now."""
+    """True where the values of all these are known here and now."""
     return all(_is_at_hand(x) for x in arrays)
 
 
 def integers_outside(x: Int[Array, "..."], most: int, mask: Shaped[Array, "..."] | None = None) -> list[int]:
-    """Those of x that are not from 0 to most where the mask is 1; none if values are not at hand."""
+    """The numbers of x that are not from 0 to most where the mask is 1; none if values are not at hand."""
     if not at_hand(x, mask):
         return []
     values = np.asarray(x)

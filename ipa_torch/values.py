@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def at_hand(*arrays: Tensor | None) -> bool:
-    """Whether the values of all these are known here and now, but for `torch.func`'s transforms."""
+    """True where the values of all these are known here and now, but for `torch.func`'s transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     plain = (Tensor, nn.Parameter)  # tensors of other classes may have no values
@@ -16,7 +16,7 @@ def at_hand(*arrays: Tensor | None) -> bool:
 
 
 def integers_outside(x: Int[Tensor, "..."], most: int, mask: Shaped[Tensor, "..."] | None = None) -> list[int]:
-    """Those of x that are not from 0 to most where the mask is 1; none if values are not at hand."""
+    """The numbers of x that are not from 0 to most where the mask is 1; none if values are not at hand."""
     if not at_hand(x, mask):
         return []
     values = x.long()
