@@ -20,7 +20,7 @@ from ipa_parity.frameworks import jax_point_attention
 
 
 class Case(NamedTuple):
-    """What is measured."""
+    """One measurement: its length, its pair and its device."""
 
     residues: int
     pair: str
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 
 def core_inputs(case: Case) -> dict[str, Any]:
-    """Of `point_attention`, at random on the device; all but the mask want gradients. All systems share them."""
+    """Random arguments of `point_attention` on the device; all but the mask want gradients. All systems share them."""
     return dict(_core_inputs(case))
 
 
@@ -60,7 +60,7 @@ def _core_inputs(case: Case) -> dict[str, Any]:
 
 
 def differentiated(arrays: dict[str, Any]) -> list[Any]:
-    """What gradients are taken of."""
+    """The arrays that gradients are taken of."""
     return [x for name, x in arrays.items() if x is not None and name != "mask"]
 
 
@@ -72,7 +72,7 @@ def torch_attend(arrays: dict[str, Any], implementation: Implementation) -> list
 
 
 def module_inputs(case: Case) -> Inputs:
-    """What a whole attention takes, at random on the device; the pair is the core's."""
+    """Random arguments of a whole attention on the device; the pair is the core's."""
     import torch
 
     c = IPAConfig.alphafold2()

@@ -150,7 +150,7 @@ def available(device: str) -> tuple[list[System], list[str]]:
 
 
 def can_fuse(device: str) -> bool:
-    """Whether the kernels run there: on a CPU with TRITON_INTERPRET=1, in the interpreters."""
+    """True where the kernels run: on a GPU, or on a CPU in the interpreters, with TRITON_INTERPRET=1."""
     return device == "cuda" or interpreted()
 
 

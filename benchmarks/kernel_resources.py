@@ -38,7 +38,7 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10}
 
 
 class Resources(NamedTuple):
-    """What one program of a compiled kernel takes."""
+    """Registers and memory that one program of a compiled kernel takes."""
 
     kernel: str
     target: str

@@ -99,7 +99,7 @@ def peak_on_gpu(call: Call) -> int:
 
 
 def attempt(call: Callable[[], Any]) -> Any:
-    """What a call returns; None where there is not enough memory."""
+    """The call's result; None where there is not enough memory."""
     try:
         return call()
     except (MemoryError, RuntimeError) as error:
@@ -110,7 +110,7 @@ def attempt(call: Callable[[], Any]) -> Any:
 
 
 def is_out_of_memory(message: str) -> bool:
-    """Whether an error's text tells of too little memory."""
+    """True where an error's text tells of too little memory."""
     return any(words in message.lower() for words in OUT_OF_MEMORY)
 
 

@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """What one program of a kernel works on at a time, and how it is run."""
+    """The tile that one program of a kernel works on at a time, and how it is run."""
 
     rows: int
     """Query rows; 1 where a program has one."""
