@@ -151,11 +151,11 @@ def available(device: str) -> tuple[list[System], list[str]]:
 
 def can_fuse(device: str) -> bool:
     """True where the kernels run: on a GPU, or on a CPU in the interpreters, with TRITON_INTERPRET=1."""
-    return device == "cuda" or interpreted()
+    return device == "cuda" or let_interpreters_run()
 
 
-def interpreted() -> bool:
-    """True where Triton interprets its kernels; both twins' fused attentions are told then."""
+def let_interpreters_run() -> bool:
+    """Tells both twins that kernels are interpreted, where TRITON_INTERPRET=1 says so; True if it does."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return False
     from ipa_torch.attention import fused
