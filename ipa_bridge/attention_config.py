@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 Layout = Literal["monomer", "multimer"]
 NormForm = Literal["add", "clamp"]
+DistanceForm = Literal["squared", "unsquared"]
+PointWeightForm = Literal["softplus", "identity"]
 Implementation = Literal["reference", "streamed", "fused"]
 """Names of the attention's implementations; see `point_attention`."""
 
@@ -16,6 +18,23 @@ UNIT_SOFTPLUS = math.log(math.e - 1.0)
 
 SMALLEST_FLOAT32 = 2.0**-126
 """The least normal number of float32: below it, hardware may take a number for zero."""
+
+
+_CHOICES = {
+    "layout": get_args(Layout),
+    "norm_form": get_args(NormForm),
+    "distance_form": get_args(DistanceForm),
+    "point_weight_form": get_args(PointWeightForm),
+}
+_SWITCHES = (
+    "scalar_bias",
+    "point_bias",
+    "zero_init",
+    "rotary_embedding",
+    "pair_bias",
+    "attention_2d_bias",
+    "pair_value_per_head",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +54,21 @@ class IPAConfig:
         scalar_bias: the scalar query, key and value projections have biases.
         point_bias: the point projections have biases.
         norm_form: the length of a value point x: "add" is √(|x|² + ε), "clamp" is √max(|x|², ε²).
-        norm_epsilon: that ε.
+        norm_epsilon: that ε. It may be 0 where the norm_form is "add"; the gradient of a zero-length point is then zero.
+        distance_form: each pair of a query point and a key point enters the logits with its "squared" distance |q − k|²,
+            or with its "unsquared" distance √(|q − k|² + distance_epsilon).
+        distance_epsilon: that ε; 0 where the distances are squared. Where it is 0 and two points coincide, the
+            gradient is zero.
+        point_weight_form: the point weight of a head is "softplus" of its γ, or γ itself ("identity").
+        logit_terms: T in the scale √(1/T) of the logits; None for 3 with a pair representation and 2 without.
+        rotary_embedding: scalar queries and keys are turned by their residue's place in the chain, two channels at a
+            time (Su et al. 2021), with frequencies that are parameters.
+        pair_bias: the pair representation adds a bias to the logits (line 4); False where it is attended to only.
+        attention_2d_bias: the projection to that bias has a bias of its own, which cancels in the softmax.
         pair_value_channel: width that the attended pair representation is projected down to before it is read (`down_z`
             of FrameDiff and its family; the bias reads the whole pair); None for the pair as it is.
+        pair_value_per_head: every head has its own projection to pair_value_channel, without a bias (`pair_value` of
+            BioEmu); False for one that all heads share.
         position_scale: what the frames' translations are divided by before anything reads them: 10 for frames in Å and
             weights trained on nm; 1 where the caller scales, as the structure module does.
         frame_unit: Å per unit of the translations that the caller passes: 10 where frames in Å must be divided by 10
@@ -64,7 +95,15 @@ class IPAConfig:
     point_bias: bool = True
     norm_form: NormForm = "add"
     norm_epsilon: float = 1e-8
+    distance_form: DistanceForm = "squared"
+    distance_epsilon: float = 0.0
+    point_weight_form: PointWeightForm = "softplus"
+    logit_terms: int | None = None
+    rotary_embedding: bool = False
+    pair_bias: bool = True
+    attention_2d_bias: bool = True
     pair_value_channel: int | None = None
+    pair_value_per_head: bool = False
     position_scale: float = 1.0
     frame_unit: float | None = None
     point_weight_init: float = UNIT_SOFTPLUS
@@ -79,19 +118,19 @@ class IPAConfig:
             check_width("pair_value_channel", self.pair_value_channel, "; pass None for the pair as it is")
             if self.pair_channel is None:
                 raise ValueError("pair_value_channel must be None where pair_channel is: there is no pair to project")
-        for field, names in (("layout", get_args(Layout)), ("norm_form", get_args(NormForm))):
+        elif self.pair_value_per_head:
+            raise ValueError("pair_value_per_head needs a pair_value_channel: the width that each head projects to")
+        for field, names in _CHOICES.items():
             if getattr(self, field) not in names:
                 raise ValueError(f"{field} must be one of {', '.join(names)}; got {getattr(self, field)!r}")
-        for field in ("scalar_bias", "point_bias", "zero_init"):
+        for field in _SWITCHES:
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False; got {getattr(self, field)!r}")
-        check_number("norm_epsilon", self.norm_epsilon)
-        least = SMALLEST_FLOAT32 if self.norm_form == "add" else math.sqrt(SMALLEST_FLOAT32)
-        if self.norm_epsilon < least:
-            raise ValueError(
-                f"norm_epsilon must be a positive number, at least {least:.2g} for float32 to hold what is under the "
-                f"root, or the norm's gradient at a zero-length point is not finite; got {self.norm_epsilon!r}"
-            )
+        if self.rotary_embedding and self.num_scalar_qk % 2:
+            raise ValueError(f"num_scalar_qk must be even where rotary_embedding is True; got {self.num_scalar_qk}")
+        if self.logit_terms is not None:
+            check_width("logit_terms", self.logit_terms, "; pass None to count them")
+        self._check_epsilons()
         check_number("point_weight_init", self.point_weight_init)
         check_number("position_scale", self.position_scale)
         if not self.position_scale > 0:
@@ -101,10 +140,31 @@ class IPAConfig:
             if not self.frame_unit > 0:
                 raise ValueError(f"frame_unit must be positive, in Å; got {self.frame_unit!r}; pass None for unknown")
 
+    def _check_epsilons(self) -> None:
+        """float32 holds each ε, or it is zero where that has a meaning."""
+        for field in ("norm_epsilon", "distance_epsilon"):
+            check_number(field, getattr(self, field))
+        clamps = self.norm_form == "clamp"
+        least = math.sqrt(SMALLEST_FLOAT32) if clamps else SMALLEST_FLOAT32
+        if self.norm_epsilon < least and (clamps or self.norm_epsilon != 0):
+            raise ValueError(
+                f"norm_epsilon must be {'' if clamps else '0 or '}at least {least:.2g}, for float32 to hold what is "
+                f"under the root; got {self.norm_epsilon!r}"
+            )
+        if self.distance_form == "squared" and self.distance_epsilon != 0:
+            raise ValueError(
+                f"distance_epsilon must be 0 where distance_form is 'squared'; got {self.distance_epsilon!r}"
+            )
+        if self.distance_epsilon < SMALLEST_FLOAT32 and self.distance_epsilon != 0:
+            raise ValueError(
+                f"distance_epsilon must be 0 or at least {SMALLEST_FLOAT32:.2g}, for float32 to hold it; got "
+                f"{self.distance_epsilon!r}"
+            )
+
     @property
     def num_logit_terms(self) -> int:
-        """T, the number of logit terms: scalars, points and, if there is a pair representation, its bias."""
-        return 2 if self.pair_channel is None else 3
+        """T in the logits' scale: as logit_terms says, or 3 with a pair representation and 2 without."""
+        return self.logit_terms or (2 if self.pair_channel is None else 3)
 
     @property
     def num_feature(self) -> int:

@@ -135,7 +135,11 @@ KINDS: dict[type, Kind] = {
                 "layout",
                 "scalar_bias",
                 "point_bias",
+                "rotary_embedding",
+                "pair_bias",
+                "attention_2d_bias",
                 "pair_value_channel",
+                "pair_value_per_head",
             ),
         ),
         Kind(

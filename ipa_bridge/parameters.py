@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from ipa_bridge.config import (
     IPABlockConfig,
@@ -24,15 +25,24 @@ Shapes = dict[str, tuple[int, ...]]
 POINT_WEIGHTS = "trainable_point_weights"
 """γ, one per head: the parameter that every attention has."""
 
+ROTARY_FREQUENCIES = "rotary_frequencies"
+"""Radians per residue of each pair of channels, where there is a rotary embedding."""
+
 
 def ipa_parameters(config: IPAConfig) -> Shapes:
     """Canonical parameter names and shapes of one invariant point attention (Suppl. Alg. 22)."""
     shapes: Shapes = {POINT_WEIGHTS: (config.num_head,)}
     project = _monomer_projections if config.layout == "monomer" else _multimer_projections
     shapes |= project(config)
+    if config.rotary_embedding:
+        shapes[ROTARY_FREQUENCIES] = (config.num_scalar_qk // 2,)
     if config.pair_channel is not None:
-        shapes |= _linear("attention_2d", config.pair_channel, (config.num_head,), bias=True)
-        if config.pair_value_channel is not None:
+        if config.pair_bias:
+            shapes |= _linear("attention_2d", config.pair_channel, (config.num_head,), config.attention_2d_bias)
+        if config.pair_value_channel is not None and config.pair_value_per_head:
+            values = (config.num_head, config.pair_value_channel)
+            shapes |= _linear("pair_value", config.pair_channel, values, bias=False)
+        elif config.pair_value_channel is not None:
             shapes |= _linear("down_z", config.pair_channel, (config.pair_value_channel,), bias=True)
     shapes |= _linear("output_projection", config.num_feature, (config.num_channel,), bias=True)
     return shapes
@@ -252,7 +262,8 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise ValueError(f"no invariant point attention without {', '.join(missing)}; got {', '.join(sorted(shapes))}")
-    sized = [name for name in (*needed, "attention_2d/weights", "down_z/weights") if name in shapes]
+    of_pair = [f"{name}/weights" for name in ("attention_2d", "pair_value", "down_z")]
+    sized = [name for name in (*needed, *of_pair) if name in shapes]
     formless = [name for name in sized if 0 in shapes[name] or len(shapes[name]) < 1 + name.endswith("/weights")]
     if formless:
         listed = ", ".join(f"{name} {shapes[name]}" for name in formless)
@@ -271,6 +282,7 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
 
     qk, v = (per_head(name) for name in scalars)
     p_qk, p_v = (per_head(name, 3) for name in points)
+    v, p_v = (v, p_v) if multimer else (v - qk, p_v - p_qk)
     point_bias = f"{points[0]}/bias" in shapes
     preset = IPAConfig.alphafold2()
     if multimer:
@@ -281,13 +293,32 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
         preset,
         layout="multimer" if multimer else "monomer",
         num_channel=shapes[f"{scalars[0]}/weights"][0],
-        pair_channel=shapes["attention_2d/weights"][0] if "attention_2d/weights" in shapes else None,
         num_head=heads,
         num_scalar_qk=qk,
-        num_scalar_v=v if multimer else v - qk,
+        num_scalar_v=v,
         num_point_qk=p_qk,
-        num_point_v=p_v if multimer else p_v - p_qk,
-        pair_value_channel=math.prod(shapes["down_z/weights"][1:]) if "down_z/weights" in shapes else None,
+        num_point_v=p_v,
         scalar_bias=f"{scalars[0]}/bias" in shapes,
         point_bias=point_bias,
+        rotary_embedding=ROTARY_FREQUENCIES in shapes,
+        **_infer_pair(shapes, per_head("pair_value") if "pair_value/weights" in shapes else None, heads, v, p_v),
     )
+
+
+def _infer_pair(
+    shapes: Mapping[str, tuple[int, ...]], per_head: int | None, heads: int, scalars: int, points: int
+) -> dict[str, Any]:
+    """The config's fields about the pair, from the widths of a head's own pair values, scalar and point values."""
+    of_pair = [f"{name}/weights" for name in ("attention_2d", "pair_value", "down_z")]
+    pair_channel: int | None = next((shapes[name][0] for name in of_pair if name in shapes), None)
+    attended = shapes["output_projection/weights"][0] // heads - scalars - 4 * points
+    if pair_channel is None and attended > 0:  # attended to as it is, without a bias
+        pair_channel = attended
+    shared = math.prod(shapes["down_z/weights"][1:]) if "down_z/weights" in shapes else None
+    return {
+        "pair_channel": pair_channel,
+        "pair_bias": pair_channel is None or "attention_2d/weights" in shapes,
+        "attention_2d_bias": "attention_2d/weights" not in shapes or "attention_2d/bias" in shapes,
+        "pair_value_channel": shared if per_head is None else per_head,
+        "pair_value_per_head": per_head is not None,
+    }
