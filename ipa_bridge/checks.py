@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
 
+from ipa_bridge.attention_config import DistanceForm, check_number
 from ipa_bridge.config import IPAConfig, IPATransformerConfig, StructureModuleConfig
 
 if TYPE_CHECKING:
@@ -299,13 +300,12 @@ def check_point_attention_inputs(
     """The arrays of a point attention fit each other.
 
     Raises:
-        ValueError: a wrong rank, size or batch shape; only one of pair and pair_bias_weight given.
+        ValueError: a wrong rank, size or batch shape; a pair_bias_weight without a pair.
     """
     if len(q.shape) < 3:
         raise ValueError(f"q must be (*batch, N, H, C); got {_shape(q)}")
-    if (pair is None) != (pair_bias_weight is None):
-        given, absent = ("pair_bias_weight", "pair") if pair is None else ("pair", "pair_bias_weight")
-        raise ValueError(f"{given} is given but {absent} is None: pass both, or None for both")
+    if pair is None and pair_bias_weight is not None:
+        raise ValueError("pair_bias_weight is given but pair is None: pass both, or None for both")
     *residues, num_head, _ = q.shape
     heads = (*residues, num_head)
     num_point_qk, num_point_v = (x.shape[-2] if len(x.shape) > 1 else 0 for x in (q_points, v_points))
@@ -324,6 +324,39 @@ def check_point_attention_inputs(
             "mask": (mask, tuple(residues)),
         },
     )
+
+
+def check_masks(residues: tuple[int, ...], key_mask: Shaped | None, pair_mask: Shaped | None) -> None:
+    """Masks of keys and of pairs fit the residues.
+
+    Args:
+        residues: batch axes and the number of residues.
+        key_mask: of the residues as keys.
+        pair_mask: of queries and keys.
+
+    Raises:
+        ValueError: no array, or another shape.
+    """
+    check_arrays(key_mask=key_mask, pair_mask=pair_mask)
+    shapes = {"key_mask": (key_mask, residues), "pair_mask": (pair_mask, (*residues, *residues[-1:]))}
+    _check_shapes(f"residues {residues}", shapes)
+
+
+def check_logits(logit_terms: int | None, distance_form: str, distance_epsilon: float) -> None:
+    """The numbers and names that say how logits are made.
+
+    Raises:
+        ValueError: one is none that the attention knows.
+    """
+    if logit_terms is not None and (not isinstance(logit_terms, int) or logit_terms < 1):
+        raise ValueError(f"logit_terms must be a positive integer, or None to count them; got {logit_terms!r}")
+    if distance_form not in get_args(DistanceForm):
+        raise ValueError(f"distance_form must be one of {', '.join(get_args(DistanceForm))}; got {distance_form!r}")
+    check_number("distance_epsilon", distance_epsilon)
+    if distance_epsilon < 0 or (distance_epsilon and distance_form == "squared"):
+        raise ValueError(
+            f"distance_epsilon must be 0 or more, and 0 where distance_form is 'squared'; got {distance_epsilon!r}"
+        )
 
 
 def _check_shapes(anchor: str, expected: Mapping[str, tuple[Shaped | None, tuple[int, ...]]]) -> None:

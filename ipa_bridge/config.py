@@ -6,16 +6,19 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ipa_bridge.attention_config import (
+    DistanceForm,
     Implementation,
     IPAConfig,
     Layout,
     NormForm,
+    PointWeightForm,
     check_number,
     check_width,
 )
 
 __all__ = [
     "Config",
+    "DistanceForm",
     "IPABlockConfig",
     "IPAConfig",
     "IPATransformerConfig",
@@ -23,6 +26,7 @@ __all__ = [
     "Layout",
     "LossConfig",
     "NormForm",
+    "PointWeightForm",
     "PredictedLDDTConfig",
     "StructureModuleConfig",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,9 @@ def point_attention(
     pair_bias_weight: Float[Array, "c_z H"] | None,
     point_weights: Float[Array, " H"],
     mask: Float[Array, "*B N"] | None = None,
+    allowed: Float[Array, "*B #N N"] | None = None,
+    logit_terms: int,
+    distance_epsilon: float | None = None,
     block_size: int | None = None,
     return_attention: bool = False,
 ) -> tuple[
@@ -61,13 +64,16 @@ def point_attention(
     reason = unsupported(sizes, q.dtype.name, None if pair is None else pair.dtype.name) or _no_place_to_run()
     if reason:
         raise NotImplementedError(f"implementation='fused': {reason}; implementation='streamed' has no such limit")
-    operands = Operands.from_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
+    arrays = (q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask, allowed)
+    operands = Operands.from_inputs(*arrays, logit_terms)
+    if pair is not None and pair_bias_weight is None:
+        operands = operands._replace(bias=jnp.zeros((width, heads), q.dtype))
     size = next((max(1, chunk.rows // number_of_examples(batch)) for chunk in chunks(sizes)), 1)
     if any(isinstance(length, int) and not length for length in batch):  # on which no kernel can be launched
         o = jnp.zeros_like(operands.values)
         o_pair = None if pair is None else jnp.zeros((*q.shape[:-1], width), q.dtype)
     else:
-        o, o_pair, _ = over_batch(partial(_attend, size, INTERPRETED), operands, len(batch))
+        o, o_pair, _ = over_batch(partial(_attend, Options(size, INTERPRETED, distance_epsilon)), operands, len(batch))
     return *unpack(o, v, v_points), o_pair, None
 
 
@@ -82,14 +88,23 @@ def _kernels() -> ModuleType:
     return importlib.import_module("ipa_jax.attention.kernels")
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _attend(size: int, interpret: bool, operands: Operands) -> tuple[Any, Any, Any]:
+class Options(NamedTuple):
+    """What is known when JAX compiles."""
+
+    size: int
+    """Query rows of a chunk."""
+    interpret: bool
+    distance_epsilon: float | None
+
+
+@partial(jax.jit, static_argnums=0)
+def _attend(options: Options, operands: Operands) -> tuple[Any, Any, Any]:
     """One example's o (H, N, Cv), o_pair (N, H, c_z) or None, and log Σ exp of the logits (H, N)."""
-    return _attend_by_rows(size, interpret, varying_alike(operands))
+    return _attend_by_rows(options, varying_alike(operands))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend_by_rows(size: int, interpret: bool, operands: Operands) -> tuple[Any, Any, Any]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_by_rows(options: Options, operands: Operands) -> tuple[Any, Any, Any]:
     """`_attend` of operands that vary alike."""
     heads, number, _ = operands.queries.shape
     zeros = partial(jnp.zeros_like, operands.values)
@@ -98,43 +113,43 @@ def _attend_by_rows(size: int, interpret: bool, operands: Operands) -> tuple[Any
         None if operands.pair is None else zeros(shape=(number, heads, operands.pair.shape[-1])),
         zeros(shape=(heads, number)),
     )
-    blocks, kernels = Blocks(operands), _kernels()
+    blocks, kernels = Blocks(operands, options.distance_epsilon), _kernels()
 
     def chunk(outputs: tuple[Any, Any, Any], start: Array) -> tuple[tuple[Any, Any, Any], None]:
         o, o_pair, lse = outputs
-        rows = Rows(start, size)
+        rows = Rows(start, options.size)
         logits, _ = blocks.logits(rows, None)
         if operands.pair is None:
             rows_lse = jax.nn.logsumexp(logits, -1)
         else:
-            logits, rows_lse, rows_o_pair = kernels.attend_to_pair(operands, logits, start, interpret=interpret)
+            logits, rows_lse, rows_o_pair = kernels.attend_to_pair(operands, logits, start, interpret=options.interpret)
             o_pair = rows.write(o_pair, rows_o_pair, 0)
         weight = jnp.exp(logits - rows_lse[..., None])
         o = rows.write(o, einsum("hij,hjc->hic", weight, operands.values), 1)
         return (o, o_pair, rows.write(lse, rows_lse, 1)), None
 
-    return jax.lax.scan(chunk, room, blocks.rows(size))[0] if number else room
+    return jax.lax.scan(chunk, room, blocks.rows(options.size))[0] if number else room
 
 
-def _attend_forward(size: int, interpret: bool, primals: Any) -> tuple[tuple[Any, Any, Any], Any]:
+def _attend_forward(options: Options, primals: Any) -> tuple[tuple[Any, Any, Any], Any]:
     operands = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
     # Whether the pair wants a gradient, told by structure: residuals are arrays.
     wanted = () if primals.pair is not None and primals.pair.perturbed else None
-    outputs = _attend_by_rows(size, interpret, jax.tree.map(in_reverse_mode_only, operands))
+    outputs = _attend_by_rows(options, jax.tree.map(in_reverse_mode_only, operands))
     return outputs, (operands, outputs, wanted)
 
 
-def _attend_backward(size: int, interpret: bool, residuals: Any, cotangents: Any) -> tuple[Operands]:
+def _attend_backward(options: Options, residuals: Any, cotangents: Any) -> tuple[Operands]:
     (operands, (o, o_pair, lse)), wanted = jax.tree.map(_differentiated_once, residuals[:2]), residuals[2]
     number = operands.queries.shape[1]
     if not number:
         return (jax.tree.map(jnp.zeros_like, operands),)
     d_o, d_o_pair, _ = jax.tree.map(_differentiated_once, [instantiate(x) for x in cotangents])
-    blocks, kernels = Blocks(operands), _kernels()
+    blocks, kernels = Blocks(operands, options.distance_epsilon), _kernels()
 
     def chunk(rows: Rows, gradients: Operands) -> RowGradients:
         fresh = rows.fresh(number, d_o.dtype)
-        logits, distance2 = blocks.logits(rows, None)
+        logits, distance = blocks.logits(rows, None)
         rows_d_o, rows_lse = rows.read(d_o, 1) * fresh[:, None], rows.read(lse, 1)
         d_weight = einsum("hic,hcj->hij", rows_d_o, blocks.values)
         delta = jnp.sum(rows_d_o * rows.read(o, 1), -1)
@@ -146,14 +161,14 @@ def _attend_backward(size: int, interpret: bool, residuals: Any, cotangents: Any
             rows_d_o_pair = rows.read(d_o_pair, 0) * fresh[:, None, None]
             delta += jnp.sum(rows_d_o_pair * rows.read(o_pair, 0), -1).T
             d_logits, weight, d_pair, rows_d_bias = kernels.pair_gradients(
-                operands, logits, d_weight, rows_d_o_pair, rows_lse, delta, d_pair, rows.start, interpret=interpret
+                operands, logits, d_weight, rows_d_o_pair, rows_lse, delta, d_pair, rows.start, interpret=options.interpret
             )
             d_bias = None if d_bias is None else d_bias + rows_d_bias
         # Behind barriers, or XLA computes them anew in each of the many sums that read them.
-        weight, distance2, d_logits = jax.lax.optimization_barrier((weight, distance2, d_logits))
-        return RowGradients(weight, d_logits, distance2, rows_d_o, d_pair, d_bias)
+        weight, distance, d_logits = jax.lax.optimization_barrier((weight, distance, d_logits))
+        return RowGradients(weight, d_logits, distance, rows_d_o, d_pair, d_bias)
 
-    return gradients_by_rows(blocks, size, wanted, chunk)
+    return gradients_by_rows(blocks, options.size, wanted, chunk)
 
 
 _attend_by_rows.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

@@ -16,7 +16,7 @@ from ipa_jax.attention.derivatives import in_reverse_mode_only
 class Operands(NamedTuple):
     """Operands of one example; of all of them, with batch axes first.
 
-    Logits are queries·keys − ½ weights·|query_points − key_points|² + pair·bias.
+    Logits are queries·keys − ½ weights·|query_points − key_points|² + pair·bias, or with distances that are not squared.
     """
 
     queries: Float[Array, "H N C"]
@@ -29,6 +29,8 @@ class Operands(NamedTuple):
     """In any dtype."""
     bias: Float[Array, "c_z H"] | None
     mask: Float[Array, " N"]
+    allowed: Float[Array, "#N N"] | None = None
+    """0 where a query may not read a key, as a key mask or a pair mask says; see `ipa_jax.attention.masks`."""
 
     @classmethod
     def from_inputs(
@@ -43,9 +45,11 @@ class Operands(NamedTuple):
         pair_bias_weight: Float[Array, "c_z H"] | None,
         point_weights: Float[Array, " H"],
         mask: Float[Array, "*B N"] | None,
+        allowed: Float[Array, "*B #N N"] | None,
+        logit_terms: int,
     ) -> Operands:
         """The operands of what `point_attention` takes."""
-        temperature = math.sqrt(1 / (2 if pair is None else 3))
+        temperature = math.sqrt(1 / logit_terms)
         return cls(
             queries=_heads_first(q * (temperature / math.sqrt(q.shape[-1]))),
             keys=_heads_first(k),
@@ -56,6 +60,7 @@ class Operands(NamedTuple):
             pair=pair,
             bias=None if pair is None or pair_bias_weight is None else pair_bias_weight * temperature,
             mask=jnp.ones(q.shape[:-2], q.dtype) if mask is None else jnp.broadcast_to(mask, q.shape[:-2]),
+            allowed=allowed,
         )
 
 

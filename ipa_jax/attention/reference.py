@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
+from ipa_jax.attention.masks import HIDDEN, hides
+from ipa_jax.numerics import safe_sqrt
+
 
 def point_attention(
     q: Float[Array, "*B N H C"],
@@ -22,6 +25,9 @@ def point_attention(
     pair_bias_weight: Float[Array, "c_z H"] | None,
     point_weights: Float[Array, " H"],
     mask: Float[Array, "*B N"] | None = None,
+    allowed: Float[Array, "*B #N N"] | None = None,
+    logit_terms: int,
+    distance_epsilon: float | None = None,
     block_size: int | None = None,
     return_attention: bool = False,
 ) -> tuple[
@@ -39,8 +45,19 @@ def point_attention(
         raise NotImplementedError(f"implementation 'reference' has no blocks: leave block_size None, got {block_size}")
     pair = None if pair is None else pair.astype(q.dtype)
     logits = attention_logits(
-        q, k, q_points, k_points, pair, pair_bias_weight=pair_bias_weight, point_weights=point_weights, mask=mask
+        q,
+        k,
+        q_points,
+        k_points,
+        pair,
+        pair_bias_weight=pair_bias_weight,
+        point_weights=point_weights,
+        mask=mask,
+        logit_terms=logit_terms,
+        distance_epsilon=distance_epsilon,
     )
+    if allowed is not None:
+        logits = jnp.where(hides(allowed, mask, mask)[..., None, :, :], HIDDEN, logits)
     attention = jax.nn.softmax(logits, axis=-1)
     o = jnp.einsum("...hij,...jhc->...ihc", attention, v, precision=Precision.HIGHEST)  # line 9
     o_points = jnp.einsum("...hij,...jhpx->...ihpx", attention, v_points, precision=Precision.HIGHEST)  # line 10
@@ -60,8 +77,12 @@ def attention_logits(
     pair_bias_weight: Float[Array, "c_z H"] | None,
     point_weights: Float[Array, " H"],
     mask: Float[Array, "*B N"] | None = None,
+    logit_terms: int,
+    distance_epsilon: float | None = None,
 ) -> Float[Array, "*B H N N"]:
     """Line 7 before its softmax: √(1/T)·(q·k/√C + b − ½·w·√(2/9P)·Σ|q⃗ − k⃗|²), masked keys at −1e5.
+
+    With a distance_epsilon ε, the sum is of √(|q⃗ − k⃗|² + ε).
 
     A masked query is left alone: it attends to all keys, which is what AlphaFold's −1e5·(1 − m_i·m_j) means
     in exact arithmetic, without the bits that adding a constant to a whole row would cost.
@@ -69,12 +90,15 @@ def attention_logits(
     scalar = jnp.einsum("...ihc,...jhc->...hij", q, k, precision=Precision.HIGHEST) / math.sqrt(q.shape[-1])
     q_points, k_points = (jnp.swapaxes(x, -3, -4) for x in (q_points, k_points))
     offset = q_points[..., :, None, :, :] - k_points[..., None, :, :, :]
-    distance2 = jnp.sum(offset * offset, (-1, -2))
+    if distance_epsilon is None:
+        distance = jnp.sum(offset * offset, (-1, -2))
+    else:
+        distance = jnp.sum(safe_sqrt(jnp.sum(offset * offset, -1) + distance_epsilon), -1)
     scale = point_weights * math.sqrt(2 / (9 * q_points.shape[-2]))
-    logits = scalar - 0.5 * scale[:, None, None] * distance2
+    logits = scalar - 0.5 * scale[:, None, None] * distance
     if pair is not None and pair_bias_weight is not None:
         logits += jnp.einsum("...ijc,ch->...hij", pair, pair_bias_weight, precision=Precision.HIGHEST)  # line 4
-    logits *= math.sqrt(1 / (2 if pair is None else 3))
+    logits *= math.sqrt(1 / logit_terms)
     if mask is not None:
         logits -= 1e5 * (mask[..., :, None] * (1 - mask[..., None, :]))[..., None, :, :]
     return logits

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
+from ipa_jax.attention.masks import HIDDEN, hides
 from ipa_jax.attention.operands import Operands
+from ipa_jax.numerics import safe_sqrt
 
 BLOCK_BYTES = 4 << 20
 """Bytes of the pair in one block; between 2 and 8 MB the optimum is flat, where a block stays in cache."""
@@ -22,8 +24,9 @@ LANES = 8
 class Blocks:
     """One example's operands as its blocks need them: what is the keys' turned once, with the residues last."""
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: Operands, distance_epsilon: float | None) -> None:
         self.operands = operands
+        self.distance_epsilon = distance_epsilon
         self.keys, self.values = _turned(operands.keys), _turned(operands.values)
         self.key_points = _turned(operands.key_points)
 
@@ -57,22 +60,36 @@ class Blocks:
     def logits(
         self, rows: Rows, bias_logits: Float[Array, "H b N"] | None
     ) -> tuple[Float[Array, "H b N"], Float[Array, "H b N"]]:
-        """The rows' logits, and squared distances."""
+        """The rows' logits, and sums over points of their distances, squared or not."""
         operands = self.operands
         logits = einsum("hic,hcj->hij", rows.read(operands.queries, 1), self.keys)
-        distance2: Any = sum(offset * offset for offset in self.offsets(rows))
-        logits -= 0.5 * operands.weights[:, None, None] * distance2
+        distance: Any
+        if self.distance_epsilon is None:
+            distance = sum(offset * offset for offset in self.offsets(rows))
+        else:
+            distance = sum(length for _, length in self.points(rows))
+        logits -= 0.5 * operands.weights[:, None, None] * distance
         if bias_logits is not None:
             logits += bias_logits
-        logits -= 1e5 * rows.read(operands.mask, 0)[:, None] * (1 - operands.mask)
-        return logits, distance2
+        valid = rows.read(operands.mask, 0)
+        logits -= 1e5 * valid[:, None] * (1 - operands.mask)
+        if operands.allowed is not None:
+            allowed = operands.allowed if len(operands.allowed) == 1 else rows.read(operands.allowed, 0)
+            logits = jnp.where(hides(allowed, valid, operands.mask), HIDDEN, logits)
+        return logits, distance
 
     def attention(
         self, rows: Rows, bias_logits: Float[Array, "H b N"] | None
     ) -> tuple[Float[Array, "H b N"], Float[Array, "H b N"]]:
-        """Softmax of the rows' logits, and squared distances."""
-        logits, distance2 = self.logits(rows, bias_logits)
-        return jax.nn.softmax(logits, -1), distance2
+        """Softmax of the rows' logits, and sums over points of their distances."""
+        logits, distance = self.logits(rows, bias_logits)
+        return jax.nn.softmax(logits, -1), distance
+
+    def points(self, rows: Rows) -> list[tuple[list[Float[Array, "H b N"]], Float[Array, "H b N"]]]:
+        """Of every point, the differences q − k in x, y and z, and their length √(|q − k|² + ε)."""
+        offsets = self.offsets(rows)
+        points = [offsets[i : i + 3] for i in range(0, len(offsets), 3)]
+        return [(xyz, safe_sqrt(sum(x * x for x in xyz) + self.distance_epsilon)) for xyz in points]
 
     def offsets(self, rows: Rows) -> list[Float[Array, "H b N"]]:
         """Differences q − k, one coordinate of one point after the other."""
@@ -106,7 +123,7 @@ class RowGradients(NamedTuple):
 
     weight: Float[Array, "H b N"]
     d_logits: Float[Array, "H b N"]
-    distance2: Float[Array, "H b N"]
+    distance: Float[Array, "H b N"]
     d_o: Float[Array, "H b Cv"]
     d_pair: Float[Array, "N N c_z"] | None
     """The pair's gradient from all rows so far, these among them; None where it is not wanted."""
@@ -131,7 +148,7 @@ def gradients_by_rows(
 
     def add(gradients: Operands, start: Array) -> tuple[Operands, None]:
         rows = Rows(start, size)
-        weight, d_logits, distance2, rows_d_o, d_pair, d_bias = block(rows, gradients)
+        weight, d_logits, distance, rows_d_o, d_pair, d_bias = block(rows, gradients)
         d_query_points, d_key_points = _point_gradients(blocks, rows, d_logits)
         return Operands(
             queries=rows.write(gradients.queries, einsum("hij,hjc->hic", d_logits, operands.keys), 1),
@@ -139,10 +156,11 @@ def gradients_by_rows(
             values=gradients.values + einsum("hij,hic->hcj", weight, rows_d_o),
             query_points=rows.write(gradients.query_points, d_query_points, 1),
             key_points=gradients.key_points + d_key_points,
-            weights=gradients.weights - 0.5 * jnp.sum(d_logits * distance2, (1, 2)),
+            weights=gradients.weights - 0.5 * jnp.sum(d_logits * distance, (1, 2)),
             pair=d_pair,
             bias=d_bias,
             mask=gradients.mask,
+            allowed=gradients.allowed,
         ), None
 
     gradients = jax.lax.scan(add, room, blocks.rows(size))[0]
@@ -160,8 +178,14 @@ def gradients_by_rows(
 def _point_gradients(
     blocks: Blocks, rows: Rows, d_logits: Float[Array, "H b N"]
 ) -> tuple[Float[Array, "H b 3P"], Float[Array, "H 3P N"]]:
-    """To query points and key points, by ∂L/∂q = −w·(q − k)."""
-    moved = [d_logits * offset for offset in blocks.offsets(rows)]
+    """To query points and key points, by ∂L/∂q = −w·(q − k), or −½ w·(q − k)/√(|q − k|² + ε) and zero where the root is."""
+    if blocks.distance_epsilon is None:
+        moved = [d_logits * offset for offset in blocks.offsets(rows)]
+    else:
+        moved = []
+        for offsets, length in blocks.points(rows):
+            pull = jnp.where(length > 0, 0.5 * d_logits / jnp.where(length > 0, length, 1.0), 0.0)
+            moved += [pull * offset for offset in offsets]
     weights = blocks.operands.weights[:, None, None]
     d_queries = jnp.stack([jnp.sum(x, -1) for x in moved], -1)
     d_keys = jnp.stack([jnp.sum(x, -2) for x in moved], -2)

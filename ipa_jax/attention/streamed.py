@@ -10,7 +10,7 @@ them too, but they hold as much in memory as the reference.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ def point_attention(
     pair_bias_weight: Float[Array, "c_z H"] | None,
     point_weights: Float[Array, " H"],
     mask: Float[Array, "*B N"] | None = None,
+    allowed: Float[Array, "*B #N N"] | None = None,
+    logit_terms: int,
+    distance_epsilon: float | None = None,
     block_size: int | None = None,
     return_attention: bool = False,
 ) -> tuple[
@@ -50,7 +53,8 @@ def point_attention(
     """
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, or None for a size that suits N; got {block_size}")
-    operands = Operands.from_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
+    arrays = (q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask, allowed)
+    operands = Operands.from_inputs(*arrays, logit_terms)
     *batch, number, heads, _ = q.shape
     size = block_size
     if size is None:
@@ -58,61 +62,69 @@ def point_attention(
         size = default_block_size(number, heads, width, block_bytes=BLOCK_BYTES, on_gpu=on_gpu)
         size //= number_of_examples(batch)
     size = max(1, min(size, number))
-    o, o_pair, attention = over_batch(partial(_attend, size, return_attention), operands, len(batch))
+    o, o_pair, attention = over_batch(partial(_attend, Options(size, return_attention, distance_epsilon)), operands, len(batch))
     return *unpack(o, v, v_points), o_pair, attention
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _attend(block_size: int, with_attention: bool, operands: Operands) -> tuple[Any, Any, Any]:
+class Options(NamedTuple):
+    """What is known when JAX compiles."""
+
+    block_size: int
+    with_attention: bool
+    distance_epsilon: float | None
+
+
+@partial(jax.jit, static_argnums=0)
+def _attend(options: Options, operands: Operands) -> tuple[Any, Any, Any]:
     """One example's o (H, N, Cv); o_pair (N, H, c_z) and attention (H, N, N), or None.
 
     Compiled as a whole, outside `jax.jit` too: there `jax.shard_map` knows no symbolic zeros.
     """
-    return _attend_by_rows(block_size, with_attention, varying_alike(operands))
+    return _attend_by_rows(options, varying_alike(operands))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend_by_rows(block_size: int, with_attention: bool, operands: Operands) -> tuple[Any, Any, Any]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_by_rows(options: Options, operands: Operands) -> tuple[Any, Any, Any]:
     """`_attend` of operands that vary alike."""
     heads, number, _ = operands.queries.shape
     zeros = partial(jnp.zeros_like, operands.values)
     room: tuple[Any, Any, Any] = (
         zeros(),
         None if operands.pair is None else zeros(shape=(number, heads, operands.pair.shape[-1])),
-        zeros(shape=(heads, number, number)) if with_attention else None,
+        zeros(shape=(heads, number, number)) if options.with_attention else None,
     )
-    blocks = Blocks(operands)
+    blocks = Blocks(operands, options.distance_epsilon)
 
     def block(outputs: tuple[Any, Any, Any], start: Array) -> tuple[tuple[Any, Any, Any], None]:
         o, o_pair, attention = outputs
-        rows = Rows(start, block_size)
+        rows = Rows(start, options.block_size)
         pair_rows = blocks.pair_rows(rows)
         weight, _ = blocks.attention(rows, blocks.bias_logits(pair_rows))
         o = rows.write(o, einsum("hij,hjc->hic", weight, operands.values), 1)
         if pair_rows is not None:
             o_pair = rows.write(o_pair, einsum("hij,ijc->ihc", weight, pair_rows), 0)
-        if with_attention:
+        if options.with_attention:
             attention = rows.write(attention, weight, 1)
         return (o, o_pair, attention), None
 
-    return jax.lax.scan(block, room, blocks.rows(block_size))[0] if number else room
+    return jax.lax.scan(block, room, blocks.rows(options.block_size))[0] if number else room
 
 
-def _attend_forward(block_size: int, with_attention: bool, primals: Any) -> tuple[tuple[Any, Any, Any], Any]:
+def _attend_forward(options: Options, primals: Any) -> tuple[tuple[Any, Any, Any], Any]:
     operands = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
     # Whether the pair wants a gradient, told by structure: residuals are arrays.
     wanted = () if primals.pair is not None and primals.pair.perturbed else None
-    outputs = _attend_by_rows(block_size, with_attention, jax.tree.map(in_reverse_mode_only, operands))
+    outputs = _attend_by_rows(options, jax.tree.map(in_reverse_mode_only, operands))
     return outputs, (operands, wanted)
 
 
-def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cotangents: Any) -> tuple[Operands]:
+def _attend_backward(options: Options, residuals: Any, cotangents: Any) -> tuple[Operands]:
     operands, wanted = residuals
     number = operands.queries.shape[1]
     d_o, d_o_pair, d_attention = (instantiate(x) for x in cotangents)
     if not number:
         return (jax.tree.map(jnp.zeros_like, operands),)
-    blocks = Blocks(operands)
+    blocks = Blocks(operands, options.distance_epsilon)
 
     def block(rows: Rows, gradients: Operands) -> RowGradients:
         fresh = rows.fresh(number, d_o.dtype)
@@ -120,17 +132,17 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
         rows_d_o = rows.read(d_o, 1) * fresh[:, None]
         d_weight = einsum("hic,hcj->hij", rows_d_o, blocks.values)
         if pair_rows is None:
-            weight, distance2 = blocks.attention(rows, None)
+            weight, distance = blocks.attention(rows, None)
         else:
             # [W_bᵀ; dO_pair] of each row against its pair: the bias and what the softmax is told, in one product.
             on_pair = blocks.beside_bias(rows.read(d_o_pair, 0) * fresh[:, None, None])
             both = jnp.transpose(einsum("ihc,ijc->ijh", on_pair, pair_rows), (2, 0, 1))
             d_weight += both[-len(d_weight) :]
-            weight, distance2 = blocks.attention(rows, None if operands.bias is None else both[: len(d_weight)])
+            weight, distance = blocks.attention(rows, None if operands.bias is None else both[: len(d_weight)])
         if d_attention is not None:
             d_weight += rows.read(d_attention, 1) * fresh[:, None]
         # Behind barriers, or XLA computes them anew in each of the many sums that read them.
-        weight, distance2 = jax.lax.optimization_barrier((weight, distance2))
+        weight, distance = jax.lax.optimization_barrier((weight, distance))
         d_logits = jax.lax.optimization_barrier(weight * (d_weight - jnp.sum(weight * d_weight, -1, keepdims=True)))
         d_pair, d_bias = gradients.pair, gradients.bias
         if pair_rows is not None and d_bias is not None:
@@ -140,9 +152,9 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
             to_pair = [jnp.transpose(x, (1, 2, 0)) for x in ([] if d_bias is None else [d_logits]) + [weight]]
             rows_d_pair = einsum("ijh,ihc->ijc", jnp.concatenate(to_pair, -1), on_pair)
             d_pair = rows.write(d_pair, rows_d_pair.astype(d_pair.dtype), 0)
-        return RowGradients(weight, d_logits, distance2, rows_d_o, d_pair, d_bias)
+        return RowGradients(weight, d_logits, distance, rows_d_o, d_pair, d_bias)
 
-    return gradients_by_rows(blocks, block_size, wanted, block)
+    return gradients_by_rows(blocks, options.block_size, wanted, block)
 
 
 _attend_by_rows.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ipa_bridge.checks import check_point_attention_inputs
-from ipa_bridge.config import Implementation
-from ipa_torch.attention import fused, reference, streamed
+from ipa_bridge.checks import check_logits, check_masks, check_point_attention_inputs
+from ipa_bridge.config import DistanceForm, Implementation
+from ipa_torch.attention import fused, masks, reference, streamed
 from ipa_torch.dtypes import at_least_float32, without_autocast
 
 __all__ = ["IMPLEMENTATIONS", "STREAMED_FROM", "check_implementation", "choose_implementation", "point_attention"]
@@ -39,6 +39,11 @@ def point_attention(
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
     point_weights: Float[Tensor, " H"],
     mask: Shaped[Tensor, "*B N"] | None = None,
+    key_mask: Shaped[Tensor, "*B N"] | None = None,
+    pair_mask: Shaped[Tensor, "*B N N"] | None = None,
+    logit_terms: int | None = None,
+    distance_form: DistanceForm = "squared",
+    distance_epsilon: float = 0.0,
     implementation: Implementation | None = None,
     block_size: int | None = None,
     return_attention: bool = False,
@@ -54,11 +59,18 @@ def point_attention(
         q_points: query points in the global frame, in the unit the point weights were trained for.
         k_points: key points in the global frame.
         v_points: value points in the global frame.
-        pair: pair representation, which gives a logit bias and is itself attended to; None for none.
-        pair_bias_weight: its projection to one bias per head (the bias's own bias cancels in the softmax).
-        point_weights: w_h ≥ 0, that is softplus(γ_h), not yet scaled by √(2/9P).
+        pair: pair representation, which is attended to and gives a logit bias; None for none.
+        pair_bias_weight: its projection to one bias per head (the bias's own bias cancels in the softmax); None where
+            the pair gives no bias.
+        point_weights: w_h, which is softplus(γ_h) in AlphaFold, not yet scaled by √(2/9P).
         mask: 1 or True where a residue is valid. A valid query ignores masked keys; a masked query attends to all.
-            A constant: its gradient is zero, that of a float mask too.
+            All masks are constants: their gradients are zero, those of float masks too.
+        key_mask: 1 or True where a residue may be read as a key, by any query, masked ones too.
+        pair_mask: 1 or True where the query of a row may read the key of a column. Hidden keys have a weight of
+            exactly zero; a query that may read no key at all gets zeros.
+        logit_terms: T in the scale √(1/T) of the logits; None for 3 with a pair and 2 without.
+        distance_form: "squared" for |q − k|² in the logits, "unsquared" for √(|q − k|² + distance_epsilon).
+        distance_epsilon: that ε, ≥ 0; at 0, the gradient is zero where two points coincide.
         implementation: one of `IMPLEMENTATIONS`; None chooses as `choose_implementation` says.
         block_size: query rows at a time, for implementations that work in blocks; None for a size that suits N.
         return_attention: also return the attention weights, (*B, H, N, N).
@@ -68,23 +80,36 @@ def point_attention(
         pair; and the attention if asked for. o and o_pair come in v's dtype, o_points in v_points'.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown implementation, or a block_size below 1.
+        ValueError: shapes that do not fit, an unknown implementation or distance_form, a distance_epsilon below 0 or
+            beside squared distances, or a block_size or logit_terms below 1.
         NotImplementedError: the named implementation cannot do what is asked.
     """
     check_point_attention_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
+    check_masks(tuple(q.shape[:-2]), key_mask, pair_mask)
+    check_logits(logit_terms, distance_form, distance_epsilon)
     attend = choose_implementation(implementation, q.shape[-3], block_size=block_size)
     arrays = (q, k, v, q_points, k_points, v_points)
     dtype = at_least_float32(*(x.dtype for x in arrays), *(() if pair is None else (pair.dtype,)))
+    mask = None if mask is None else mask.detach().to(dtype)
+    allowed = masks.combine(key_mask, pair_mask, dtype)
     with without_autocast(q.device.type):
         o, o_points, o_pair, attention = attend(
             *(x.to(dtype) for x in arrays),
             pair,
             pair_bias_weight=None if pair_bias_weight is None else pair_bias_weight.to(dtype),
             point_weights=point_weights.to(dtype),
-            mask=None if mask is None else mask.detach().to(dtype),
+            mask=mask,
+            allowed=allowed,
+            logit_terms=logit_terms or (2 if pair is None else 3),
+            distance_epsilon=distance_epsilon if distance_form == "unsquared" else None,
             block_size=block_size,
             return_attention=return_attention,
         )
+        if allowed is not None:  # rows without keys hold what is finite and means nothing
+            some = masks.sees_any(allowed, mask)[..., None, None]
+            o, o_points = some * o, some[..., None] * o_points
+            o_pair = None if o_pair is None else some * o_pair
+            attention = None if attention is None else some.transpose(-3, -2) * attention
     o_pair = None if o_pair is None else o_pair.to(v.dtype)
     outputs = (o.to(v.dtype), o_points.to(v_points.dtype), o_pair)
     return (*outputs, attention) if return_attention else outputs

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ipa_bridge.tiling import Sizes, chunks, stride, unsupported
 from ipa_torch.attention.derivatives import one_by_one, wants_gradients, without_derivative
+from ipa_torch.attention.masks import HIDDEN
 from ipa_torch.attention.operands import Operands, unpack
 
 OLDEST_TRITON = (3, 6)
@@ -54,6 +55,9 @@ def point_attention(
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
     point_weights: Float[Tensor, " H"],
     mask: Float[Tensor, "*B N"] | None = None,
+    allowed: Float[Tensor, "*B #N N"] | None = None,
+    logit_terms: int,
+    distance_epsilon: float | None = None,
     block_size: int | None = None,
     return_attention: bool = False,
 ) -> tuple[
@@ -71,16 +75,35 @@ def point_attention(
         raise NotImplementedError(f"implementation 'fused' has no blocks: leave block_size None, got {block_size}")
     if return_attention:
         raise NotImplementedError("implementation 'fused' never holds the attention: implementation='streamed' does")
-    operands = Operands.from_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
-    reason = unsupported(_sizes(operands), _name(q), None if pair is None else _name(pair))
+    arrays = (q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask, allowed)
+    operands = Operands.from_inputs(*arrays, logit_terms)
+    reason = None
+    if allowed is not None and allowed.shape[-2] != 1:
+        reason = "no pair_mask was expected, which its kernels do not read"
+    elif distance_epsilon is not None:
+        reason = "distance_form 'squared' was expected, which is the only one in its kernels"
+    operands = _with_hidden_keys(operands)
+    reason = reason or unsupported(_sizes(operands), _name(q), None if pair is None else _name(pair))
     reason = reason or _no_place_to_run(q.device.type)
     if reason:
         raise NotImplementedError(f"implementation='fused': {reason}; implementation='streamed' has no such limit")
     if wants_gradients(operands) or not torch.compiler.is_compiling():
-        o, o_pair, _ = _Attend.apply(*operands)
+        o, o_pair, _ = _Attend.apply(*operands[:-1])
     else:  # Dynamo has no place for an autograd function without gradients.
-        o, o_pair, _ = _attend(*operands)
+        o, o_pair, _ = _attend(*operands[:-1])
     return *unpack(o, v, v_points), None if pair is None else o_pair.reshape(*v.shape[:-1], pair.shape[-1]), None
+
+
+def _with_hidden_keys(operands: Operands) -> Operands:
+    """Operands whose pair has a bias, and whose key mask is one more channel: 1·0 for a key, or 1·HIDDEN."""
+    queries, keys, pair, bias = operands.queries, operands.keys, operands.pair, operands.bias
+    if pair is not None and bias is None:
+        bias = queries.new_zeros(pair.shape[-1], queries.shape[1])
+    if operands.allowed is not None:
+        hidden = ((1 - operands.allowed[:, :1, :, None]) * HIDDEN).expand(*keys.shape[:-1], 1)
+        queries = torch.cat([queries, torch.ones_like(hidden)], -1)
+        keys = torch.cat([keys, hidden], -1)
+    return operands._replace(queries=queries, keys=keys, bias=bias, allowed=None)
 
 
 def _no_place_to_run(device: str) -> str | None:
@@ -122,7 +145,7 @@ class _Attend(torch.autograd.Function):
         wanted = Operands(*ctx.needs_input_grad)
         differentiate = _attend_backward if torch.compiler.is_compiling() else _AttendBackward.apply
         gradients = (*differentiate(*cotangents[:2], *ctx.saved_tensors, wanted.pair), None)
-        return tuple(x if needed else None for x, needed in zip(gradients, wanted, strict=True))
+        return tuple(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 @torch.library.custom_op("ipa_twins::fused_attend", mutates_args=())

@@ -13,7 +13,7 @@ from torch import Tensor
 class Operands(NamedTuple):
     """Operands of all examples, batch axes as one.
 
-    Logits are queries·keys − ½ weights·|query_points − key_points|² + pair·bias.
+    Logits are queries·keys − ½ weights·|query_points − key_points|² + pair·bias, or with distances that are not squared.
     """
 
     queries: Float[Tensor, "B H N C"]
@@ -26,6 +26,8 @@ class Operands(NamedTuple):
     """In any dtype."""
     bias: Float[Tensor, "c_z H"] | None
     mask: Float[Tensor, "B N"] | None
+    allowed: Float[Tensor, "B #N N"] | None = None
+    """0 where a query may not read a key, as a key mask or a pair mask says; see `ipa_torch.attention.masks`."""
 
     @classmethod
     def from_inputs(
@@ -40,10 +42,12 @@ class Operands(NamedTuple):
         pair_bias_weight: Float[Tensor, "c_z H"] | None,
         point_weights: Float[Tensor, " H"],
         mask: Float[Tensor, "*B N"] | None,
+        allowed: Float[Tensor, "*B #N N"] | None,
+        logit_terms: int,
     ) -> Operands:
         """The operands of what `point_attention` takes."""
         *batch, number, _, _ = q.shape
-        temperature = math.sqrt(1 / (2 if pair is None else 3))
+        temperature = math.sqrt(1 / logit_terms)
         queries = _heads_first(q * (temperature / math.sqrt(q.shape[-1])))
         examples = queries.shape[0]
         return cls(
@@ -56,6 +60,7 @@ class Operands(NamedTuple):
             pair=None if pair is None else pair.reshape(examples, *pair.shape[-3:]),
             bias=None if pair is None or pair_bias_weight is None else pair_bias_weight * temperature,
             mask=None if mask is None else mask.expand(*batch, number).reshape(examples, number),
+            allowed=None if allowed is None else allowed.reshape(examples, *allowed.shape[-2:]),
         )
 
     def example(self, index: int) -> Operands:
@@ -70,6 +75,7 @@ class Operands(NamedTuple):
             pair=None if self.pair is None else self.pair[index],
             bias=self.bias,
             mask=None if self.mask is None else self.mask[index],
+            allowed=None if self.allowed is None else self.allowed[index],
         )
 
 

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ipa_torch.attention.masks import HIDDEN, hides
+from ipa_torch.numerics import safe_sqrt
+
 
 def point_attention(
     q: Float[Tensor, "*B N H C"],
@@ -21,6 +24,9 @@ def point_attention(
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
     point_weights: Float[Tensor, " H"],
     mask: Float[Tensor, "*B N"] | None = None,
+    allowed: Float[Tensor, "*B #N N"] | None = None,
+    logit_terms: int,
+    distance_epsilon: float | None = None,
     block_size: int | None = None,
     return_attention: bool = False,
 ) -> tuple[
@@ -38,8 +44,19 @@ def point_attention(
         raise NotImplementedError(f"implementation 'reference' has no blocks: leave block_size None, got {block_size}")
     pair = None if pair is None else pair.to(q.dtype)
     logits = attention_logits(
-        q, k, q_points, k_points, pair, pair_bias_weight=pair_bias_weight, point_weights=point_weights, mask=mask
+        q,
+        k,
+        q_points,
+        k_points,
+        pair,
+        pair_bias_weight=pair_bias_weight,
+        point_weights=point_weights,
+        mask=mask,
+        logit_terms=logit_terms,
+        distance_epsilon=distance_epsilon,
     )
+    if allowed is not None:
+        logits = torch.where(hides(allowed, mask, mask)[..., None, :, :], HIDDEN, logits)
     attention = torch.softmax(logits, dim=-1)
     o = torch.einsum("...hij,...jhc->...ihc", attention, v)  # line 9
     o_points = torch.einsum("...hij,...jhpx->...ihpx", attention, v_points)  # line 10
@@ -59,8 +76,12 @@ def attention_logits(
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
     point_weights: Float[Tensor, " H"],
     mask: Float[Tensor, "*B N"] | None = None,
+    logit_terms: int,
+    distance_epsilon: float | None = None,
 ) -> Float[Tensor, "*B H N N"]:
     """Line 7 before its softmax: √(1/T)·(q·k/√C + b − ½·w·√(2/9P)·Σ|q⃗ − k⃗|²), masked keys at −1e5.
+
+    With a distance_epsilon ε, the sum is of √(|q⃗ − k⃗|² + ε).
 
     A masked query is left alone: it attends to all keys, which is what AlphaFold's −1e5·(1 − m_i·m_j) means
     in exact arithmetic, without the bits that adding a constant to a whole row would cost.
@@ -68,15 +89,18 @@ def attention_logits(
     scalar = torch.einsum("...ihc,...jhc->...hij", q, k) / math.sqrt(q.shape[-1])
     q_points, k_points = (x.transpose(-3, -4) for x in (q_points, k_points))
     offset = q_points[..., :, None, :, :] - k_points[..., None, :, :, :]
-    distance2 = torch.sum(offset * offset, (-1, -2))
+    if distance_epsilon is None:
+        distance = torch.sum(offset * offset, (-1, -2))
+    else:
+        distance = torch.sum(safe_sqrt(torch.sum(offset * offset, -1) + distance_epsilon), -1)
     scale = point_weights * math.sqrt(2 / (9 * q_points.shape[-2]))
-    logits = scalar - 0.5 * scale[:, None, None] * distance2
+    logits = scalar - 0.5 * scale[:, None, None] * distance
     if pair is not None and pair_bias_weight is not None:
         # One product per query row: the weight's gradient is then a sum of N sums of N terms. A single sum of N²
         # loses hundreds of eps in float64.
         weight_per_row = pair_bias_weight.expand(*pair.shape[:-2], *pair_bias_weight.shape)
         logits = logits + torch.einsum("...ijc,...ich->...hij", pair, weight_per_row)  # line 4
-    logits = logits * math.sqrt(1 / (2 if pair is None else 3))
+    logits = logits * math.sqrt(1 / logit_terms)
     if mask is not None:
         logits = logits - 1e5 * (mask[..., :, None] * (1 - mask[..., None, :]))[..., None, :, :]
     return logits

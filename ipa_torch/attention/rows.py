@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ipa_bridge.tiling import default_block_size
+from ipa_torch.attention.masks import HIDDEN, hides
 from ipa_torch.attention.operands import Operands
 
 BLOCK_BYTES = 6 << 20
@@ -21,11 +22,14 @@ SMALLEST_WEIGHT = 1e-30
 class Blocks:
     """One example's operands as its blocks need them, and memory that the blocks share."""
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: Operands, distance_epsilon: float | None) -> None:
         self.queries, self.keys, self.values, self.query_points, self.key_points = operands[:5]
         self.weights, self.pair, mask = operands.weights, operands.pair, operands.mask
+        self.mask, self.allowed, self.distance_epsilon = mask, operands.allowed, distance_epsilon
         self.bias = None if operands.bias is None else operands.bias.T.contiguous()
-        self.in_float64 = self.queries.dtype == torch.float32 and self.queries.device.type == "cpu"
+        self.in_float64 = (
+            distance_epsilon is None and self.queries.dtype == torch.float32 and self.queries.device.type == "cpu"
+        )
         self.buffers: dict[str, Tensor] = {}
         left, right = self.queries, self.keys
         if mask is not None:  # one more channel: 1e5·m_i·(m_j − 1), exactly zero where the key is valid
@@ -84,17 +88,34 @@ class Blocks:
         if self.in_float64:
             logits += torch.bmm(self.wide_left[:, rows], self.wide_right)
         else:
-            distance2 = torch.zeros_like(logits)
-            for offset in self.offsets(rows):
-                distance2.addcmul_(offset, offset)
-            logits.addcmul_(distance2, self.weights[:, None, None], value=-0.5)
+            logits.addcmul_(self.distances(rows), self.weights[:, None, None], value=-0.5)
+        if self.allowed is not None:
+            allowed = self.allowed if len(self.allowed) == 1 else self.allowed[rows]
+            logits.masked_fill_(hides(allowed, None if self.mask is None else self.mask[rows], self.mask), HIDDEN)
         return logits
+
+    def distances(self, rows: slice) -> Tensor:
+        """Sums over points of the squared distances, or of the distances, (H, b, N)."""
+        total = self.queries.new_zeros((len(self.queries), rows.stop - rows.start, self.keys.shape[1]))
+        if self.distance_epsilon is None:
+            for offset in self.offsets(rows):
+                total.addcmul_(offset, offset)
+            return total
+        for _, length in self.points(rows):
+            total += length
+        return total
 
     def attention(self, rows: slice, bias_logits: Tensor | None) -> Tensor:
         """Softmax of the rows' logits, (H, b, N)."""
         logits = self.logits(rows, bias_logits)
         weight = torch.softmax(logits, -1, out=self.scratch("weight", logits.shape))
         return torch.threshold_(weight, SMALLEST_WEIGHT, 0.0)
+
+    def points(self, rows: slice) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """Of one point after the other, the differences q − k in x, y and z, and their length √(|q − k|² + ε)."""
+        offsets = self.offsets(rows)
+        for x, y, z in zip(offsets, offsets, offsets, strict=True):
+            yield (x, y, z), torch.sqrt(x * x + y * y + z * z + (self.distance_epsilon or 0.0))
 
     def offsets(self, rows: slice) -> Iterator[Tensor]:
         """Differences q − k, one coordinate of one point after the other, (H, b, N)."""

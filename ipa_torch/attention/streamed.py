@@ -34,6 +34,9 @@ def point_attention(
     pair_bias_weight: Float[Tensor, "c_z H"] | None,
     point_weights: Float[Tensor, " H"],
     mask: Float[Tensor, "*B N"] | None = None,
+    allowed: Float[Tensor, "*B #N N"] | None = None,
+    logit_terms: int,
+    distance_epsilon: float | None = None,
     block_size: int | None = None,
     return_attention: bool = False,
 ) -> tuple[
@@ -49,8 +52,9 @@ def point_attention(
     """
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, or None for a size that suits N; got {block_size}")
-    operands = Operands.from_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
-    inputs = (*operands, block_size or 0, return_attention)
+    arrays = (q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask, allowed)
+    operands = Operands.from_inputs(*arrays, logit_terms)
+    inputs = (*operands, distance_epsilon, block_size or 0, return_attention)
     if not torch.compiler.is_compiling():
         o, o_pair, attention = _EagerAttend.apply(*inputs)
     elif wants_gradients(operands):
@@ -78,19 +82,19 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         """What backward needs are the inputs alone."""
-        *operands, ctx.block_size, ctx.with_attention = inputs
+        *operands, ctx.distance_epsilon, ctx.block_size, ctx.with_attention = inputs
         ctx.save_for_backward(*operands)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
         """First derivatives, of what needs one."""
-        *operands, _, _ = ctx.needs_input_grad
+        *operands, _, _, _ = ctx.needs_input_grad
         wanted = Operands(*operands)
-        options = (ctx.block_size, ctx.with_attention, wanted.pair)
+        options = (ctx.distance_epsilon, ctx.block_size, ctx.with_attention, wanted.pair)
         differentiate = _attend_backward if torch.compiler.is_compiling() else _AttendBackward.apply
-        gradients = (*differentiate(*cotangents, *ctx.saved_tensors, *options), None)
+        gradients = (*differentiate(*cotangents, *ctx.saved_tensors, *options), None, None)
         found = tuple(x if needed else None for x, needed in zip(gradients, wanted, strict=True))
-        return *found, None, None
+        return *found, None, None, None
 
 
 class _EagerAttend(_Attend):
@@ -113,6 +117,8 @@ def _attend(
     pair: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    allowed: Tensor | None,
+    distance_epsilon: float | None,
     block_size: int,
     with_attention: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,10 +126,10 @@ def _attend(
 
     Takes the fields of `Operands`, and block_size 0 for the default.
     """
-    operands = Operands(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
+    operands = Operands(queries, keys, values, query_points, key_points, weights, pair, bias, mask, allowed)
     o, o_pair, attention = _outputs(operands, with_attention)
     for example in range(len(queries)):
-        blocks = Blocks(operands.example(example))
+        blocks = Blocks(operands.example(example), distance_epsilon)
         for rows in blocks.rows(block_size):
             pair_rows = blocks.pair_rows(rows)
             weight = blocks.attention(rows, blocks.bias_logits(pair_rows))
@@ -149,17 +155,19 @@ def _attend_backward(
     pair: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
+    allowed: Tensor | None,
+    distance_epsilon: float | None,
     block_size: int,
     with_attention: bool,
     with_d_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to the first eight inputs of `_attend`, empty where there is no such input or none is wanted."""
-    operands = Operands(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
+    operands = Operands(queries, keys, values, query_points, key_points, weights, pair, bias, mask, allowed)
     gradients = _gradients(operands, with_d_pair)
     d_queries, d_keys, d_values, d_query_points, d_key_points, d_weights, d_pair, d_bias = gradients
     heads = queries.shape[1]
     for example in range(len(queries)):
-        blocks = Blocks(operands.example(example))
+        blocks = Blocks(operands.example(example), distance_epsilon)
         points = _PointGradients(blocks)
         for rows in blocks.rows(block_size):
             pair_rows = blocks.pair_rows(rows)
@@ -233,11 +241,24 @@ class _PointGradients:
             self.by_query[:, rows] = torch.bmm(wide, self.keys)
             self.by_key.baddbmm_(wide.transpose(1, 2), self.queries[:, rows])
             return
+        if self.blocks.distance_epsilon is not None:
+            self._add_unsquared(rows, d_logits)
+            return
         for i, offset in enumerate(self.blocks.offsets(rows)):
             moved = d_logits * offset
             self.by_query[:, rows, i] = -moved.sum(-1)
             self.by_key[..., i] += moved.sum(1)
             self.by_weight -= 0.5 * torch.sum(moved * offset, (1, 2))
+
+    def _add_unsquared(self, rows: slice, d_logits: Tensor) -> None:
+        """Adds those of one block, by ∂L/∂q = −½ w·(q − k)/√(|q − k|² + ε), and zero where the root is."""
+        for point, (offsets, length) in enumerate(self.blocks.points(rows)):
+            self.by_weight -= 0.5 * torch.sum(d_logits * length, (1, 2))
+            pull = torch.where(length > 0, 0.5 * d_logits / length, 0.0)
+            for i, offset in enumerate(offsets, 3 * point):
+                moved = pull * offset
+                self.by_query[:, rows, i] = -moved.sum(-1)
+                self.by_key[..., i] += moved.sum(1)
 
     def into(self, d_queries: Tensor, d_keys: Tensor, d_weights: Tensor) -> None:
         """Writes the gradients to points and adds those to weights."""
@@ -286,13 +307,13 @@ def _gradients(
 
 @_attend.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    *operands, _, with_attention = inputs
+    *operands, _, _, with_attention = inputs
     return _outputs(Operands(*operands), with_attention)
 
 
 @_attend_backward.register_fake
 def _(d_o: Tensor, d_o_pair: Tensor, d_attention: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *operands, _, _, with_d_pair = inputs
+    *operands, _, _, _, with_d_pair = inputs
     return _gradients(Operands(*operands), with_d_pair)
 
 

@@ -1,0 +1,52 @@
+"""Which keys a query may read, where a key mask or a pair mask says so beside the residue mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+HIDDEN = -1e30
+"""Logit of a key that a query may not read: finite, and its attention weight is exactly zero beside any other."""
+
+
+def combine(
+    key_mask: Shaped[Array, "*B N"] | None, pair_mask: Shaped[Array, "*B N N"] | None, dtype: Any
+) -> Float[Array, "*B #N N"] | None:
+    """1 where a query may read a key and 0 elsewhere, with one row for all queries where only keys are masked."""
+    masks = [x for x in (None if key_mask is None else key_mask[..., None, :], pair_mask) if x is not None]
+    if not masks:
+        return None
+    allowed = masks[0] != 0
+    for mask in masks[1:]:
+        allowed = allowed & (mask != 0)
+    return jax.lax.stop_gradient(allowed.astype(dtype))
+
+
+def hides(
+    allowed: Float[Array, "*B #N N"], valid: Float[Array, "*B N"] | None, keys: Float[Array, "*B M"] | None
+) -> Bool[Array, "*B #N M"]:
+    """True where a query may not read a key: `allowed` says so, or the query is valid and the key is masked.
+
+    Args:
+        allowed: as `combine` gives it.
+        valid: residue mask of the queries.
+        keys: residue mask of the keys.
+    """
+    hidden = allowed == 0
+    if valid is None or keys is None:
+        return hidden
+    return hidden | (valid[..., :, None] * (1 - keys[..., None, :]) != 0)
+
+
+def sees_any(allowed: Float[Array, "*B #N N"], mask: Float[Array, "*B N"] | None) -> Float[Array, "*B N"]:
+    """1 for a query that may read at least one key, else 0."""
+    number = allowed.shape[-1]
+    if allowed.shape[-2] == number or mask is None:
+        seen = ~hides(allowed, mask, mask)
+        return jnp.broadcast_to(seen.any(-1), (*seen.shape[:-2], number)).astype(allowed.dtype)
+    keys = allowed[..., 0, :] != 0
+    if_valid, if_masked = ((keys & x).any(-1, keepdims=True) for x in (mask == 1, jnp.ones_like(mask, bool)))
+    return jnp.where(mask == 0, if_masked, if_valid).astype(allowed.dtype)
