@@ -264,7 +264,7 @@ def _gather(
 
 
 def _pick(atoms: Shaped[Array, "*B N A D"], index: Int[Array, "*B N G K"]) -> list[Shaped[Array, "*B N G D"]]:
-    """The K atoms whose indices each group has."""
+    """The K atoms of each group, by index."""
     return [jnp.take_along_axis(atoms, index[..., k, None], -2) for k in range(index.shape[-1])]
 
 

@@ -68,7 +68,7 @@ class InvariantPointAttention(Module):
         self.output_projection = Linear(c.num_feature, c_s, initializer="zeros" if c.zero_init else "linear")
 
     def reset_parameters(self) -> None:
-        """Initialises the parameters anew, in the order of construction."""
+        """Initialises the parameters again, in the order of construction."""
         nn.init.constant_(self.trainable_point_weights, self.config.point_weight_init)
         super().reset_parameters()
 

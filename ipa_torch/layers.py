@@ -27,7 +27,7 @@ class Module(nn.Module):
     """
 
     def reset_parameters(self) -> None:
-        """Initialises the parameters anew, in the order of construction."""
+        """Initialises the parameters again, in the order of construction."""
         for child in self.children():
             cast(Any, child).reset_parameters()
 

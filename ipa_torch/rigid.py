@@ -182,8 +182,8 @@ class Rigid(NamedTuple):
         extra = points.ndim - 1 - len(batch)
         if points.shape[-1:] != (3,) or extra < 0:
             raise ValueError(
-                f"points must be (*batch, …, 3) for frames of batch shape {batch}; got {tuple(points.shape)}. Give "
-                f"each frame its points after the frames' own axes, or add axes of length 1 to broadcast"
+                f"points must be (*batch, …, 3) for frames of batch shape {batch}; got {tuple(points.shape)}. Put "
+                f"the axes of points within a frame after the frames' own axes, or add axes of length 1 to broadcast"
             )
         shape = (*batch, *(1,) * extra)
         return Rigid(self.rotation.reshape(*shape, 3, 3), self.translation.reshape(*shape, 3))

@@ -272,7 +272,7 @@ def _gather(
 
 
 def _pick(atoms: Shaped[Tensor, "*B N A D"], index: Int[Tensor, "*B N G K"]) -> list[Shaped[Tensor, "*B N G D"]]:
-    """The K atoms whose indices each group has."""
+    """The K atoms of each group, by index."""
     return [take(atoms, index[..., k, None], -2) for k in range(index.shape[-1])]
 
 

@@ -110,8 +110,8 @@ def choose_implementation(
 ) -> Callable:
     """Attention function for an implementation's name and a number of residues.
 
-    None stands for "streamed" with a block_size or from `STREAMED_FROM` residues, else for "reference". A symbolic
-    number of residues in `jax.export` counts as small.
+    None stands for "streamed" if block_size is given or there are at least `STREAMED_FROM` residues, else for
+    "reference". A symbolic number of residues in `jax.export` counts as small.
 
     Only "reference" has forward-mode derivatives: name it where you need them. None never stands for "fused", whose
     kernels have not been measured on a GPU yet.

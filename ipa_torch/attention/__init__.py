@@ -112,8 +112,9 @@ def choose_implementation(
 ) -> Callable:
     """Attention function for an implementation's name and a number of residues.
 
-    None stands for "streamed" with a block_size or from `STREAMED_FROM` residues, else for "reference". Under
-    `torch.compile` and `torch.export` it always stands for "streamed", so that no length needs a second compilation.
+    None stands for "streamed" if block_size is given or there are at least `STREAMED_FROM` residues, else for
+    "reference". Under `torch.compile` and `torch.export` it always stands for "streamed", so that no length needs a
+    second compilation.
 
     Only "reference" has forward-mode derivatives and derivatives of derivatives: name it where you need them. None
     never stands for "fused", whose kernels have not been measured on a GPU yet.

@@ -38,7 +38,7 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a replaced layer computes, and how."""
+    """Config, arguments and implementation of a replaced layer."""
 
     config: IPAConfig
     takes: tuple[Argument, ...]
@@ -215,7 +215,7 @@ def _check_untouched(layer: Any) -> None:
 
 
 def alteration(module: Any, kind: type[Any]) -> str:
-    """What makes a module's call differ from its class's forward; empty if nothing does."""
+    """Reason why a module's call differs from its class's forward; empty if it does not."""
     if module.__class__ is not kind:
         return f"is a {type(module).__name__} where a {kind.__name__} was"
     if module._forward_hooks or module._forward_pre_hooks:
