@@ -14,7 +14,7 @@ HIDDEN = -1e30
 
 def combine(
     key_mask: Shaped[Array, "*B N"] | None, pair_mask: Shaped[Array, "*B N N"] | None, dtype: Any
-) -> Float[Array, "*B #N N"] | None:
+) -> Float[Array, "*B Q N"] | None:
     """1 where a query may read a key and 0 elsewhere, with one row for all queries where only keys are masked."""
     masks = [x for x in (None if key_mask is None else key_mask[..., None, :], pair_mask) if x is not None]
     if not masks:
@@ -26,8 +26,8 @@ def combine(
 
 
 def hides(
-    allowed: Float[Array, "*B #N N"], valid: Float[Array, "*B N"] | None, keys: Float[Array, "*B M"] | None
-) -> Bool[Array, "*B #N M"]:
+    allowed: Float[Array, "*B Q N"], valid: Float[Array, "*B N"] | None, keys: Float[Array, "*B M"] | None
+) -> Bool[Array, "*B Q M"]:
     """True where a query may not read a key: `allowed` says so, or the query is valid and the key is masked.
 
     Args:
@@ -41,7 +41,7 @@ def hides(
     return hidden | (valid[..., :, None] * (1 - keys[..., None, :]) != 0)
 
 
-def sees_any(allowed: Float[Array, "*B #N N"], mask: Float[Array, "*B N"] | None) -> Float[Array, "*B N"]:
+def sees_any(allowed: Float[Array, "*B Q N"], mask: Float[Array, "*B N"] | None) -> Float[Array, "*B N"]:
     """1 for a query that may read at least one key, else 0."""
     number = allowed.shape[-1]
     if allowed.shape[-2] == number or mask is None:

@@ -12,7 +12,7 @@ HIDDEN = -1e30
 
 def combine(
     key_mask: Shaped[Tensor, "*B N"] | None, pair_mask: Shaped[Tensor, "*B N N"] | None, dtype: torch.dtype
-) -> Float[Tensor, "*B #N N"] | None:
+) -> Float[Tensor, "*B Q N"] | None:
     """1 where a query may read a key and 0 elsewhere, with one row for all queries where only keys are masked."""
     masks = [x.detach() for x in (None if key_mask is None else key_mask[..., None, :], pair_mask) if x is not None]
     if not masks:
@@ -24,8 +24,8 @@ def combine(
 
 
 def hides(
-    allowed: Float[Tensor, "*B #N N"], valid: Float[Tensor, "*B N"] | None, keys: Float[Tensor, "*B M"] | None
-) -> Bool[Tensor, "*B #N M"]:
+    allowed: Float[Tensor, "*B Q N"], valid: Float[Tensor, "*B N"] | None, keys: Float[Tensor, "*B M"] | None
+) -> Bool[Tensor, "*B Q M"]:
     """True where a query may not read a key: `allowed` says so, or the query is valid and the key is masked.
 
     Args:
@@ -39,12 +39,14 @@ def hides(
     return hidden | (valid[..., :, None] * (1 - keys[..., None, :]) != 0)
 
 
-def sees_any(allowed: Float[Tensor, "*B #N N"], mask: Float[Tensor, "*B N"] | None) -> Float[Tensor, "*B N"]:
+def sees_any(allowed: Float[Tensor, "*B Q N"], mask: Float[Tensor, "*B N"] | None) -> Float[Tensor, "*B N"]:
     """1 for a query that may read at least one key, else 0."""
     number = allowed.shape[-1]
     if allowed.shape[-2] == number or mask is None:
         seen = ~hides(allowed, mask, mask)
         return seen.any(-1).expand(*seen.shape[:-2], number).to(allowed.dtype)
     keys = allowed[..., 0, :] != 0
-    if_valid, if_masked = ((keys & x).any(-1, keepdim=True) for x in (mask == 1, torch.ones_like(mask, dtype=torch.bool)))
+    if_valid, if_masked = (
+        (keys & x).any(-1, keepdim=True) for x in (mask == 1, torch.ones_like(mask, dtype=torch.bool))
+    )
     return torch.where(mask == 0, if_masked, if_valid).to(allowed.dtype)

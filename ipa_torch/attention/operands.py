@@ -1,4 +1,4 @@
-"""The operands of the implementations that work in blocks: scaled, heads first, values and their points together."""
+"""Operands of the implementations that work in blocks: scaled, with heads first, and points joined to values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """Operands of all examples, batch axes as one.
+    """Operands of all examples, with the batch axes flattened into one.
 
-    Logits are queries·keys − ½ weights·|query_points − key_points|² + pair·bias, or with distances that are not squared.
+    Logits are queries·keys − ½ weights·|query_points − key_points|² + pair·bias, or have unsquared distances.
     """
 
     queries: Float[Tensor, "B H N C"]
@@ -23,10 +23,10 @@ class Operands(NamedTuple):
     key_points: Float[Tensor, "B H N 3P"]
     weights: Float[Tensor, " H"]
     pair: Float[Tensor, "B N N c_z"] | None
-    """In any dtype."""
+    """May have another dtype than the other fields."""
     bias: Float[Tensor, "c_z H"] | None
     mask: Float[Tensor, "B N"] | None
-    allowed: Float[Tensor, "B #N N"] | None = None
+    allowed: Float[Tensor, "B Q N"] | None = None
     """0 where a query may not read a key, as a key mask or a pair mask says; see `ipa_torch.attention.masks`."""
 
     @classmethod
@@ -42,10 +42,10 @@ class Operands(NamedTuple):
         pair_bias_weight: Float[Tensor, "c_z H"] | None,
         point_weights: Float[Tensor, " H"],
         mask: Float[Tensor, "*B N"] | None,
-        allowed: Float[Tensor, "*B #N N"] | None,
+        allowed: Float[Tensor, "*B Q N"] | None,
         logit_terms: int,
     ) -> Operands:
-        """The operands of what `point_attention` takes."""
+        """Converts the arguments of `point_attention`."""
         *batch, number, _, _ = q.shape
         temperature = math.sqrt(1 / logit_terms)
         queries = _heads_first(q * (temperature / math.sqrt(q.shape[-1])))
@@ -82,7 +82,7 @@ class Operands(NamedTuple):
 def unpack(
     o: Float[Tensor, "B H N C"], v: Float[Tensor, "*B N H Cv"], v_points: Float[Tensor, "*B N H Pv 3"]
 ) -> tuple[Float[Tensor, "*B N H Cv"], Float[Tensor, "*B N H Pv 3"]]:
-    """The values' part of an output and the points' part, in their shapes."""
+    """Splits an output into o and o_points, in the shapes of v and v_points."""
     o = o.transpose(1, 2).reshape(*v.shape[:-1], o.shape[-1])
     return o[..., : v.shape[-1]], o[..., v.shape[-1] :].unflatten(-1, v_points.shape[-2:])
 
