@@ -1,4 +1,4 @@
-"""Ground floor of IPA Twins: configurations, weights, structures and a float64 oracle; numpy only at import."""
+"""Shared base of IPA Twins: configurations, weights, structures and a float64 oracle. Importing it needs numpy only."""
 
 from ipa_bridge.config import (
     IPABlockConfig,

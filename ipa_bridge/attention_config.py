@@ -1,4 +1,4 @@
-"""What an invariant point attention is: its frozen, typed configuration and the named presets of it."""
+"""Configuration of an invariant point attention: a frozen, typed dataclass with named presets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNIT_SOFTPLUS = math.log(math.e - 1.0)
 """The γ at which softplus(γ) = 1, AlphaFold's initial point weight."""
 
 SMALLEST_FLOAT32 = 2.0**-126
-"""The least normal number of float32: below it, hardware may take a number for zero."""
+"""Smallest normal float32 number; hardware may treat smaller ones as zero."""
 
 
 _CHOICES = {
@@ -54,32 +54,32 @@ class IPAConfig:
         scalar_bias: the scalar query, key and value projections have biases.
         point_bias: the point projections have biases.
         norm_form: the length of a value point x: "add" is √(|x|² + ε), "clamp" is √max(|x|², ε²).
-        norm_epsilon: that ε. It may be 0 where the norm_form is "add"; the gradient of a zero-length point is then zero.
-        distance_form: each pair of a query point and a key point enters the logits with its "squared" distance |q − k|²,
-            or with its "unsquared" distance √(|q − k|² + distance_epsilon).
-        distance_epsilon: that ε; 0 where the distances are squared. Where it is 0 and two points coincide, the
-            gradient is zero.
-        point_weight_form: the point weight of a head is "softplus" of its γ, or γ itself ("identity").
+        norm_epsilon: the ε in `norm_form`. With "add" it may be 0; the gradient of a zero-length point is then zero.
+        distance_form: query and key points enter the logits with their "squared" distance |q − k|², or with their
+            "unsquared" distance √(|q − k|² + distance_epsilon).
+        distance_epsilon: the ε of unsquared distances; 0 for squared ones. If it is 0, the gradient is zero where two
+            points coincide.
+        point_weight_form: a head's point weight is the "softplus" of its γ, or γ itself ("identity").
         logit_terms: T in the scale √(1/T) of the logits; None for 3 with a pair representation and 2 without.
-        rotary_embedding: scalar queries and keys are turned by their residue's place in the chain, two channels at a
-            time (Su et al. 2021), with frequencies that are parameters.
-        pair_bias: the pair representation adds a bias to the logits (line 4); False where it is attended to only.
+        rotary_embedding: scalar queries and keys are rotated by the residue's index, two channels at a time (Su et
+            al. 2021). The frequencies are parameters.
+        pair_bias: the pair representation adds a bias to the logits (line 4); if False, it is only averaged (line 8).
         attention_2d_bias: the projection to that bias has a bias of its own, which cancels in the softmax.
-        pair_value_channel: width that the attended pair representation is projected down to before it is read (`down_z`
-            of FrameDiff and its family; the bias reads the whole pair); None for the pair as it is.
-        pair_value_per_head: every head has its own projection to pair_value_channel, without a bias (`pair_value` of
-            BioEmu); False for one that all heads share.
-        position_scale: what the frames' translations are divided by before anything reads them: 10 for frames in Å and
-            weights trained on nm; 1 where the caller scales, as the structure module does.
-        frame_unit: Å per unit of the translations that the caller passes: 10 where frames in Å must be divided by 10
-            first, 1 where they go in as they are; None for unknown. It changes no output: `Structure.rigids` divides by
-            it, and a module called with frames in Å warns where it is 10 or more.
-        point_weight_init: γ before training; the point weight is softplus(γ).
+        pair_value_channel: width to which the attended pair representation is projected (`down_z` in FrameDiff and its
+            family; the bias still reads the full pair); None for no projection.
+        pair_value_per_head: each head has its own projection to pair_value_channel, without a bias (`pair_value` in
+            BioEmu); if False, all heads share one.
+        position_scale: divisor of the frames' translations, applied before anything reads them: 10 for frames in Å and
+            weights trained on nm; 1 if the caller scales, as the structure module does.
+        frame_unit: Å per unit of the translations that the caller passes: 10 if frames in Å must be divided by 10
+            first, 1 if they are passed in Å; None if unknown. It changes no output. `Structure.rigids` divides by it,
+            and a module with a frame_unit of 10 or more warns if it is called with frames in Å.
+        point_weight_init: γ before training.
         zero_init: the output projection starts at zero, so that a residual branch starts as the identity.
 
     Raises:
-        ValueError: a width is not a positive integer, a name is not one of those listed, ε is no positive number that
-            float32 can hold, a position_scale or frame_unit that is not positive, or a pair_value_channel without a
+        ValueError: a width is not a positive integer, a name is not one of those listed, ε is not a positive number
+            that float32 can hold, position_scale or frame_unit is not positive, or pair_value_channel is given without
             pair_channel.
     """
 
@@ -115,9 +115,9 @@ class IPAConfig:
         if self.pair_channel is not None:
             check_width("pair_channel", self.pair_channel, "; pass None for no pair representation")
         if self.pair_value_channel is not None:
-            check_width("pair_value_channel", self.pair_value_channel, "; pass None for the pair as it is")
+            check_width("pair_value_channel", self.pair_value_channel, "; pass None for no projection")
             if self.pair_channel is None:
-                raise ValueError("pair_value_channel must be None where pair_channel is: there is no pair to project")
+                raise ValueError("pair_value_channel must be None if pair_channel is None: there is no pair to project")
         elif self.pair_value_per_head:
             raise ValueError("pair_value_per_head needs a pair_value_channel: the width that each head projects to")
         for field, names in _CHOICES.items():
@@ -127,7 +127,7 @@ class IPAConfig:
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be True or False; got {getattr(self, field)!r}")
         if self.rotary_embedding and self.num_scalar_qk % 2:
-            raise ValueError(f"num_scalar_qk must be even where rotary_embedding is True; got {self.num_scalar_qk}")
+            raise ValueError(f"num_scalar_qk must be even if rotary_embedding is True; got {self.num_scalar_qk}")
         if self.logit_terms is not None:
             check_width("logit_terms", self.logit_terms, "; pass None to count them")
         self._check_epsilons()
@@ -188,19 +188,19 @@ class IPAConfig:
 
     @classmethod
     def alphafold_multimer(cls) -> IPAConfig:
-        """AlphaFold-Multimer: one projection each for q, k and v, scalars without bias, clamped norms; 20 Å."""
+        """AlphaFold-Multimer: separate projections for q, k and v, scalars without bias, clamped norms, unit 20 Å."""
         return replace(cls.alphafold2(), layout="multimer", scalar_bias=False, norm_form="clamp", frame_unit=20.0)
 
     @classmethod
     def esmfold(cls) -> IPAConfig:
-        """ESMFold's structure module: AlphaFold 2's attention, but that γ starts at 0."""
+        """ESMFold's structure module: AlphaFold 2's attention, with γ starting at 0."""
         return replace(cls.alphafold2(), point_weight_init=0.0)
 
     @classmethod
     def framediff(cls) -> IPAConfig:
-        """One block of FrameDiff, and of FrameFlow and FoldFlow: frames in Å, which it reads in nm, and `down_z`.
+        """The attention of FrameDiff, FrameFlow and FoldFlow, with `down_z`; it takes frames in Å and reads them in nm.
 
-        Each of its blocks (`trunk.ipa_0` …) has weights of its own.
+        Each block (`trunk.ipa_0` …) has its own weights.
         """
         return cls(
             num_channel=256,
@@ -231,8 +231,8 @@ class IPAConfig:
     ) -> IPAConfig:
         """The PyPI package `invariant-point-attention`, with its constructor's own argument names and defaults.
 
-        Its mask leaves a masked residue attending to all keys uniformly; here such a row attends to them
-        by their logits, as in AlphaFold. Valid rows are the same.
+        In the package, a masked residue attends to all keys uniformly; here it attends by its logits, as in
+        AlphaFold. Rows of valid residues are the same.
         """
         return cls(
             num_channel=dim,
@@ -251,20 +251,20 @@ class IPAConfig:
 
 
 def check_width(field: str, value: object, hint: str = "") -> None:
-    """A field that counts or measures channels is a positive integer.
+    """Checks that a field's value is a positive integer.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{field} must be a positive integer; got {value!r}{hint}")
 
 
 def check_number(field: str, value: object, hint: str = "") -> None:
-    """A field is a number that is neither infinite nor NaN.
+    """Checks that a field's value is a number that is neither infinite nor NaN.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is anything else.
     """
     try:
         finite = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)

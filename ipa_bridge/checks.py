@@ -1,4 +1,4 @@
-"""Checks of inputs that both frameworks share: what was expected, what came, how to mend it."""
+"""Input checks that both frameworks share; errors tell what was expected, what came, and how to mend it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 MIN_CHAIN = 8
-"""Least number of residues: of fewer, the steps from one to the next say nothing of the unit."""
+"""Smallest number of residues for the check of the unit: fewer distances do not show the unit."""
 
 MIN_SUSPECTED_UNIT = 10.0
-"""Å; in a smaller unit, steps that look like Å may be something else."""
+"""Smallest unit, in Å, that is checked: in a smaller one, distances that look like Å may be right."""
 
 CA_STEPS = (3.6, 4.0)
-"""Å from one Cα to the next: 3.8 over a trans peptide bond."""
+"""Range of the distance between consecutive Cα, Å; it is 3.8 over a trans peptide bond."""
 
 
 class Shaped(Protocol):
@@ -35,19 +35,19 @@ class Shaped(Protocol):
 
 
 def check_rigids(rigids: Any, array: type | None = None) -> None:
-    """Frames come as the package's Rigid, of arrays of its framework.
+    """Checks that frames are the package's Rigid, with arrays of its framework.
 
     Args:
-        rigids: what was passed.
-        array: the type of its arrays; None for whatever the framework converts.
+        rigids: what the caller passed.
+        array: type of the framework's arrays; None to accept anything with a shape and a dtype.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: `rigids` is anything else.
     """
     if hasattr(rigids, "rigids") and not callable(rigids.rigids):
         raise ValueError(
-            f"rigids must be Rigid(rotation, translation); got {type(rigids).__name__}: pass its .rigids, or of "
-            "several layers .rigids[-1]"
+            f"rigids must be Rigid(rotation, translation); got {type(rigids).__name__}: pass its .rigids, or "
+            ".rigids[-1] if it has several layers"
         )
     if hasattr(rigids, "rigids"):
         raise ValueError(
@@ -64,27 +64,27 @@ def check_rigids(rigids: Any, array: type | None = None) -> None:
 
 
 def check_config(config: Any, kind: type) -> None:
-    """A module is made from the config of its own kind.
+    """Checks that a module is made from a config of its own kind.
 
     Raises:
-        ValueError: it is of another, or no config at all.
+        ValueError: `config` is of another kind, or not a config.
     """
     if not isinstance(config, kind):
         came = repr(config) if isinstance(config, str) else type(config).__name__
         raise ValueError(
-            f"config must be {_a(kind.__name__)}, as its presets or the config of weights of that kind are; got {came}"
+            f"config must be {_a(kind.__name__)}, as its presets return or as weights of that kind have; got {came}"
         )
 
 
 def check_arrays(kind: type | None = None, /, **arrays: Any) -> None:
-    """All are arrays of the framework, or None.
+    """Checks that all arguments are arrays of the framework, or None.
 
     Args:
-        kind: the framework's; None where it takes whatever has a shape and a dtype.
-        **arrays: by the name that the caller knows them by.
+        kind: type of the framework's arrays; None to accept anything with a shape and a dtype.
+        **arrays: arrays by the caller's names for them.
 
     Raises:
-        ValueError: one is something else.
+        ValueError: an argument is anything else.
     """
     for name, x in arrays.items():
         if x is None:
@@ -96,15 +96,15 @@ def check_arrays(kind: type | None = None, /, **arrays: Any) -> None:
 
 
 def check_floating(**arrays: Any) -> None:
-    """All are floating, or None.
+    """Checks that all arguments are floating-point arrays, or None.
 
     Raises:
-        ValueError: one is not, or is no array.
+        ValueError: an argument is not floating-point, or not an array.
     """
     check_arrays(**arrays)
     for name, x in arrays.items():
         if x is not None and "float" not in str(x.dtype):
-            raise ValueError(f"{name} must be floating; got {x.dtype}: cast it, as to float32")
+            raise ValueError(f"{name} must be floating; got {x.dtype}: cast it, for example to float32")
 
 
 def check_ipa_inputs(
@@ -115,11 +115,11 @@ def check_ipa_inputs(
     translation: Shaped,
     mask: Shaped | None,
 ) -> None:
-    """The inputs of an invariant point attention fit its config and each other.
+    """Checks that the inputs of an invariant point attention fit its config and each other.
 
     Raises:
-        ValueError: no arrays, or single or pair not floating; a wrong rank, size or batch shape; a pair representation
-            where the config has none, or none where it has one.
+        ValueError: an input is not an array, or single or pair is not floating-point; a rank, size or batch shape is
+            wrong; or the config has a pair representation and the inputs have none, or the reverse.
     """
     check_arrays(mask=mask)
     check_floating(single=single, pair=pair)
@@ -144,22 +144,22 @@ def check_ipa_inputs(
 
 
 def may_be_in_angstroms(config: IPAConfig) -> bool:
-    """Frames in Å would be a mistake that `warn_if_in_angstroms` can tell.
+    """Returns True if frames in Å are a mistake that `warn_if_in_angstroms` can detect.
 
-    Not where the attention divides by a position_scale itself, as one that is fed Å does.
+    They are no mistake if the attention itself divides by a position_scale.
     """
     return config.position_scale == 1 and (config.frame_unit or 0) >= MIN_SUSPECTED_UNIT
 
 
 def warn_if_in_angstroms(config: IPAConfig, translation: ndarray, mask: ndarray | None) -> None:
-    """Warns where a protein's frames were not divided by the unit, which Python shows once.
+    """Warns if a protein's frames were not divided by the unit; Python shows the warning once.
 
-    Translations are taken for Å where neighbours lie 3.6–4.0 units apart, as Cα atoms do: in the median and at least
-    half of them, over all chains of the batch. Nucleic acids in Å are not detected, for their residues lie further
+    Translations count as Å if at least half of the distances between consecutive residues, over all chains of the
+    batch, are 3.6–4.0 units, as between Cα atoms in Å. Nucleic acids in Å are not detected: their residues lie further
     apart.
 
     Args:
-        config: of the attention that they were passed to.
+        config: config of the attention that gets the frames.
         translation: (*B, N, 3), as the caller passes them.
         mask: (*B, N), 1 or True where a residue is valid; None for everywhere.
     """
@@ -174,9 +174,9 @@ def warn_if_in_angstroms(config: IPAConfig, translation: ndarray, mask: ndarray 
         return
     unit = f"{config.frame_unit:g}"
     warnings.warn(
-        f"frames in units of {unit} Å were expected (config.frame_unit); neighbours lie a median of "
+        f"frames in units of {unit} Å were expected (config.frame_unit); consecutive residues lie a median of "
         f"{np.median(length):.1f} units apart, as Cα atoms do in Å: divide the translations by {unit}, as "
-        "Structure.rigids(config) does; for weights that take Å, say dataclasses.replace(config, frame_unit=1.0)",
+        "Structure.rigids(config) does; if the weights take Å, use dataclasses.replace(config, frame_unit=1.0)",
         stacklevel=3,
     )
 
@@ -190,11 +190,11 @@ def check_structure_module_inputs(
     rigids: tuple[Shaped, Shaped] | None,
     update_mask: Shaped | None,
 ) -> None:
-    """The inputs of a structure module fit its config and each other.
+    """Checks that the inputs of a structure module fit its config and each other.
 
     Raises:
-        ValueError: no arrays, or single or pair not floating; a wrong rank, size or batch shape, or an aatype of other
-            than integers.
+        ValueError: an input is not an array, single or pair is not floating-point, aatype is not integers, or a rank,
+            size or batch shape is wrong.
     """
     check_arrays(aatype=aatype, mask=mask, update_mask=update_mask)
     check_floating(single=single, pair=pair)
@@ -217,49 +217,50 @@ def check_structure_module_inputs(
 
 
 def check_tokens(config: IPATransformerConfig, single: Shaped, outside: Sequence[int] = ()) -> None:
-    """An IPA transformer's input is tokens if it embeds them, and a single representation if not.
+    """Checks that an IPA transformer's input is tokens if it embeds them, and a single representation if not.
 
     Args:
-        config: of the transformer.
-        single: what was passed.
-        outside: tokens found that the vocabulary does not have.
+        config: the transformer's config.
+        single: what the caller passed.
+        outside: tokens in the input that are outside the vocabulary.
 
     Raises:
-        ValueError: it is the other, or there are such tokens.
+        ValueError: the input is of the other sort, or has tokens outside the vocabulary.
     """
     if config.num_token is None:
         check_floating(single=single)
     if config.num_token is not None and ("int" not in str(single.dtype) or len(single.shape) < 1):
         raise ValueError(
-            f"single must hold tokens, integers (*batch, N), as config.num_token is {config.num_token}; got "
+            f"single must hold tokens, integers (*batch, N), because config.num_token is {config.num_token}; got "
             f"{_shape(single)} of {single.dtype}"
         )
     if len(outside):
         found = ", ".join(map(str, sorted(set(outside))))
-        raise ValueError(f"tokens must be 0–{(config.num_token or 0) - 1}, as config.num_token says; got {found}")
+        last = (config.num_token or 0) - 1
+        raise ValueError(f"tokens must be 0–{last}, because config.num_token is {config.num_token}; got {found}")
     if config.num_token is None and (len(single.shape) < 2 or single.shape[-1] != config.num_channel):
         raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
 
 
 def check_shape(name: str, array: Shaped, shape: Sequence[int], beside: str) -> None:
-    """One array has the shape that another asks for.
+    """Checks that an array has the shape that fits another one, `beside`.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the array has another shape.
     """
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name} must be {tuple(shape)} to fit {beside}; got {tuple(array.shape)}")
 
 
 def check_residue_types(aatype: Shaped, outside: Sequence[int] = ()) -> None:
-    """Residue types are integers, of which none lies outside 0–20 at a valid residue.
+    """Checks that residue types are integers and, at valid residues, from 0 to 20.
 
     Args:
         aatype: residue types.
-        outside: those found at valid residues that are none of 0–20.
+        outside: types of valid residues that are outside 0–20.
 
     Raises:
-        ValueError: they are no integers, or there are such types.
+        ValueError: `aatype` is not integers, or `outside` is not empty.
     """
     if "int" not in str(aatype.dtype):
         raise ValueError(f"aatype must hold integers, 0–19 or 20 for unknown; got {aatype.dtype}")
@@ -267,21 +268,21 @@ def check_residue_types(aatype: Shaped, outside: Sequence[int] = ()) -> None:
         found = ", ".join(map(str, sorted(set(outside))))
         raise ValueError(
             f"aatype must be 0–19, or 20 for unknown, where a residue is valid; got {found}: give unknown residues 20, "
-            "and padding, which may hold anything, a mask of 0"
+            "and give padding, whose aatype may be anything, a mask of 0"
         )
 
 
 def check_per_atom(name: str, atoms: Shaped, slots: int, aatype: Shaped) -> None:
-    """Positions, masks or the like have a residue's atoms after the axes of aatype, and one axis more at the most.
+    """Checks that a per-atom array has the axes of aatype, then one of atoms, then at most one more.
 
     Raises:
-        ValueError: they have not.
+        ValueError: the array has another shape.
     """
     expected = (*aatype.shape, slots)
     if tuple(atoms.shape[: len(expected)]) != expected or len(atoms.shape) > len(expected) + 1:
         raise ValueError(
             f"{name} must be {expected}, or that and one axis more, to fit aatype {_shape(aatype)}; "
-            f"got {_shape(atoms)}: of several layers or members of a batch, give one, or an aatype for each"
+            f"got {_shape(atoms)}: for several layers or members of a batch, pass one of them, or an aatype for each"
         )
 
 
@@ -297,10 +298,10 @@ def check_point_attention_inputs(
     point_weights: Shaped,
     mask: Shaped | None,
 ) -> None:
-    """The arrays of a point attention fit each other.
+    """Checks that the arrays of a point attention fit each other.
 
     Raises:
-        ValueError: a wrong rank, size or batch shape; a pair_bias_weight without a pair.
+        ValueError: a rank, size or batch shape is wrong, or pair_bias_weight is given without pair.
     """
     if len(q.shape) < 3:
         raise ValueError(f"q must be (*batch, N, H, C); got {_shape(q)}")
@@ -362,7 +363,7 @@ def check_logits(logit_terms: int | None, distance_form: str, distance_epsilon: 
 def _check_shapes(anchor: str, expected: Mapping[str, tuple[Shaped | None, tuple[int, ...]]]) -> None:
     for name, (array, shape) in expected.items():
         if array is not None and tuple(array.shape) != shape:
-            raise ValueError(f"{name} must be {shape} beside {anchor}; got {_shape(array)}")
+            raise ValueError(f"{name} must be {shape} to fit {anchor}; got {_shape(array)}")
 
 
 def _a(name: str) -> str:

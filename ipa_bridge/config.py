@@ -1,4 +1,4 @@
-"""What a model is: frozen, typed configurations and their named presets."""
+"""Configurations of all modules: frozen, typed dataclasses with named presets."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ class StructureModuleConfig:
     """One structure module (Jumper et al. 2021, Suppl. Alg. 20).
 
     Attributes:
-        ipa: its attention, whose widths c_s and c_z, layout and zero_init are the module's too. Its frame_unit becomes
-            position_scale, whatever it was, since the module divides by that.
-        num_layer: how often the fold iteration runs.
-        tied_layers: one set of weights serves all layers, as in AlphaFold; else each has its own.
+        ipa: config of the attention; its widths c_s and c_z, layout and zero_init apply to the whole module. Its
+            frame_unit is replaced by position_scale, because the module divides by position_scale.
+        num_layer: number of fold iterations.
+        tied_layers: True if all layers share one set of weights, as in AlphaFold; False if each has its own.
         num_layer_in_transition: linear layers of the transition.
-        dropout: rate, in training only.
+        dropout: dropout rate, in training only.
         position_scale: Å per unit of the frames that the attention sees.
         sidechain_channel: width of the side chains' residual network.
-        num_residual_block: its depth.
+        num_residual_block: number of residual blocks in that network.
 
     Raises:
-        ValueError: an attention without pair representation or with a unit of its own, a number of layers or a width
-            that is not a positive integer, a dropout outside [0, 1), or a position_scale that is not positive.
+        ValueError: the attention has no pair representation, or a position_scale other than 1; a number of layers or a
+            width is not a positive integer; dropout is outside [0, 1); or position_scale is not positive.
     """
 
     ipa: IPAConfig
@@ -68,8 +68,8 @@ class StructureModuleConfig:
             raise ValueError("ipa.pair_channel must be a width: a structure module reads a pair representation")
         if self.ipa.position_scale != 1:
             raise ValueError(
-                f"ipa.position_scale must be 1 in a structure module, whose own position_scale says the unit; got "
-                f"{self.ipa.position_scale!r}"
+                f"ipa.position_scale must be 1 in a structure module, because the module's own position_scale sets the "
+                f"unit; got {self.ipa.position_scale!r}"
             )
         for field in ("num_layer", "num_layer_in_transition", "sidechain_channel", "num_residual_block"):
             check_width(field, getattr(self, field))
@@ -86,7 +86,7 @@ class StructureModuleConfig:
 
     @property
     def frame_unit(self) -> float:
-        """Å per unit of the frames that the caller passes: they are in Å."""
+        """Å per unit of the frames that the caller passes: always 1, since they are in Å."""
         return 1.0
 
     @property
@@ -120,15 +120,16 @@ class IPABlockConfig:
     """An attention and a transition, each with a residual connection and a layer norm.
 
     Attributes:
-        ipa: the attention, whose c_s, layout and zero_init are the block's too.
-        num_layer_in_transition: linear layers of the transition, ReLUs between them.
-        transition_factor: width of its hidden layers over c_s.
-        post_norm: layer norms follow the residual sums, as in AlphaFold; else they precede attention and transition.
-        attention_dropout: rate after the attention's residual sum, in training only.
-        transition_dropout: rate after the transition's.
+        ipa: config of the attention; its c_s, layout and zero_init apply to the whole block.
+        num_layer_in_transition: linear layers of the transition, with ReLUs between them.
+        transition_factor: width of the transition's hidden layers, in multiples of c_s.
+        post_norm: True if layer norms follow the residual sums, as in AlphaFold; False if they precede attention and
+            transition.
+        attention_dropout: dropout rate after the attention's residual sum, in training only.
+        transition_dropout: dropout rate after the transition's residual sum, in training only.
 
     Raises:
-        ValueError: a number of layers or a factor that is not a positive integer, or a rate outside [0, 1).
+        ValueError: a number of layers or a factor is not a positive integer, or a rate is outside [0, 1).
     """
 
     ipa: IPAConfig
@@ -185,20 +186,21 @@ class IPABlockConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IPATransformerConfig:
-    """Blocks with weights of their own, after each of which the frames move.
+    """A stack of IPA blocks, each with its own weights; the frames are updated after each block.
 
     Attributes:
-        block: every layer's block.
-        num_layer: how many there are.
-        num_token: size of the vocabulary, where the input is integers to embed; None for a single representation.
+        block: config of every block.
+        num_layer: number of blocks.
+        num_token: size of the vocabulary if the input is tokens to embed; None if it is a single representation.
         predict_points: also predict a point per residue, local to its last frame.
-        detach_rotations: rotations pass no gradient into the attention and into the next translations.
-        original_composition_order: rotate as the package `invariant-point-attention` does, which turns each update the
-            wrong way round and applies it on the wrong side, so that what is predicted does not move with the input.
-            For its trained weights only.
+        detach_rotations: detach the rotations, so that neither the attention nor the next translations send gradients
+            back through them.
+        original_composition_order: compose rotations as the package `invariant-point-attention` does: it inverts each
+            update and applies it on the wrong side, so that predictions are not equivariant. Only for weights trained
+            with that package.
 
     Raises:
-        ValueError: a number of layers or tokens that is not a positive integer.
+        ValueError: a number of layers or tokens is not a positive integer.
     """
 
     block: IPABlockConfig
@@ -247,7 +249,8 @@ class IPATransformerConfig:
     ) -> IPATransformerConfig:
         """The package `invariant-point-attention`'s `IPATransformer`, with its constructor's own argument names.
 
-        It composes rotations so that it is not equivariant; its trained weights want original_composition_order=True.
+        The package composes rotations in an order that is not equivariant; weights trained with it need
+        original_composition_order=True.
         """
         return cls(
             block=IPABlockConfig.lucidrains(dim, **block),
@@ -270,7 +273,7 @@ class PredictedLDDTConfig:
         zero_init: the logits start at zero.
 
     Raises:
-        ValueError: a width that is not a positive integer.
+        ValueError: a width is not a positive integer.
     """
 
     num_channel: int = 384
@@ -287,14 +290,14 @@ class PredictedLDDTConfig:
 class LossConfig:
     """The numbers in the structure module's losses; the defaults are AlphaFold's.
 
-    Lengths are in Å. The defaults of the losses' own arguments are read from here, as are all their other constants.
+    Lengths are in Å. The losses read the defaults of their arguments and all other constants from here.
 
     Attributes:
-        sidechain_weight: weight of the side chains' FAPE in the sum, and 1 minus it that of the backbone's.
+        sidechain_weight: weight of the side chains' FAPE in the sum; the backbone's FAPE has 1 minus this weight.
         chi_weight: weight of the torsions' error.
-        angle_norm_weight: weight of the lengths of their vectors.
+        angle_norm_weight: weight of the error in the lengths of the torsions' vectors.
         violation_weight: weight of structural violations, 0 in AlphaFold's initial training and 1 in fine-tuning.
-        use_clamped_fape: weight of the backbone's clamped FAPE, and 1 minus it that of the unclamped one.
+        use_clamped_fape: weight of the backbone's clamped FAPE; the unclamped FAPE has 1 minus this weight.
         clamp_distance: largest error that FAPE counts.
         length_scale: unit of FAPE.
         interface_clamp_distance: largest error that FAPE counts between chains.
@@ -302,18 +305,18 @@ class LossConfig:
         fape_epsilon: added to FAPE's squared distances and to its number of pairs.
         angle_norm_epsilon: added to the squared lengths of the torsions' vectors.
         distance_epsilon: added to squared distances between atoms, and to squared differences of distances.
-        mean_epsilon: added to the number of what a mask counts, under a mean over it.
-        tolerance_factor: standard deviations from the literature's bonds and angles that are no violation.
-        overlap_tolerance: overlap of van der Waals spheres that is no violation.
-        ca_ca_tolerance: distance of neighbouring Cα beyond the literature's that is no violation.
-        violation_epsilon: added to squared lengths and deviations of bonds, and to the numbers of bonds, pairs of atoms
-            and atoms under the means of violations.
+        mean_epsilon: added to the count in the denominator of a masked mean.
+        tolerance_factor: allowed deviation from the literature's bonds and angles, in standard deviations.
+        overlap_tolerance: allowed overlap of van der Waals spheres.
+        ca_ca_tolerance: allowed excess of the distance between consecutive Cα over the literature's.
+        violation_epsilon: added to squared lengths and deviations of bonds, and to the counts of bonds, pairs of atoms
+            and atoms in the denominators of the violations' means.
         lddt_cutoff: largest true distance of a pair that counts in lDDT.
-        lddt_thresholds: errors below which a pair scores, each an equal part of 1.
+        lddt_thresholds: thresholds of the error of a pair; each one that the error is below scores an equal part of 1.
         lddt_epsilon: added to the number of pairs and to their score.
         min_resolution: best resolution of structures on which pLDDT is trained.
         max_resolution: worst resolution of structures on which pLDDT is trained.
-        plddt_epsilon: added to the number of residues.
+        plddt_epsilon: added to the number of residues in the denominator.
     """
 
     sidechain_weight: float = 0.5
@@ -342,4 +345,4 @@ class LossConfig:
 
 
 Config = IPAConfig | IPABlockConfig | IPATransformerConfig | StructureModuleConfig | PredictedLDDTConfig
-"""What a set of weights may belong to."""
+"""Config of any module that `Weights` can hold."""

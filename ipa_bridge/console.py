@@ -1,4 +1,4 @@
-"""What commands share: a quiet end when they are stopped, a line of progress, and tables."""
+"""Shared parts of the commands: a quiet end when they are stopped, a progress line, and tables."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
-"""The exit statuses by which shells tell an interruption, and that nobody reads on."""
+"""Exit statuses that shells use for an interruption and for a closed output pipe."""
 
 
 class Main(Protocol):
-    """A command's main, which takes the arguments of the command line unless it is given some."""
+    """A command's main function; without `argv` it takes the arguments of the command line."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...  # noqa: D102
 
 
 def as_command(main: Callable[[Sequence[str] | None], int]) -> Main:
-    """What every command's main does besides: print on any terminal, and end quietly when it is stopped."""
+    """Wraps a command's main function so that it prints on any terminal and ends quietly when it is stopped."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a terminal may have no √
+                stream.reconfigure(errors="backslashreplace")  # a terminal may be unable to print √
         status = BROKEN_PIPE
         try:
             status = main(argv)
             sys.stdout.flush()
-        except BrokenPipeError:  # as of `| head`; what was found out stands
+        except BrokenPipeError:  # as with `| head`; if main has returned, its status stands
             sys.stdout = open(os.devnull, "w")
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
@@ -43,7 +43,7 @@ def as_command(main: Callable[[Sequence[str] | None], int]) -> Main:
 
 
 class Progress:
-    """One line on standard error that says what is running.
+    """One line on standard error that shows what is running.
 
     Args:
         shown: False for no progress at all.
@@ -55,7 +55,7 @@ class Progress:
         self.started, self.drawn = time.perf_counter(), False
 
     def __call__(self, step: str) -> None:
-        """Says which step is running since how long; on a line of its own where there is no terminal."""
+        """Shows the running step and the seconds since the start; without a terminal, each step gets its own line."""
         seconds = time.perf_counter() - self.started
         if not self.shown or seconds < self.delay:
             return
@@ -65,7 +65,7 @@ class Progress:
             print(f"{seconds:5.0f} s  {step}", file=sys.stderr, flush=True)
 
     def bar(self, what: str, done: int, of: int, width: int = 30) -> None:
-        """Draws how much is done, until all is; only on a terminal."""
+        """Draws a progress bar and removes it when all is done; only on a terminal."""
         if not self.shown or time.perf_counter() - self.started < self.delay or not sys.stderr.isatty():
             return
         full = width * done // max(of, 1)

@@ -1,4 +1,4 @@
-"""Where a file is to be written: refused if that would harm something else, and replaced in one step."""
+"""Safe writing of files: unsuitable destinations are refused, and existing files are replaced in one step."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import IO
 
 
 def check_destination(path: Path, *, replace: bool) -> None:
-    """A file can be written there.
+    """Checks that a file can be written to a path.
 
     Raises:
-        ValueError: it exists and is not to be replaced, or is a link, a directory or a device.
+        ValueError: the path exists and `replace` is False, or it is a link, a directory or a device.
     """
     if path.is_symlink():
         raise ValueError(f"{path} is a symbolic link, which would be replaced: name the file it points to")
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no ordinary file: name one")
+        raise ValueError(f"{path} must be an ordinary file; it is a directory, a device or the like")
     if path.exists() and not replace:
         raise ValueError(f"{path} exists, and is not to be replaced")
 
 
 @contextmanager
 def replacing(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place once it is whole and on disk."""
+    """Opens a temporary file beside `path`, which replaces `path` once it is complete and on disk."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: no such folder: {path.parent}")
     beside = path.with_name(f".{secrets.token_hex(8)}.part")
@@ -39,10 +39,10 @@ def replacing(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
             os.replace(beside, path)
         else:
             try:
-                os.link(beside, path)  # which fails where there is something by now
+                os.link(beside, path)  # fails if the path exists by now
             except FileExistsError:
                 raise ValueError(f"{path} exists, and is not to be replaced") from None
-            except OSError:  # a file system without links
+            except OSError:  # the file system has no links
                 check_destination(path, replace=False)
                 os.replace(beside, path)
     finally:

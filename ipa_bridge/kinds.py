@@ -1,7 +1,7 @@
-"""What weights may be of: one row for each kind of module.
+"""Kinds of module that weights may belong to, one row for each.
 
-A row tells what is peculiar to a kind: its config, its parameters, how it is known among others, and which fields of
-its config names and shapes of parameters tell. A new head or module is a config and a row.
+A row gives a kind's config type, its parameters, the names that identify it, and the config fields that names and
+shapes of parameters determine. To add a head or module, add a config and a row.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class Kind:
     """One kind of module.
 
     Attributes:
-        config: the type of its config.
-        title: as people call it.
-        root: the haiku module path of one on its own, as `ipa_jax.transform_ipa` and its like make it.
-        landmarks: canonical names by which it is known among other parameters; the first is enough for parameters that
-            are all of one module.
-        parameters: its config to canonical names and shapes.
-        infer: canonical names and shapes to its config.
-        told_by_shapes: fields of its config that names and shapes of parameters tell.
-        told_besides: paths of further such fields, which depend on the config.
-        part: the field that holds the config of the kind within, and that config's type; None where there is none.
+        config: type of its config.
+        title: name in messages.
+        root: haiku path of a module on its own, as `ipa_jax.transform_ipa` and similar functions create it.
+        landmarks: canonical names that identify it among other parameters; the first is enough if all parameters are
+            of one module.
+        parameters: function from its config to canonical names and shapes.
+        infer: function from canonical names and shapes to its config.
+        told_by_shapes: fields of its config that names and shapes of parameters determine.
+        told_besides: function from a config to the paths of further such fields.
+        part: the field that holds the nested config, and that config's type; None if there is none.
     """
 
     config: type
@@ -64,17 +64,17 @@ class Kind:
 
     @property
     def landmark(self) -> str:
-        """The parameter by which one is known among parameters of a single module."""
+        """The canonical name that identifies the kind among parameters of a single module."""
         return self.landmarks[0]
 
     def has_fields(self, names: Collection[str]) -> bool:
-        """Its config has fields of all these names, and needs none besides."""
+        """Returns True if its config has fields of all these names and requires no others."""
         fields = dataclasses.fields(self.config)
         needed = {x.name for x in fields if x.default is x.default_factory is dataclasses.MISSING}
         return needed <= set(names) <= {x.name for x in fields}
 
     def from_values(self, values: Mapping[str, Any]) -> Config:
-        """Makes its config of the values of its fields, those of the configs within included."""
+        """Makes its config from the values of its fields, including those of nested configs."""
         if self.part is None:
             return self.config(**values)
         name, config = self.part
@@ -92,7 +92,7 @@ KINDS: dict[type, Kind] = {
             parameters=structure_module_parameters,
             infer=infer_structure_module,
             told_by_shapes=("tied_layers", "num_layer_in_transition", "sidechain_channel", "num_residual_block"),
-            # The attention's position_scale can only be 1.
+            # In a structure module, the attention's position_scale must be 1.
             told_besides=lambda config: ("ipa.position_scale", *(() if config.tied_layers else ("num_layer",))),
             part=("ipa", IPAConfig),
         ),
@@ -100,7 +100,7 @@ KINDS: dict[type, Kind] = {
             config=IPATransformerConfig,
             title="IPA transformer",
             root="ipa_transformer",
-            # A block alone may lie at a path of the same name.
+            # The second name excludes a single block at a path named ipa_block.
             landmarks=("ipa_block/transition_layer_norm/scale", "affine_update/weights"),
             parameters=ipa_transformer_parameters,
             infer=infer_ipa_transformer,
@@ -153,14 +153,14 @@ KINDS: dict[type, Kind] = {
         ),
     )
 }
-"""The row of each kind by the type of its config; a kind that may hold another comes first."""
+"""Row of each kind by its config type; a kind that contains another one precedes it."""
 
 
 def kind_of(config: Config) -> Kind:
     """The row of the kind of module that a config describes.
 
     Raises:
-        ValueError: it is no config.
+        ValueError: `config` is not a config.
     """
     for kind in KINDS.values():
         if isinstance(config, kind.config):
@@ -173,13 +173,13 @@ def parameter_shapes(config: Config) -> Shapes:
     """Canonical parameter names and shapes of the module that a config describes.
 
     Raises:
-        ValueError: it is no config.
+        ValueError: `config` is not a config.
     """
     return kind_of(config).parameters(config)
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
-    """The config that canonical names and shapes tell, output axes flat or not.
+    """Infers the config of any kind from canonical names and shapes; heads may be flattened or not.
 
     Raises:
         ValueError: parameters are missing or empty, or sizes do not divide by the number of heads.
@@ -189,19 +189,19 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Config:
 
 
 def config_from_values(values: Mapping[str, Any]) -> Config:
-    """The config that has these values of its fields, of whatever kind.
+    """Makes the config, of whatever kind, that has these fields and values.
 
     Raises:
-        TypeError, KeyError, ValueError: there is none.
+        TypeError, KeyError, ValueError: there is no such config.
     """
     for kind in KINDS.values():
         if kind.has_fields(values):
             return kind.from_values(values)
-    raise ValueError(f"these are the fields of no config: {', '.join(values)}")
+    raise ValueError(f"no config has these fields: {', '.join(values)}")
 
 
 def has_attention(config: Config) -> bool:
-    """The module is an attention or holds one."""
+    """Returns True if the module is an attention or contains one."""
     return attention_of(config) is not None
 
 
@@ -211,7 +211,7 @@ def attention_of(config: Config) -> IPAConfig:
 
 
 def replace_attention(config: Config, ipa: IPAConfig) -> Config:
-    """The config with another attention."""
+    """The config with its attention's config replaced."""
     part = kind_of(config).part
     if part is None:
         return ipa

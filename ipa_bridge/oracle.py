@@ -1,4 +1,4 @@
-"""Algorithms 22 and 24 in float64 numpy: the truth that every implementation is held against (Jumper et al. 2021)."""
+"""Algorithms 22 and 24 (Jumper et al. 2021) in float64 numpy: the reference for tests of every implementation."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def invariant_point_attention(
     translation: ndarray,
     mask: ndarray | None = None,
 ) -> Stages:
-    """All stages of one invariant point attention, with parameters under their canonical names.
+    """Computes all stages of one invariant point attention, with parameters by canonical name.
 
-    Arithmetic is float64, or complex128 where an input is complex: an imaginary part of 1e-30·v then returns
-    the derivative along v, exact to rounding, in the outputs' imaginary parts (the complex step).
+    Arithmetic is float64, or complex128 if an input is complex. The latter gives derivatives by the complex step: if
+    the input has the imaginary part 1e-30·v, the outputs' imaginary parts are 1e-30 times the derivative along v,
+    exact to rounding.
     """
     p = {name: _double(x) for name, x in parameters.items()}
     single = _double(single)
@@ -71,15 +72,14 @@ def attend(
     translation: ndarray,
     mask: ndarray | None = None,
 ) -> Stages:
-    """Lines 5–10, from q, k, v (*B, N, H, C) and local points (*B, N, H, P, 3) on; `out` is left empty.
+    """Computes lines 5–10 from q, k, v (*B, N, H, C) and local points (*B, N, H, P, 3); `out` is left empty.
 
-    Of the config it takes the widths and the norm; the pair may be another than the one that the bias
-    (*B, H, N, N) came from.
+    Only the config's widths and norm are used. The pair may differ from the one that gave the bias (*B, H, N, N).
     """
     q, k, v, *local_points = projections
     rotation, translation = _double(rotation), _double(translation)
     mask = np.ones(q.shape[:-2]) if mask is None else np.asarray(mask, np.float64)
-    # Nothing changes when all frames move alike, and near the origin float64 keeps its bits.
+    # A shift of all frames does not change the outputs, and near the origin float64 loses fewer bits.
     translation = translation - translation.real.sum(-2, keepdims=True) / max(translation.shape[-2], 1)
     q_points, k_points, v_points = (
         einsum("...nxy,...nhpy->...nhpx", rotation, x) + translation[..., None, None, :] for x in local_points
@@ -131,7 +131,7 @@ def _project(p: Mapping[str, ndarray], config: IPAConfig, single: ndarray) -> tu
 
 
 def _distance2(q_points: ndarray, k_points: ndarray, head: int) -> ndarray:
-    """Σ_p|q⃗_ip − k⃗_jp|² of one head, (*B, N, N); all heads at once would be the largest array by far."""
+    """Σ_p|q⃗_ip − k⃗_jp|² of one head, (*B, N, N); for all heads at once, the offsets would take far more memory."""
     offset = q_points[..., :, None, head, :, :] - k_points[..., None, :, head, :, :]
     return einsum("...ijpx,...ijpx->...ij", offset, offset)
 
@@ -152,10 +152,10 @@ def rigid_groups(rotation: ndarray, translation: ndarray, angles: ndarray, aatyp
     """Rotations (*B, N, 8, 3, 3) and translations of every residue's rigid groups in float64 (Alg. 24, lines 1–10).
 
     Args:
-        rotation: of the backbone frames, (*B, N, 3, 3).
-        translation: of the backbone frames, Å.
+        rotation: rotations of the backbone frames, (*B, N, 3, 3).
+        translation: translations of the backbone frames, Å, (*B, N, 3).
         angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4, (*B, N, 7, 2).
-        aatype: 0–20.
+        aatype: residue types 0–20, (*B, N).
     """
     parent = [0, 0, 0, 0, 0, 4, 5, 6]
     turns = np.zeros((*angles.shape[:-2], residues.NUM_GROUP, 3, 3))
@@ -173,7 +173,7 @@ def rigid_groups(rotation: ndarray, translation: ndarray, angles: ndarray, aatyp
 
 
 def atom14(rotations: ndarray, translations: ndarray, aatype: ndarray) -> ndarray:
-    """Atoms (*B, N, 14, 3) in Å from the rigid groups, in float64; zero where there is none (Alg. 24, line 11)."""
+    """Atoms (*B, N, 14, 3) in Å from the rigid groups, in float64; absent atoms are zero (Alg. 24, line 11)."""
     group = residues.ATOM14_GROUP[aatype]
     rotation = np.take_along_axis(rotations, group[..., None, None], -3)
     origin = np.take_along_axis(translations, group[..., None], -2)

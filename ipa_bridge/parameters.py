@@ -1,4 +1,4 @@
-"""The one list of every weight: a config gives the canonical names and shapes of its parameters, and these the config.
+"""The only list of parameters: a config gives their canonical names and shapes, and these give the config.
 
 A canonical name is AlphaFold's haiku name below the module, `module/…/leaf`; the shape is haiku's too:
 inputs first, then outputs, heads unflattened in the multimer layout.
@@ -73,7 +73,7 @@ def _multimer_projections(config: IPAConfig) -> Shapes:
 
 
 def structure_module_parameters(config: StructureModuleConfig) -> Shapes:
-    """Canonical parameter names and shapes of one structure module (Suppl. Alg. 20), that of its attention included."""
+    """Canonical parameter names and shapes of one structure module (Suppl. Alg. 20), including its attention's."""
     c_s, c_z = config.num_channel, config.pair_channel
     shapes = {
         **_layer_norm("single_layer_norm", c_s),
@@ -96,7 +96,7 @@ def predicted_lddt_parameters(config: PredictedLDDTConfig) -> Shapes:
 
 
 def ipa_block_parameters(config: IPABlockConfig) -> Shapes:
-    """Canonical parameter names and shapes of an attention with its transition."""
+    """Canonical parameter names and shapes of an IPA block: an attention and its transition."""
     c_s, layers = config.num_channel, config.num_layer_in_transition
     shapes = {f"invariant_point_attention/{name}": x for name, x in ipa_parameters(config.ipa).items()}
     shapes |= _layer_norm("attention_layer_norm", c_s)
@@ -107,7 +107,7 @@ def ipa_block_parameters(config: IPABlockConfig) -> Shapes:
 
 
 def ipa_transformer_parameters(config: IPATransformerConfig) -> Shapes:
-    """Canonical parameter names and shapes of blocks with weights of their own."""
+    """Canonical parameter names and shapes of an IPA transformer, whose blocks have their own weights."""
     c_s = config.num_channel
     shapes: Shapes = {} if config.num_token is None else {"token_embedding/embeddings": (config.num_token, c_s)}
     for i in range(config.num_layer):
@@ -118,7 +118,7 @@ def ipa_transformer_parameters(config: IPATransformerConfig) -> Shapes:
 
 
 def haiku_name(name: str, index: int) -> str:
-    """Haiku's name of the module that is number `index`, from 0, of that name."""
+    """Haiku's name of module number `index`, counted from 0, among modules of the same name."""
     return f"{name}_{index}" if index else name
 
 
@@ -132,7 +132,7 @@ def torch_name(name: str) -> str:
 
 
 def canonical_leaf(module: str, leaf: str) -> str:
-    """The way back, of a parameter of that module."""
+    """The canonical leaf of a torch parameter in a module; inverts `torch_name` for the leaf."""
     if module.endswith("layer_norm"):
         return {"weight": "scale", "bias": "offset"}.get(leaf, leaf)
     if module.endswith("embedding"):
@@ -166,10 +166,10 @@ def _linear(name: str, inputs: int, outputs: tuple[int, ...], bias: bool) -> Sha
 
 
 def infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureModuleConfig:
-    """The structure module's config that canonical names and shapes tell.
+    """Infers a structure module's config from canonical names and shapes.
 
-    Layers that share weights do not show their number, which is eight in AlphaFold and ESMFold; nor do they show the
-    unit of the frames.
+    They do not show how many layers share weights; eight is assumed, as in AlphaFold and ESMFold. They do not show the
+    unit of the frames either; AlphaFold's is assumed.
 
     Raises:
         ValueError: parameters of the attention are missing or empty, or sizes do not divide by the number of heads.
@@ -194,7 +194,7 @@ def infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureMo
 
 
 def infer_ipa_block(shapes: Mapping[str, tuple[int, ...]]) -> IPABlockConfig:
-    """The block's config that canonical names and shapes tell.
+    """Infers an IPA block's config from canonical names and shapes.
 
     Raises:
         ValueError: parameters of the attention are missing or empty, or sizes do not divide by the number of heads.
@@ -210,7 +210,7 @@ def infer_ipa_block(shapes: Mapping[str, tuple[int, ...]]) -> IPABlockConfig:
 
 
 def infer_ipa_transformer(shapes: Mapping[str, tuple[int, ...]]) -> IPATransformerConfig:
-    """The transformer's config that canonical names and shapes tell, its blocks being like the first.
+    """Infers an IPA transformer's config from canonical names and shapes; only the first block is looked at.
 
     Raises:
         ValueError: parameters of the attention are missing or empty, or sizes do not divide by the number of heads.
@@ -225,7 +225,7 @@ def infer_ipa_transformer(shapes: Mapping[str, tuple[int, ...]]) -> IPATransform
 
 
 def infer_predicted_lddt(shapes: Mapping[str, tuple[int, ...]]) -> PredictedLDDTConfig:
-    """The confidence head's config that canonical names and shapes tell.
+    """Infers a confidence head's config from canonical names and shapes.
 
     Raises:
         ValueError: parameters are missing.
@@ -240,16 +240,16 @@ def infer_predicted_lddt(shapes: Mapping[str, tuple[int, ...]]) -> PredictedLDDT
 
 
 def _count(module: str, leaf: str, names: Collection[str]) -> int:
-    """How many modules of that name there are, as haiku numbers them."""
+    """Number of modules of that name, as haiku numbers them."""
     return next(i for i in itertools.count() if f"{haiku_name(module, i)}{leaf}" not in names)
 
 
 def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
-    """The config that canonical names and shapes tell, output axes flat or not.
+    """Infers an attention's config from canonical names and shapes; heads may be flattened or not.
 
-    What they cannot tell is taken from the system that has such parameters: AlphaFold 2 for the monomer layout, for
-    the multimer layout AlphaFold-Multimer where points have biases and `invariant-point-attention` where not, FrameDiff
-    where there is a `down_z`.
+    Fields that they do not determine are taken from the system with such parameters: FrameDiff if there is a `down_z`;
+    else AlphaFold 2 for the monomer layout; for the multimer layout, AlphaFold-Multimer if points have biases and
+    `invariant-point-attention` if not.
 
     Raises:
         ValueError: parameters are missing or empty, or sizes do not divide by the number of heads.
@@ -267,7 +267,7 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     formless = [name for name in sized if 0 in shapes[name] or len(shapes[name]) < 1 + name.endswith("/weights")]
     if formless:
         listed = ", ".join(f"{name} {shapes[name]}" for name in formless)
-        raise ValueError(f"these parameters tell no sizes: they are empty, or have too few axes: {listed}")
+        raise ValueError(f"these parameters are empty, or have too few axes: {listed}")
     heads = math.prod(shapes[POINT_WEIGHTS])
 
     def per_head(module: str, per: int = 1) -> int:

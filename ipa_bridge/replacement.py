@@ -1,4 +1,4 @@
-"""What was replaced in somebody's model, a table for people; and how it is compared with what it was."""
+"""Report of the layers that were replaced in a user's model, printed as a table."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from dataclasses import dataclass, field
 from ipa_bridge.console import table_lines
 
 RESIDUES = 101
-"""Residues of the random input that before and after are compared on: enough to stream, and no multiple of a block."""
+"""Number of residues in the random input for comparison: enough to stream, and not a multiple of a block."""
 
 
 @dataclass(frozen=True)
 class ReplacedLayer:
-    """One layer that computes as ours does now."""
+    """One layer whose computation was replaced by ours."""
 
     path: str
-    """Where it lies in the model; "" for the model itself."""
+    """Path in the model; "" for the model itself."""
     system: str
-    """The system whose layer it is."""
+    """The system that the layer is from."""
     layer: str
-    """What it is, its class for instance."""
+    """Description of the layer, such as its class."""
     dtype: str
     """The dtype of its parameters."""
     error: float | None
-    """How far it is from the layer before on random input, in epsilons of the dtype; None where nobody looked."""
+    """Difference from the original layer on random input, in epsilons of the dtype; None if not compared."""
     unused: tuple[str, ...] = ()
-    """Names of its parameters that its own forward does not read either."""
+    """Names of its parameters that neither its own forward pass nor ours reads."""
 
 
 @dataclass(frozen=True)
 class ReplacementReport:
-    """Every layer that was replaced, and what looked like one and was left alone."""
+    """Every layer that was replaced, and similar layers that were left alone."""
 
     replaced: tuple[ReplacedLayer, ...]
     left_alone: dict[str, str] = field(default_factory=dict)
-    """Path to the reason."""
+    """Path of each layer left alone to the reason."""
 
     def __str__(self) -> str:
         rows = [("layer", "whose", "class", "dtype", "before and after")]

@@ -1,4 +1,4 @@
-"""Sizes of the pieces that the attention is computed in: blocks, chunks and tiles, and what the GPU kernels can do."""
+"""Sizes of the blocks, chunks and tiles that the attention is computed in, and limits of the GPU kernels."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from typing import NamedTuple
 PAIR_CHANNELS = (32, 64, 128, 256)
 PAIR_DTYPES = ("float32", "bfloat16")
 MAX_HEADS = 16
-"""One tile of a tensor core."""
+"""Largest number of heads in the kernels: one tile of a tensor core."""
 
 MAX_CHANNELS, MAX_COORDINATES, MAX_VALUES = 64, 48, 128
-"""Limits of a head: of queries, of their points, and of values with their points. Tiles of them lie in registers."""
+"""Largest widths of a head in the kernels, whose tiles of these are held in registers.
+
+They are the channels of queries, the coordinates of query points, and the channels of values with the coordinates of
+value points.
+"""
 
 CHUNK_BYTES = 16 << 20
-"""Of logits between two kernels, so that they stay in the GPU's cache (40 MB on an A100, 50 on an H100)."""
+"""Bytes of logits that one kernel leaves to the next: they fit a GPU's cache (40 MB on an A100, 50 on an H100)."""
 
 MAX_PROGRAMS = 65535
-"""Length of the second and third axes of a grid."""
+"""Largest length of the second and third axes of a CUDA grid."""
 
 MAX_TILE_KEYS = 64
-"""Keys of the longest tile."""
+"""Largest number of keys in a tile."""
 
 MIN_QUERIES = 264
-"""Queries of a chunk: two programs on each of an H100's multiprocessors."""
+"""Smallest number of queries in a chunk: two programs on each of an H100's 132 multiprocessors."""
 
 MAX_ROWS = 64
-"""Query rows of a block of the streamed attention, where the pair's rows are short."""
+"""Largest number of query rows in a block of the streamed attention; on a GPU, blocks of long chains have more."""
 
 
 class Sizes(NamedTuple):
@@ -39,13 +43,13 @@ class Sizes(NamedTuple):
     coordinates: int
     """Coordinates of a head's query points: 3P."""
     values: int
-    """Channels of values and coordinates of their points together."""
+    """Channels of a head's values plus coordinates of its value points."""
     pair_channel: int
-    """0 for no pair."""
+    """Width of the pair; 0 for no pair."""
 
 
 class Chunk(NamedTuple):
-    """Whole examples, or some query rows of one."""
+    """The part of a batch that one launch computes: whole examples, or some query rows of one example."""
 
     example: int
     examples: int
@@ -54,14 +58,14 @@ class Chunk(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tile that one program of a kernel works on at a time, and how it is run."""
+    """The tile that one program of a kernel works on at a time, and the settings of its launch."""
 
     rows: int
-    """Query rows; 1 where a program has one."""
+    """Query rows; 1 if a program computes a single row."""
     keys: int
     warps: int
     stages: int
-    """Loads that are under way."""
+    """Number of loads in flight (software pipelining)."""
 
 
 TILES = {
@@ -72,7 +76,7 @@ TILES = {
     "query_gradients": Tiles(32, 32, 4, 2),
     "key_gradients": Tiles(16, 32, 8, 1),
 }
-"""Chosen by what compiles without spilling for sm_80 and sm_90: `python -m benchmarks.kernel_resources`."""
+"""Tiles by kernel, which compile without spilling for sm_80 and sm_90: `python -m benchmarks.kernel_resources`."""
 
 TILES_ON_PAIR = {
     ("attend_to_pair", "float32", 256): Tiles(1, 16, 8, 2),
@@ -84,7 +88,7 @@ TILES_ON_PAIR = {
     ("pair_gradients", "bfloat16", 128): Tiles(1, 32, 4, 2),
     ("pair_gradients", "bfloat16", 256): Tiles(1, 32, 8, 2),
 }
-"""Tiles by the pair's dtype and width, where others are better."""
+"""Exceptions to `TILES`, by the pair's dtype and width."""
 
 TILES_OF_WIDE_HEADS = {
     "logits": Tiles(32, 64, 8, 1),
@@ -92,7 +96,7 @@ TILES_OF_WIDE_HEADS = {
     "query_gradients": Tiles(16, 32, 4, 2),
     "key_gradients": Tiles(16, 32, 8, 1),
 }
-"""Tiles where heads are wider than AlphaFold's."""
+"""Exceptions to `TILES` for heads wider than AlphaFold's."""
 
 
 def tiles(kernel: str, sizes: Sizes, pair_dtype: str | None) -> Tiles:
@@ -104,7 +108,7 @@ def tiles(kernel: str, sizes: Sizes, pair_dtype: str | None) -> Tiles:
 
 
 def grid(kernel: str, sizes: Sizes, chunk: Chunk, tile: Tiles) -> tuple[int, ...]:
-    """How many programs a chunk takes."""
+    """Number of programs along each axis of the grid that a kernel launches for a chunk."""
     heads = chunk.examples * sizes.heads
     by_row, by_key = -(-chunk.rows // tile.rows), -(-sizes.number // tile.keys)
     if kernel == "logits":
@@ -115,9 +119,9 @@ def grid(kernel: str, sizes: Sizes, chunk: Chunk, tile: Tiles) -> tuple[int, ...
 
 
 def unsupported(sizes: Sizes, dtype: str, pair_dtype: str | None) -> str | None:
-    """Why the kernels cannot do this; None where they can."""
+    """The reason why the kernels cannot compute an attention; None if they can."""
     if dtype != "float32":
-        return f"its arithmetic is float32's; here it would be {dtype}'s"
+        return f"its arithmetic is float32; got {dtype}"
     if pair_dtype is not None and pair_dtype not in PAIR_DTYPES:
         return f"a pair in {' or '.join(PAIR_DTYPES)} was expected; got {pair_dtype}"
     if pair_dtype is not None and sizes.pair_channel not in PAIR_CHANNELS:
@@ -135,27 +139,28 @@ def unsupported(sizes: Sizes, dtype: str, pair_dtype: str | None) -> str | None:
 
 
 def chunks(sizes: Sizes) -> Iterator[Chunk]:
-    """All queries, so many at a time that their logits stay in cache."""
+    """Splits all queries into chunks whose logits stay in the GPU's cache."""
     if not (sizes.examples and sizes.number):
         return
-    # Each query has a row of logits, and backwards a gradient to the bias.
+    # Each query has a row of logits and, in the backward pass, a gradient of the pair bias.
     queries = max(MIN_QUERIES, CHUNK_BYTES // (4 * sizes.heads * max(stride(sizes), sizes.pair_channel)))
     at_once = max(1, min(queries // sizes.number, MAX_PROGRAMS // sizes.heads))
-    rows = -(-sizes.number // -(-sizes.number // queries))  # as many in the last chunk, or nearly
+    rows = -(-sizes.number // -(-sizes.number // queries))  # chunks are nearly equal, including the last
     for example in range(0, sizes.examples, at_once):
         for row in range(0, sizes.number, rows):
             yield Chunk(example, min(at_once, sizes.examples - example), row, min(rows, sizes.number - row))
 
 
 def stride(sizes: Sizes) -> int:
-    """How far the rows of a chunk's logits lie apart: whole tiles, so that they are aligned and read without masks."""
+    """Distance between the rows of a chunk's logits: whole tiles, so that rows are aligned and read without masks."""
     return -(-sizes.number // MAX_TILE_KEYS) * MAX_TILE_KEYS
 
 
 def default_block_size(number: int, heads: int, pair_channel: int, *, block_bytes: int, on_gpu: bool = False) -> int:
-    """Query rows at a time, so that their part of the pair stays in cache; on a GPU, that their logits do.
+    """Query rows in a block: few enough for the cache to hold their part of the pair or, on a GPU, their logits.
 
-    There blocks are as large as that and an eighth of the pair allow, for each costs the same number of launches.
+    On a GPU, every block costs the same number of launches. Blocks there are as large as the cache allows, up to an
+    eighth of the rows or `MAX_ROWS` if that is more.
     """
     if on_gpu:
         return max(1, min(number, max(MAX_ROWS, number // 8), CHUNK_BYTES // max(1, 4 * heads * number)))

@@ -1,9 +1,9 @@
-"""The only place where bounds live: how many machine epsilons a stage may be off.
+"""All error bounds of the project: the largest error K of each stage, in machine epsilons.
 
-An error is max|x − ref64| / scale over what the mask makes meaningful, and scale is max|ref64| unless a stage
-states a better one. It is divided by the epsilon of the narrowest arithmetic used. K is the same in float32 and
-float64, so that a cast hidden in one of them shows; half precision, whose error is a few roundings of the
-activations and not a sum's, has its own.
+An error is max|x − ref64| / scale over the entries that the mask keeps, divided by the epsilon of the narrowest
+arithmetic used. The scale is max|ref64| unless a stage states a better one. K is the same in float32 and float64, so
+that a hidden cast in one of them shows. Half precision has its own K: its error comes from a few roundings of the
+activations, not from sums.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ BOUNDS = {
     "loss": 32,
     "gradient": 256,
 }
-"""K per stage in float32 and float64, that of points and norms times their `conditioning`; gradients are one stage.
+"""K per stage in float32 and float64; K of points and norms is multiplied by `conditioning`. Gradients are one stage.
 
-Measured worst, in eps, over the suite's cases and 1,248 residues of 5NMU in both layouts: logits 3.8, attention 11,
-o 11.6, points 29, norms 25, o_pair 13.4, out 26, gradients 116 (γ, frames spread over ±50). In the structure module
-on 2RBG, eight layers: rotation 59, translation 12.4, angles 7.4, atom14 9.6, act 12.7, losses 1.7.
+Worst errors measured, in eps, over the suite's cases and 1,248 residues of 5NMU in both layouts: logits 3.8,
+attention 11, o 11.6, points 29, norms 25, o_pair 13.4, out 26, gradients 116 (γ, frames spread over ±50). In the
+structure module on 2RBG, eight layers: rotation 59, translation 12.4, angles 7.4, atom14 9.6, act 12.7, losses 1.7.
 """
 
 HALF_BOUNDS = {**dict.fromkeys(BOUNDS, 1), "gradient": 2}
-"""K per stage in bfloat16 and float16; measured worst: outputs 1.0, gradients 1.8."""
+"""K per stage in bfloat16 and float16; worst errors measured: outputs 1.0, gradients 1.8."""
 
 KINKED = 2048.0
-"""How much more a float32 gradient through millions of ReLUs may err, in the Euclidean norm: a sixteenth.
+"""Factor on the bound of a float32 gradient through millions of ReLUs, which allows 1/16 in the Euclidean norm.
 
-A fraction of about eps of them is within rounding of zero, and what jumps there adds up to √eps. Measured worst, in
-the structure module on 2RBG: an eighteenth of this. It sees what is grossly wrong; float64, where none flips, the rest.
+A fraction of about eps of the ReLUs has inputs within rounding of zero; their gradients may flip, which adds up to
+√eps. The worst error measured, in the structure module on 2RBG, is an eighteenth of this bound. The bound finds only
+gross errors; the comparison in float64, where no ReLU flips, finds the others.
 """
 
 HALF_DTYPES = ("bfloat16", "float16")
@@ -61,16 +62,16 @@ def epsilon(dtype: str) -> float:
 
 
 def bound(stage: str, dtype: str) -> int:
-    """K for a stage ("gradient/…" for any gradient) in that dtype."""
+    """K for a stage ("gradient/…" for any gradient) in a dtype."""
     table = HALF_BOUNDS if dtype in HALF_DTYPES else BOUNDS
     return table[stage.partition("/")[0]]
 
 
 def conditioning(translation: np.ndarray, mask: np.ndarray, local_points: np.ndarray) -> float:
-    """How much more the point stages may err when frames lie far apart: 1 + max|t − mean t| / max|local points|.
+    """Factor on the bounds of the point stages for frames far apart: 1 + max|t − mean t| / max|local points|.
 
-    Local points come from global ones by subtracting translations, which loses the bits by which these are larger.
-    Where all frames lie does not count, only how far apart: the implementations centre them.
+    Local points are global points minus translations; the larger the translations, the more bits this subtraction
+    loses. Only the spread of the frames counts, not their common position, because the implementations centre them.
     """
     valid = mask.astype(bool)
     if not valid.any() or not local_points.size:

@@ -1,4 +1,4 @@
-"""Named tuples that are no sequences of residues or layers: their fields are taken by name."""
+"""Named tuples whose fields are read by name only, since their items are not residues or layers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ Tuple = TypeVar("Tuple", bound=type)
 
 
 def by_name(kind: Tuple) -> Tuple:
-    """A class decorator: indexing the named tuple raises TypeError with its fields' names; unpacking it works.
+    """Class decorator: indexing the named tuple raises TypeError with its fields' names; unpacking still works.
 
-    `output[-1]`, written by analogy with `output.atom14[-1]`, would otherwise be the last field in silence.
+    Otherwise `output[-1]`, written by analogy with `output.atom14[-1]`, would silently return the last field.
     """
 
     def refuse(self: Any, index: object) -> NoReturn:

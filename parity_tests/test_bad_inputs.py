@@ -24,13 +24,13 @@ IPA = {
     "single width": (lambda s, z, r, t, m: (s[:, :5], z, r, t, m), r"single must be .*got \(7, 5\)"),
     "pair size": (
         lambda s, z, r, t, m: (s, z[:3], r, t, m),
-        r"pair must be \(7, 7, 6\) beside single \(7, 11\); got \(3, 7, 6\)",
+        r"pair must be \(7, 7, 6\) to fit single \(7, 11\); got \(3, 7, 6\)",
     ),
     "pair width": (lambda s, z, r, t, m: (s, z[..., :4], r, t, m), r"pair must be \(7, 7, 6\).*got \(7, 7, 4\)"),
     "pair missing": (lambda s, z, r, t, m: (s, None, r, t, m), "pair_channel is 6, but pair is None: pass the pair"),
     "rotation": (lambda s, z, r, t, m: (s, z, r[..., :2], t, m), r"rigids.rotation must be \(7, 3, 3\)"),
     "translation": (lambda s, z, r, t, m: (s, z, r, t[:1], m), r"rigids.translation must be \(7, 3\)"),
-    "mask rank": (lambda s, z, r, t, m: (s, z, r, t, m[:, None]), r"mask must be \(7,\) beside .*; got \(7, 1\)"),
+    "mask rank": (lambda s, z, r, t, m: (s, z, r, t, m[:, None]), r"mask must be \(7,\) to fit .*; got \(7, 1\)"),
     "mask size": (lambda s, z, r, t, m: (s, z, r, t, m[:4]), r"mask must be \(7,\)"),
     "batch": (lambda s, z, r, t, m: (s[None], z, r, t, m), r"must be \(1, 7"),
     "whole numbers": (
@@ -62,7 +62,10 @@ def test_ipa(framework, spoil, message):
         ("4x4", r"rigids must be Rigid\(.*; got .* \(7, 4, 4\): .*Rigid.from_4x4\(matrix\)"),
         ("numpy", "rigids.rotation must be a Tensor; got ndarray: pass torch.as_tensor"),
         ("structure", r"rigids must be Rigid\(.*\); got Structure: make a Rigid of .* structure.rigids\(config\)"),
-        ("output", r"rigids must be Rigid\(.*\); got IPATransformerOutput: pass its .rigids, or of several layers"),
+        (
+            "output",
+            r"rigids must be Rigid\(.*\); got IPATransformerOutput: pass its .rigids, or .rigids\[-1\] if it has",
+        ),
     ],
 )
 def test_what_is_no_rigid(framework, kind, message):
@@ -128,7 +131,7 @@ def test_tokens_outside_the_vocabulary(framework):
     else:
         run = framework.package.IPATransformer(config)
     for wrong in ([0, 5, 1], [0, -1, 1]):
-        with pytest.raises(ValueError, match=rf"tokens must be 0–4, as config.num_token says; got {wrong[1]}"):
+        with pytest.raises(ValueError, match=rf"tokens must be 0–4, because config.num_token is 5; got {wrong[1]}"):
             run(framework.array(wrong and np.array(wrong)))
     with pytest.raises(ValueError, match=r"mask must be \(3,\) to fit single; got \(2,\)"):
         run(framework.array(np.array([0, 4, 1])), mask=framework.array(np.ones(2)))
@@ -199,7 +202,7 @@ def core_arguments():
 
 CORE = {
     "q rank": ({"q": lambda x: x[0, 0]}, ValueError, r"q must be \(\*batch, N, H, C\); got \(3, 4\)"),
-    "k width": ({"k": lambda x: x[..., :2]}, ValueError, r"k must be \(2, 5, 3, 4\) beside q"),
+    "k width": ({"k": lambda x: x[..., :2]}, ValueError, r"k must be \(2, 5, 3, 4\) to fit q"),
     "v heads": ({"v": lambda x: x[:, :, :1]}, ValueError, r"v must be \(2, 5, 3, 2\)"),
     "points flat": ({"q_points": lambda x: x[..., 0]}, ValueError, r"q_points must be"),
     "key points": ({"k_points": lambda x: x[..., :1, :]}, ValueError, r"k_points must be \(2, 5, 3, 5, 3\)"),

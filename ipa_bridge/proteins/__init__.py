@@ -1,4 +1,4 @@
-"""Proteins: what amino acids are made of, and structures read from PDB and mmCIF files and written to them."""
+"""Proteins: tables of amino acids, and structures read from and written to PDB and mmCIF files."""
 
 from ipa_bridge.proteins.reading import load_structure
 from ipa_bridge.proteins.structure import Structure

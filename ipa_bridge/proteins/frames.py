@@ -1,4 +1,4 @@
-"""Frames: of a backbone (Suppl. Alg. 21), uniform random ones, and those of an idealised peptide."""
+"""Frames of a backbone (Suppl. Alg. 21), uniform random frames, and an idealised peptide."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def backbone_frames(
 ) -> tuple[Float64[ndarray, "*B 3 3"], Float64[ndarray, "*B 3"]]:
     """Rotations and translations from N, Cα and C positions (Suppl. Alg. 21, rigidFrom3Points).
 
-    The origin is Cα, the x-axis points to C, and N lies in the xy-plane with y > 0. Where an atom is missing (NaN) or
-    the three lie on a line the rotation is the identity and the translation zero. In float64 whatever comes.
+    The origin is Cα, the x-axis points to C, and N lies in the xy-plane with y > 0. If an atom is missing (NaN) or the
+    three lie on a line, the rotation is the identity and the translation zero. The result is always float64.
     """
     n, ca, c = (np.asarray(atom, np.float64) for atom in (n, ca, c))
     defined = defines_frame(n, ca, c)[..., None]
@@ -62,7 +62,7 @@ def backbone_frames(
 def defines_frame(
     n: Float[ndarray, "*B 3"], ca: Float[ndarray, "*B 3"], c: Float[ndarray, "*B 3"]
 ) -> Bool[ndarray, "*B"]:
-    """Where the three atoms are there and not on a line; NaN, a missing atom, compares as False."""
+    """True where all three atoms are present and not on a line; a missing atom (NaN) compares as False."""
     return np.linalg.norm(np.cross(n - ca, c - ca), axis=-1) > SMALLEST_AREA
 
 
@@ -82,11 +82,11 @@ def random_rotations(rng: np.random.Generator, shape: Sequence[int] = ()) -> Flo
 def random_frames(
     rng: np.random.Generator, shape: Sequence[int] = (), *, spread: float = 10.0, offset: float = 0.0
 ) -> tuple[Float64[ndarray, "*shape 3 3"], Float64[ndarray, "*shape 3"]]:
-    """Rotations and translations, independent and uniform.
+    """Draws rotations and translations, independent and uniform.
 
     Args:
         rng: the source of randomness.
-        shape: how many.
+        shape: batch shape.
         spread: translations fill a cube of this half-side, in the unit the model takes (Å, or Å / position_scale).
         offset: distance of the cube's centre from the origin, in a random direction; the same unit.
     """
@@ -137,8 +137,8 @@ def _turns(dihedrals: Sequence[tuple[float, float]]) -> Float64[ndarray, "N 3 3"
 def build_backbone(dihedrals: Sequence[tuple[float, float]]) -> tuple[Float64[ndarray, "N 3"], ...]:
     """N, Cα and C positions in Å from φ, ψ in degrees per residue; every peptide bond is trans.
 
-    Ideal bond lengths and angles; each atom from the three before it (NeRF; Parsons et al., J. Comput. Chem. 26
-    (2005) 1063).
+    Bond lengths and angles are ideal. Each atom is placed from the three before it (NeRF; Parsons et al., J. Comput.
+    Chem. 26 (2005) 1063).
     """
     angle = np.deg2rad(BOND_ANGLES["N-CA-C"])
     length = BOND_LENGTHS["CA-C"]

@@ -1,4 +1,4 @@
-"""Proteins from PDB and mmCIF files: heavy atoms, backbone frames, sequence and mask."""
+"""Reading of proteins from PDB and mmCIF files: heavy atoms, backbone frames, sequence and mask."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ def load_structure(path: str | os.PathLike[str], *, model: int = 1) -> Structure
     """Reads the protein of a PDB or mmCIF file, gzipped or not.
 
     Residues are the observed amino acids of protein chains; ligands, waters, nucleic acids and terminal caps (ACE,
-    NH2) are left out. Selenomethionine counts as methionine, as in AlphaFold's mmCIF reader; another modified residue
-    counts as the amino acid it derives from where gemmi's table has one, else as unknown. Of an atom's alternate
-    locations the one of highest occupancy counts, the first of equals; likewise of several residues at one position.
-    Atoms of zero occupancy are there. Residues with insertion codes are kept, in the file's order, as AlphaFold's
-    mmCIF reader does (its PDB reader refuses them).
+    NH2) are left out. Selenomethionine counts as methionine, as in AlphaFold's mmCIF reader. Another modified residue
+    counts as the amino acid that gemmi's table derives it from, or as unknown if the table has none. Among alternate
+    locations of an atom, the one with the highest occupancy is kept, the first if several are equal; the same holds for
+    several residues at one position. Atoms of zero occupancy are kept. Residues with insertion codes are kept, in the
+    file's order, as in AlphaFold's mmCIF reader (its PDB reader refuses them).
 
-    The atoms are those that the residue's type has, and OXT; AlphaFold's readers take every name of `ATOM_TYPES`, which
-    differs in modified residues alone. An unknown residue keeps every such name, as there. As in AlphaFold's mmCIF
-    reader, the selenium of selenomethionine is SD, and of an arginine's NH1 and NH2 the one nearer to CD is NH1.
+    A residue keeps the atoms of its type, and OXT; an unknown residue keeps all atoms named in `ATOM_TYPES`.
+    AlphaFold's readers keep all of these for every residue, which only differs for modified residues. As in AlphaFold's
+    mmCIF reader, the selenium of selenomethionine is named SD, and the nitrogen of an arginine's NH1 and NH2 that is
+    nearer to CD is named NH1.
 
     Args:
-        path: the file; its format by its name (.pdb, .ent, .cif, .mmcif), else by its contents.
-        model: which model, counted from 1 in the file's order.
+        path: the file; its suffix (.pdb, .ent, .cif, .mmcif) sets the format, else its contents do.
+        model: number of the model, counted from 1 in the file's order.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, damaged or no structure; has no protein or no such model.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is empty, damaged or not a structure, or it has no protein or no such model.
         ImportError: gemmi, which reads the files, is not installed.
     """
     path = Path(path)
@@ -55,7 +56,7 @@ def load_structure(path: str | os.PathLike[str], *, model: int = 1) -> Structure
 
 
 def _read_models(path: Path) -> Any:
-    """A gemmi.Structure with at least one model, its entities told apart."""
+    """Reads a gemmi.Structure with at least one chain and sets up its entities."""
     gemmi = import_gemmi("reading")
     content = _contents(path)
     stem = path.name.lower().removesuffix(".gz")
@@ -67,7 +68,7 @@ def _read_models(path: Path) -> Any:
     try:
         models = gemmi.read_structure_string(content, format=coordinates)
         models.setup_entities()
-    # gemmi raises whatever its parsers meet.
+    # gemmi's parsers raise exceptions of many types.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(": ")
         raise ValueError(
@@ -100,7 +101,7 @@ def _contents(path: Path) -> bytes:
 
 
 def _check_coordinates(path: Path, content: bytes) -> None:
-    """Refuses a PDB file with coordinates that are no numbers: gemmi would read them as zero."""
+    """Raises if coordinates in a PDB file are not numbers: gemmi would read them as zero."""
     for number, line in enumerate(content.splitlines(), 1):
         if line[:6].upper() in (b"ATOM  ", b"HETATM"):
             try:
@@ -136,7 +137,7 @@ def _structure(path: Path, model: Any) -> Structure:
 
 
 def _protein_residues(path: Path, model: Any) -> Iterator[tuple[str, Any]]:
-    """(chain name, residue) along the protein chains; one residue per position."""
+    """Yields (chain name, residue) along the protein chains, one residue per position."""
     for chain in model:
         positions: dict[tuple[int, str], list[Any]] = {}
         for residue in _amino_acids(chain):
@@ -148,12 +149,12 @@ def _protein_residues(path: Path, model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _amino_acids(chain: Any) -> Iterator[Any]:
-    """The amino acids of a chain that are part of its protein, in the file's order.
+    """Yields the amino acids of a chain that are part of its protein, in the file's order.
 
-    Which residues form a polymer is gemmi's judgement: entities in mmCIF; in PDB what stands before TER, else what
-    hangs together. Without TER it ends the polymer at a selenocysteine recorded as HETATM, and it takes all that
-    follows a TER for ligands, also a second chain of the same or no name. Free amino acids are recorded as HETATM
-    behind the chain: one with an ATOM amino acid after it is part of the protein.
+    gemmi decides which residues form a polymer: by entities in mmCIF; in PDB by TER or, without TER, by connectivity.
+    This fails in two cases. Without TER, gemmi ends the polymer at a selenocysteine recorded as HETATM. After a TER, it
+    takes everything for ligands, even a second chain with the same name or none. Therefore an amino acid is also part
+    of the protein if it or a later one is recorded as ATOM; free amino acids are HETATM after the chain.
     """
     import gemmi
 
@@ -168,7 +169,7 @@ def _amino_acids(chain: Any) -> Iterator[Any]:
 
 
 def _atoms(path: Path, chain: str, residue: Any, aatype: int) -> ndarray:
-    """A residue's atom37 positions in Å, NaN where an atom is not there."""
+    """A residue's atom37 positions in Å; NaN for missing atoms."""
     locations: dict[int, list[Any]] = {}
     for atom in residue:
         slot = ATOM_ORDER.get("SD" if (residue.name, atom.name) == ("MSE", "SE") else atom.name)
@@ -188,7 +189,7 @@ def _atoms(path: Path, chain: str, residue: Any, aatype: int) -> ndarray:
 
 
 def _name_arginine_nitrogens(atom37: ndarray, aatype: ndarray) -> None:
-    """Exchanges, in place, NH1 and NH2 where NH2 is the one nearer to CD; a missing atom, NaN, compares as False."""
+    """Exchanges NH1 and NH2, in place, where NH2 is nearer to CD; a missing atom (NaN) compares as False."""
     nh1, nh2 = ATOM_ORDER["NH1"], ATOM_ORDER["NH2"]
     distance = np.linalg.norm(atom37[:, [nh1, nh2]] - atom37[:, None, ATOM_ORDER["CD"]], axis=-1)
     swapped = (aatype == RESTYPES.index("R")) & (distance[:, 0] > distance[:, 1])
@@ -197,7 +198,7 @@ def _name_arginine_nitrogens(atom37: ndarray, aatype: ndarray) -> None:
 
 def _refuse_twins(path: Path, chain: str, residue: Any) -> None:
     raise ValueError(
-        f"{path}: expected one residue at a position, or alternate location labels; chain {chain!r} has another at "
+        f"{path}: expected one residue per position, or alternate location labels; chain {chain!r} has a second one at "
         f"{residue.seqid} {residue.name}: give every chain a name of its own"
     )
 

@@ -51,7 +51,7 @@ N_SLOT, CA_SLOT, C_SLOT, SG_SLOT = (ATOM14_NAMES[RESTYPES.index("C")].index(name
 """atom14 slots of the backbone's N, Cα and C, the same in every residue, and of cysteine's sulfur."""
 
 PROLINE_AATYPE = RESTYPES.index("P")
-"""aatype of proline, to whose nitrogen peptide bonds are longer."""
+"""aatype of proline; peptide bonds to its nitrogen are longer."""
 
 NUM_GROUP = 8
 """Rigid groups (Suppl. Table 2): backbone, pre-ω, φ, ψ, χ1, χ2, χ3, χ4; the last seven each turn by their torsion."""
@@ -60,16 +60,16 @@ VAN_DER_WAALS_RADIUS = {"C": 1.7, "N": 1.55, "O": 1.52, "S": 1.8}
 """Å by element."""
 
 CA_CA_DISTANCE = 3.80209737096
-"""Å between the Cα of neighbours joined by a trans peptide bond."""
+"""Å between the Cα of consecutive residues joined by a trans peptide bond."""
 
 PEPTIDE_BOND_LENGTH = {"mean": (1.329, 1.341), "stddev": (0.014, 0.016)}
-"""C–N in Å, to any residue but proline and to proline."""
+"""Length of C–N in Å: first to any residue but proline, then to proline."""
 
 PEPTIDE_BOND_COSINES = {"CA-C-N": (-0.4473, 0.0311), "C-N-CA": (-0.5203, 0.0353)}
 """Mean and standard deviation of the cosines of the angles at the peptide bond."""
 
 TOLERATED_CA_C_N_STDDEV = PEPTIDE_BOND_LENGTH["stddev"][0]
-"""The standard deviation by which AlphaFold's code tolerates CA-C-N: the C–N length's; the weights were trained so."""
+"""Standard deviation that AlphaFold's code uses for CA-C-N: that of C–N lengths. Its weights were trained with it."""
 
 
 def _fill(shape: tuple[int, ...], entries: Mapping[Any, Any], dtype: type) -> ndarray:
@@ -104,10 +104,10 @@ def _atom37(names: list[str]) -> list[int]:
 
 
 ATOM14_MASK = _fill((14,), {(a, slot): True for a, slot, *_ in _atoms()}, bool)
-"""The residue has that atom."""
+"""True where the residue has that atom."""
 
 ATOM37_MASK = _fill((37,), {(a, ATOM_ORDER[name]): True for a, _, name, *_ in _atoms()}, bool)
-"""The same in atom37; OXT belongs to no residue type."""
+"""`ATOM14_MASK` in atom37's order; OXT belongs to no residue type."""
 
 ATOM14_TO_ATOM37 = _fill((14,), {(a, slot): ATOM_ORDER[name] for a, slot, name, *_ in _atoms()}, int)
 """atom37 slot of each atom14 slot."""
@@ -125,13 +125,13 @@ ATOM14_RADIUS = _fill((14,), {(a, slot): VAN_DER_WAALS_RADIUS[name[0]] for a, sl
 """Van der Waals radii, Å."""
 
 CHI_MASK = _fill((4,), {(a, chi): True for a, chi, *_ in _chis()}, bool)
-"""The residue has that side-chain torsion."""
+"""True where the residue has that side-chain torsion."""
 
 CHI_ATOMS = _fill((4, 4), {(a, chi): _atom37(names) for a, chi, names, _ in _chis()}, int)
-"""atom37 slots of the four atoms that define it."""
+"""atom37 slots of the four atoms that define each side-chain torsion."""
 
 CHI_PI_PERIODIC = _fill((4,), {(a, chi): periodic for a, chi, _, periodic in _chis()}, bool)
-"""Turning it by π gives the same residue but for atom names."""
+"""True where turning the side-chain torsion by π gives the same residue except for atom names."""
 
 TORSION_ATOMS = _fill(
     (7, 4),
@@ -143,7 +143,10 @@ TORSION_ATOMS = _fill(
     | {(a, 3 + chi): _atom37(names) for a, chi, names, _ in _chis()},
     int,
 )
-"""The atoms of pre-ω, φ, ψ (by the oxygen, π away), χ1–χ4: atom37 slots, 37–39 being the last residue's N, Cα, C."""
+"""atom37 slots of the four atoms of pre-ω, φ, ψ, χ1–χ4; slots 37–39 are N, Cα, C of the previous residue.
+
+ψ is measured to the oxygen, which is π away from the next residue's nitrogen.
+"""
 
 TORSION_MASK = _fill(
     (7,),
@@ -151,10 +154,10 @@ TORSION_MASK = _fill(
     | {(a, 3 + chi): True for a, chi, *_ in _chis()},
     bool,
 )
-"""The residue has that torsion."""
+"""True where the residue type has that torsion."""
 
 TORSION_PI_PERIODIC = _fill((7,), {(a, 3 + chi): periodic for a, chi, _, periodic in _chis()}, bool)
-"""`CHI_PI_PERIODIC` among all seven."""
+"""`CHI_PI_PERIODIC` for all seven torsions; False for the backbone's."""
 
 GROUP_MASK = _fill(
     (NUM_GROUP,),
@@ -162,7 +165,7 @@ GROUP_MASK = _fill(
     | {(a, 4 + chi): True for a, chi, *_ in _chis()},
     bool,
 )
-"""The residue has atoms that define that group: the backbone, ψ (oxygen) and its χs."""
+"""True where the residue has atoms that define that group: the backbone, ψ (oxygen) and its χs."""
 
 GROUP_ATOMS = _fill(
     (NUM_GROUP, 3),
@@ -178,7 +181,7 @@ The first lies on the positive x-axis of the backbone's frame and on the negativ
 
 
 def _swaps() -> dict[tuple[int, int], int]:
-    """(aatype, atom14 slot) to the slot it changes places with."""
+    """(aatype, atom14 slot) to the slot that it is exchanged with."""
     pairs = [
         (aatype, [ATOM14_NAMES[aatype].index(name) for name in swap])
         for aatype, acid in enumerate(_AMINO_ACIDS.values())
@@ -188,20 +191,20 @@ def _swaps() -> dict[tuple[int, int], int]:
 
 
 ATOM14_SWAP = _fill((14,), {(a, i): i for a in range(len(RESTYPE_NAMES)) for i in range(14)} | _swaps(), int)
-"""The atom14 slot that each atom takes under the other, equally right naming (Suppl. Table 3: ASP, GLU, PHE, TYR)."""
+"""atom14 slot of each atom under the alternative naming, which is as correct (Suppl. Table 3: ASP, GLU, PHE, TYR)."""
 
 ATOM14_IS_AMBIGUOUS = _fill((14,), dict.fromkeys(_swaps(), True), bool)
-"""The atom's name is ambiguous."""
+"""True where the atom's name is ambiguous."""
 
 ATOM14_AMBIGUOUS_SLOTS = _fill(
     (4,), dict(enumerate(np.argsort(~ATOM14_IS_AMBIGUOUS, axis=-1, kind="stable")[:, :4])), int
 )
-"""The slots of a residue's ambiguous atoms, four at the most; other slots where there are fewer."""
+"""atom14 slots of a residue's ambiguous atoms, at most four; filled up with other slots if there are fewer."""
 
 GROUP_IS_AMBIGUOUS = _fill(
     (NUM_GROUP,), {(a, 3 + int(CHI_MASK[a].sum())): True for a in sorted({a for a, _ in _swaps()})}, bool
 )
-"""Renaming ambiguous atoms turns that group, the last χ of its residue, by π."""
+"""True for the group that turns by π when ambiguous atoms are renamed: the last χ of its residue."""
 
 
 def _frame(x: ndarray, xy: ndarray, origin: ndarray) -> tuple[ndarray, ndarray]:
@@ -213,7 +216,7 @@ def _frame(x: ndarray, xy: ndarray, origin: ndarray) -> tuple[ndarray, ndarray]:
 
 
 def _group_frames(acid: Mapping[str, Any]) -> dict[int, tuple[ndarray, ndarray]]:
-    """The groups' frames at torsion zero (Suppl. 1.8.4), those of χ2–χ4 in the χ before, all others in the backbone."""
+    """The groups' frames at torsion zero (Suppl. 1.8.4): of χ2–χ4 relative to the previous χ, else to the backbone."""
     atoms = {name: np.array(position) for name, _, *position in acid["atoms"]}
     n, ca, c = atoms["N"], atoms["CA"], atoms["C"]
     frames = {2: _frame(n - ca, np.array([1.0, 0.0, 0.0]), n), 3: _frame(c - ca, ca - n, c)}
@@ -239,11 +242,11 @@ GROUP_ROTATION = _fill(
 """Rotations of the groups' frames at torsion zero, in their parents' frames; the identity where there is none."""
 
 GROUP_TRANSLATION = _fill((NUM_GROUP, 3), {key: translation for key, (_, translation) in _FRAMES.items()}, float)
-"""Their origins, Å."""
+"""Origins of the groups' frames at torsion zero, in their parents' frames, Å."""
 
 
 def _known_distances(acid: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
-    """Mean and standard deviation, in Å, of distances over one bond, and over two by the angle between them."""
+    """Mean and standard deviation, in Å, of distances over one bond, and over two bonds by the angle between them."""
     bonds = {frozenset((a, b)): (length, stddev) for a, b, length, stddev in acid["bonds"]}
     distances = {(a, b): (length, stddev) for a, b, length, stddev in acid["bonds"]}
     for a, b, c, degrees, stddev_degrees in acid["angles"]:
@@ -270,18 +273,18 @@ _DISTANCES = {
 }
 
 ATOM14_DISTANCE = _fill((14, 14), {key: length for key, (length, _) in _DISTANCES.items()}, float)
-"""The literature's distance of atoms one bond apart, and of those two apart by the law of cosines, Å; else zero."""
+"""Distance in Å from the literature for atoms one bond apart, by the law of cosines for two bonds; else zero."""
 
 ATOM14_DISTANCE_STDDEV = _fill((14, 14), {key: stddev for key, (_, stddev) in _DISTANCES.items()}, float)
-"""Its standard deviation; over two bonds with errors propagated as independent."""
+"""Standard deviation of `ATOM14_DISTANCE`, Å; for two bonds, errors are propagated as independent."""
 
 ATOM14_PAIR_MASK = _fill(
     (14, 14), dict(enumerate(ATOM14_MASK[:, :, None] & ATOM14_MASK[:, None, :] & ~np.eye(14, dtype=bool))), bool
 )
-"""Both atoms exist, and are two, (21, 14, 14)."""
+"""True where both atoms exist and are different atoms, (21, 14, 14)."""
 
 ATOM14_PAIR_RADIUS = _fill((14, 14), dict(enumerate(ATOM14_RADIUS[:, :, None] + ATOM14_RADIUS[:, None, :])), float)
-"""The sum of their van der Waals radii, Å."""
+"""Sum of two atoms' van der Waals radii, Å."""
 
 
 def atom14_distance_bounds(
@@ -291,12 +294,12 @@ def atom14_distance_bounds(
 ) -> tuple[ndarray, ndarray]:
     """Least and greatest distances in Å between the atoms of one residue, (21, 14, 14) each.
 
-    Atoms one or two bonds apart may be that many standard deviations from the literature's distance; others may not
-    overlap by more than the tolerance. Absent atoms and the diagonal have bounds of zero.
+    Atoms one or two bonds apart may deviate from `ATOM14_DISTANCE` by bond_length_tolerance; other atoms may overlap by
+    overlap_tolerance. Absent atoms and the diagonal have bounds of zero.
 
     Args:
-        bond_length_tolerance: in standard deviations.
-        overlap_tolerance: of van der Waals spheres, Å.
+        bond_length_tolerance: allowed deviation in standard deviations.
+        overlap_tolerance: allowed overlap of van der Waals spheres, Å.
     """
     known, slack = ATOM14_DISTANCE > 0, bond_length_tolerance * ATOM14_DISTANCE_STDDEV
     lower = np.where(ATOM14_PAIR_MASK, ATOM14_PAIR_RADIUS - overlap_tolerance, 0.0)

@@ -18,12 +18,12 @@ class Structure:
     """The residues of a protein, chains one after the other as in the file.
 
     Attributes:
-        name: where it came from.
-        rotation: backbone frames' rotations, as columns: x_global = rotation · x_local + translation.
-        translation: their origins, the Cα positions, in Å.
+        name: name of its source, such as the file.
+        rotation: rotations of the backbone frames, for column vectors: x_global = rotation · x_local + translation.
+        translation: origins of the backbone frames, the Cα positions, in Å.
         mask: True where N, Cα and C define a frame; elsewhere rotation is the identity and translation zero.
-        atom37: heavy atoms in Å, in the order of `residues.ATOM_TYPES`; zero where there is none.
-        atom37_mask: True where the atom is there.
+        atom37: heavy atoms in Å, in the order of `residues.ATOM_TYPES`; missing atoms are zero.
+        atom37_mask: True where the atom is present.
         aatype: index into `residues.RESTYPES`, or `UNKNOWN_AATYPE`.
         chain_id: the author's chain names.
         residue_number: the author's numbering.
@@ -60,9 +60,9 @@ class Structure:
     def rigids(
         self, config: IPAConfig | IPABlockConfig | IPATransformerConfig | StructureModuleConfig
     ) -> tuple[Float64[ndarray, "N 3 3"], Float64[ndarray, "N 3"]]:
-        """Rotations and translations in the unit in which the config's module takes frames, its frame_unit.
+        """Rotations and translations in the config's frame_unit, the unit in which its module takes frames.
 
-        For `ipa_jax.Rigid(*…)`, or `ipa_torch.Rigid(*map(torch.as_tensor, …))`; the mask goes with them.
+        Pass them to `ipa_jax.Rigid(*…)` or `ipa_torch.Rigid(*map(torch.as_tensor, …))`, and `mask` to the module.
 
         Raises:
             ValueError: the unit is unknown, or the config's module takes no frames.
@@ -71,14 +71,14 @@ class Structure:
             raise ValueError(f"the config of a module which takes frames was expected; got {type(config).__name__}")
         if config.frame_unit is None:
             raise ValueError(
-                "config.frame_unit is None: how many Å are a unit of this model's frames is unknown. Tell it, 10.0 for "
-                f"frames in 10 Å or 1.0 for Å: config = {_with_unit(config)}"
+                "config.frame_unit is None: the unit of this model's frames is unknown. Set it to 10.0 for units of "
+                f"10 Å, or 1.0 for Å: config = {_with_unit(config)}"
             )
         return self.rotation, self.translation / config.frame_unit
 
 
 def _with_unit(config: IPAConfig | IPABlockConfig | IPATransformerConfig | StructureModuleConfig) -> str:
-    """Python that tells the config's unit."""
+    """Python code that sets the config's frame_unit."""
     path = {IPABlockConfig: ("ipa",), IPATransformerConfig: ("block", "ipa")}.get(type(config), ())
     value = "frame_unit=10.0"
     for depth in reversed(range(len(path) + 1)):
@@ -89,7 +89,7 @@ def _with_unit(config: IPAConfig | IPABlockConfig | IPATransformerConfig | Struc
 
 
 def import_gemmi(verb: str) -> Any:
-    """The optional package that reads and writes the files."""
+    """Imports gemmi, the optional package that reads and writes structures."""
     try:
         import gemmi
     except ImportError as error:

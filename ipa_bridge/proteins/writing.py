@@ -1,4 +1,4 @@
-"""Proteins to PDB and mmCIF files."""
+"""Writing of proteins to PDB and mmCIF files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MMCIF_GROUPS = (
     *("atoms", "group_pdb", "auth_all", "atom_type", "block_name", "entry", "entity", "entity_poly"),
     *("entity_poly_seq", "struct_asym", "title_keywords"),
 )
-"""The mmCIF categories written, by gemmi's names."""
+"""mmCIF categories that are written, by gemmi's names."""
 
 WRITTEN = (".pdb", ".cif", ".pdb.gz", ".cif.gz")
 
@@ -41,25 +41,27 @@ def save_structure(
     b_factor: Float[ArrayLike, " N"] | Float[ArrayLike, "N 37"] | None = None,
     name: str | None = None,
 ) -> None:
-    """Writes a protein as PDB or mmCIF: beside the destination first, which is then replaced in one step.
+    """Writes a protein as PDB or mmCIF: to a temporary file first, which then replaces the destination in one step.
 
-    Arrays may be numpy's, JAX's or detached CPU tensors. Every residue is part of its chain's sequence (SEQRES,
-    entity_poly_seq), also one without atoms; a chain without any is left out. Unknown residues are UNK.
+    Arrays may be numpy's, JAX's or detached CPU tensors. Every residue, even one without atoms, is part of its chain's
+    sequence (SEQRES, entity_poly_seq). A chain without atoms is left out. Unknown residues are written as UNK.
 
     Args:
         path: the destination, .pdb, .cif or either with .gz; an existing file is left as it was if anything fails.
-        atom37: positions in Å, in the order of `residues.ATOM_TYPES`; whatever where the mask is 0.
+        atom37: positions in Å, in the order of `residues.ATOM_TYPES`; any values where the mask is 0.
         aatype: index into `residues.RESTYPES`, or `UNKNOWN_AATYPE`.
-        atom37_mask: 1 or True where the atom is there; None for all heavy atoms of the residue's type (none of an
-            unknown one).
-        chain_id: chain names, each chain's residues together; None for one chain A. At most 62 of one letter in PDB.
+        atom37_mask: 1 or True where the atom is present; None for all heavy atoms of the residue's type, which are none
+            for an unknown residue.
+        chain_id: chain names; the residues of a chain must be contiguous. None for one chain A. PDB holds at most 62
+            chains, with names of one character.
         residue_number: None to count from 1 in every chain.
         insertion_code: a letter or digit, or "" for none.
         b_factor: per residue, or per atom (N, 37), such as pLDDT; None for 0.
         name: the title, one line of ASCII; PDB has it in capitals.
 
     Raises:
-        ValueError: another suffix, arrays that do not fit each other or their meaning, or what PDB cannot hold.
+        ValueError: the suffix is unknown, arrays do not fit each other or hold invalid values, or the format cannot
+            hold the protein.
         ImportError: gemmi, which writes the files, is not installed.
     """
     path = Path(path)
@@ -99,13 +101,13 @@ def save_structure(
 
 
 def _without_bfloat16(array: Any) -> Any:
-    """Tensors of torch's bfloat16 in float32, for numpy has none of its own."""
+    """Casts tensors of torch's bfloat16 to float32, because numpy has no bfloat16."""
     return array.float() if str(getattr(array, "dtype", "")) == "torch.bfloat16" else array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Residues:
-    """What is to be written; b_factor by atom."""
+    """The residues to write; b_factor is per atom."""
 
     atom37: ndarray
     mask: ndarray
@@ -125,7 +127,7 @@ def _numbers(name: str, x: ArrayLike, shape: tuple[int, ...], dtype: type) -> nd
         raise ValueError(f"{name} must be {shape}; got {array.shape}")
     if array.dtype == bool or not np.can_cast(array.dtype, dtype, "same_kind"):
         kind = "whole numbers" if dtype is np.int64 else "real numbers"
-        raise ValueError(f"{name} must be {kind}; got {array.dtype}: cast it if that is what it means")
+        raise ValueError(f"{name} must be {kind}; got {array.dtype}: cast it if the values are right")
     return array.astype(dtype)
 
 
@@ -160,7 +162,7 @@ def _check_residues(residues: _Residues) -> None:
         zip(residues.chain_id.tolist(), residues.number.tolist(), residues.insertion_code.tolist(), strict=True)
     ):
         if i and chain != residues.chain_id[i - 1] and chain in residues.chain_id[:i]:
-            raise ValueError(f"chain_id: expected each chain's residues together; chain {chain!r} comes back at {i}")
+            raise ValueError(f"chain_id: each chain's residues must be contiguous; chain {chain!r} starts again at {i}")
         if len(code) > 1 or not (code.isalnum() or not code):
             raise ValueError(f'insertion_code must be a letter, a digit or ""; got {code!r} at residue {i}')
         if not -(2**31) <= number < 2**31:
@@ -168,14 +170,14 @@ def _check_residues(residues: _Residues) -> None:
         first = seen.setdefault((chain, number, code), i)
         if first != i:
             raise ValueError(
-                f"expected one residue at a position; {residues.label(first)} and {residues.label(i)} share chain, "
+                f"expected one residue per position; {residues.label(first)} and {residues.label(i)} share chain, "
                 "number and insertion code: give every chain a name of its own, or renumber"
             )
 
 
 def _check_atoms(residues: _Residues) -> None:
     if not residues.mask.any():
-        raise ValueError("expected at least one atom; atom37_mask (of unknown residues, unless given) has none")
+        raise ValueError("expected at least one atom; atom37_mask has none (by default, unknown residues have none)")
     for what, wrong in {
         "of a finite position": ~np.isfinite(residues.atom37).all(-1),
         "with a finite b_factor": ~np.isfinite(residues.b_factor),
@@ -190,7 +192,7 @@ def _check_atoms(residues: _Residues) -> None:
 
 
 def _check_pdb_limits(path: Path, residues: _Residues) -> None:
-    """Columns of a PDB file are narrow; every chain ends with a TER, which takes a serial number too."""
+    """Raises if the residues do not fit the columns of a PDB file; the TER after a chain takes a serial number too."""
     chains = set(residues.chain_id.tolist())
     serials = int(residues.mask.sum()) + len(chains)
     positions, b_factors = residues.atom37[residues.mask].round(3), residues.b_factor[residues.mask].round(2)
@@ -207,12 +209,12 @@ def _check_pdb_limits(path: Path, residues: _Residues) -> None:
 
 
 def _check_mmcif_names(path: Path, residues: _Residues) -> None:
-    """Refuses what has a meaning of its own in the format: gemmi writes label_asym_id without quotes."""
+    """Raises for chain names that mmCIF would misread, because gemmi writes label_asym_id without quotes."""
     for chain in residues.chain_id.tolist():
         if not re.fullmatch(r"(?!(data|save|loop|stop|global)_)[a-z0-9][\w.+-]*", chain, re.ASCII | re.IGNORECASE):
             raise ValueError(
-                f"{path}: mmCIF takes chain names of letters and digits (then also _ . + -), none of its own words; "
-                f"got {chain!r}: rename the chain"
+                f"{path}: chain names in mmCIF must start with a letter or digit, hold only these and _ . + -, and not "
+                f"start with one of its keywords, such as data_; got {chain!r}: rename the chain"
             )
 
 
@@ -221,7 +223,7 @@ def _between(x: ndarray, what: str, low: float, high: float) -> tuple[bool, str,
 
 
 def _text(residues: _Residues, suffix: str, name: str | None, stem: str) -> str:
-    """The file's contents."""
+    """The contents of the file, not compressed."""
     gemmi = import_gemmi("writing")
     structure = gemmi.Structure()
     structure.name = re.sub(r"[^\w.-]", "_", name or stem, flags=re.ASCII) or "protein"
@@ -242,7 +244,7 @@ def _text(residues: _Residues, suffix: str, name: str | None, stem: str) -> str:
     structure.entities = gemmi.EntityList(list(entities.values()))
     structure.assign_serial_numbers()
     if suffix.startswith(".pdb"):
-        # No cell, which readers of CRYST1 would take for a periodic box of 1 Å.
+        # No CRYST1 record: readers would take its default cell for a periodic box of 1 Å.
         return structure.make_pdb_string(gemmi.PdbWriteOptions(cryst1_record=False))
     return structure.make_mmcif_document(
         gemmi.MmcifOutputGroups(False, **dict.fromkeys(MMCIF_GROUPS, True))

@@ -1,4 +1,4 @@
-"""One model's parameters as named numpy arrays, to and from a haiku tree, a torch state dict and files."""
+"""A module's parameters as named numpy arrays, converted to and from haiku trees, torch state dicts and files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike
     from torch import Tensor
     from torch.nn import Module
-    from typing_extensions import TypeVar  # Python's own takes a default from 3.13
+    from typing_extensions import TypeVar  # typing.TypeVar accepts a default from Python 3.13 on
 
     ConfigT = TypeVar("ConfigT", bound=Config, default=Any)
     Given = TypeVar("Given", bound=Config, default=Any)
@@ -45,20 +45,21 @@ __all__ = ["Weights", "canonical_from_haiku", "canonical_from_torch"]
 class Weights(Generic[ConfigT]):
     """The parameters of one attention, IPA block or transformer, structure module or confidence head.
 
-    To a type checker they are of their config's type: `Weights[IPAConfig]`, or `Weights` where a file tells.
+    The type parameter is the config's type: `Weights[IPAConfig]`, or plain `Weights` if only a file determines it.
 
     Attributes:
-        arrays: canonical name (AlphaFold's haiku name below the module) to array in haiku's shape; read-only
-            copies, which no later step of training and no later change of a file reaches.
-        config: the config they fit.
-        root: the haiku path of the module, under which `to_haiku` and an .npz put them; None for its own name.
-        assumed: paths of the config's fields that nothing told, as "ipa.norm_epsilon". A field is told by `config=`,
-            by a file's metadata, by a module of ours, by names and shapes, or by the system that the weights are of,
-            if all its published models have the same value.
+        arrays: canonical name (AlphaFold's haiku name below the module) to array in haiku's shape. The arrays are
+            read-only copies: later training steps or changes of the file do not alter them.
+        config: the config that the arrays fit.
+        root: haiku path of the module, which `to_haiku` and .npz files put before the names; None for the default of
+            the module's kind, such as "structure_module".
+        assumed: paths of the config's fields that nothing determines, such as "ipa.norm_epsilon". A field is
+            determined by `config=`, a file's metadata, a module of this project, names and shapes, or by the system
+            that the weights come from if all its published models have the same value.
 
     Raises:
-        ValueError: missing, extra, misshapen, non-float or non-finite parameters, each named; or an assumed field that
-            the config does not have.
+        ValueError: parameters are missing, extra, misshapen, non-float or non-finite (each is named), or `assumed`
+            names a field that the config does not have.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -73,7 +74,8 @@ class Weights(Generic[ConfigT]):
         known = fields(self.config)
         if unknown := sorted(set(self.assumed) - set(known)):
             raise ValueError(
-                f"assumed must name fields of the config, as {next(iter(known))}; got {', '.join(map(str, unknown))}"
+                f"assumed must name fields of the config, such as {next(iter(known))}; got "
+                f"{', '.join(map(str, unknown))}"
             )
         _check_arrays(self.arrays, parameter_shapes(self.config))
         object.__setattr__(self, "arrays", {name: _frozen_copy(x) for name, x in self.arrays.items()})
@@ -88,19 +90,19 @@ class Weights(Generic[ConfigT]):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles are made as the original was, so that their arrays are read-only too."""
+        """Makes copies and unpickled objects with the constructor, so that their arrays are read-only too."""
         return type(self), (dict(self.arrays), self.config, self.root, self.assumed)
 
     @property
     def assumed_function(self) -> dict[str, Any]:
-        """The assumed fields by path, with their values, that say what a trained module computes."""
+        """Path to value of the assumed fields that affect what a trained module computes."""
         return {path: x for path, x in fields(self.config).items() if path in self.assumed and is_functional(path)}
 
     @classmethod
     def random(cls, config: Given, *, seed: int = 0, dtype: DTypeLike = np.float32) -> Weights[Given]:
-        """Seeded parameters of the size of trained ones, no array at its initial value.
+        """Draws seeded parameters of the magnitude of trained ones; no array has its initial value.
 
-        AlphaFold's own initialisation ends in zeros, on which every comparison succeeds.
+        AlphaFold's own initialisation sets output layers to zero, and any two implementations agree on zeros.
         """
         rng = np.random.default_rng(seed)
         arrays = {}
@@ -113,7 +115,7 @@ class Weights(Generic[ConfigT]):
             else:
                 x = name.endswith("/scale") + 0.1 * x
             if "affine_update" in name or "/quat_rigid/" in name:
-                x = 0.2 * x  # a residue goes a few Å and turns by tens of degrees in a layer
+                x = 0.2 * x  # so that each layer moves a residue by a few Å and turns it by tens of degrees
             arrays[name] = x.astype(dtype)
         return Weights(arrays, config)
 
@@ -121,20 +123,20 @@ class Weights(Generic[ConfigT]):
     def from_haiku(
         cls, params: Mapping[str, Any], *, root: str | None = None, config: Given | None = None
     ) -> Weights[Given]:
-        """Takes one module out of haiku parameters, {module: {leaf: array}} or AlphaFold's {'module//leaf': array}.
+        """Extracts one module from haiku parameters, {module: {leaf: array}} or AlphaFold's {'module//leaf': array}.
 
-        The largest module that we know (a structure module, a transformer, a block, an attention, a confidence head, in
-        this order) is found by parameters of its own; all that lies outside its path belongs to other parts of the
-        model. Its path is kept: `to_haiku()` gives back the same tree.
+        The module is recognised by its parameter names. The first kind found is taken: structure module, transformer,
+        block, attention, confidence head. Parameters outside its path belong to other parts of the model. The path is
+        kept, so that `to_haiku()` returns the module at the same place.
 
         Args:
             params: arrays of numpy or JAX.
-            root: path of the module, where there are several or another is meant.
-            config: what the module is; a module of its kind is looked for. Without it, what names and shapes do not
-                tell is `assumed`, but for parameters at AlphaFold's own path.
+            root: path of the module; needed if there are several, or to choose another one.
+            config: the module's config; only modules of its kind are considered. Without it, fields that names and
+                shapes do not determine are `assumed`, except at AlphaFold's own path.
 
         Raises:
-            ValueError: no such module, several and no root, or parameters that do not fit.
+            ValueError: there is no such module, there are several and `root` is None, or the parameters do not fit.
         """
         flat: list[tuple[str, Any]] = []
         for module, leaves in params.items():
@@ -157,19 +159,20 @@ class Weights(Generic[ConfigT]):
         root: str | None = None,
         config: Given | None = None,
     ) -> Weights[Given]:
-        """Takes one module out of a torch state dict, with our names or another system's, alone or under a prefix.
+        """Extracts one module from a torch state dict, with our names or another system's, alone or under a prefix.
 
         Args:
-            state_dict: tensors or parameters on any device; or a module, whose state dict it is. A module of
-                `ipa_torch`, alone or within another, tells its config.
-            dialect: whose names they are, one of `ipa_bridge.weights.dialects.DIALECTS`; None to recognise it.
-            root: prefix of the module ("" for none), where there are several or another is meant.
-            config: what the module is; a module of its kind is looked for. Without it, what nothing else tells is
-                `assumed`.
+            state_dict: tensors or parameters on any device, or a module, whose state dict is used. The config of an
+                `ipa_torch` module, alone or within another, is taken from the module.
+            dialect: the system whose names these are, one of `ipa_bridge.weights.dialects.DIALECTS`; None to
+                recognise it.
+            root: prefix of the module ("" for none); needed if there are several, or to choose another one.
+            config: the module's config; only modules of its kind are considered. Without it, fields that nothing else
+                determines are `assumed`.
 
         Raises:
-            ValueError: no such module, several and no root, names that two dialects read differently, entries that are
-                no tensors, or parameters that do not fit.
+            ValueError: there is no such module, there are several and `root` is None, two dialects read the names
+                differently, entries are not tensors, or the parameters do not fit.
         """
         model = None if isinstance(state_dict, Mapping) else state_dict
         if model is not None:
@@ -211,21 +214,22 @@ class Weights(Generic[ConfigT]):
     ) -> Weights[Given]:
         """Reads one module from .npz, .safetensors or .pt, in AlphaFold's `module//leaf` names or any torch dialect's.
 
-        It is found as `from_haiku` finds it; .pth, .ckpt and .bin are read as .pt. Only its own arrays are read, be the
-        file a whole model's. Where it lay in the file is the file's affair: `to_haiku()` gives what
-        `ipa_jax.transform_structure_module(config).apply`, `transform_ipa`'s and their like take.
+        The module is found as in `from_haiku`; .pth, .ckpt and .bin are read as .pt. Only the module's own arrays are
+        read, even from the file of a whole model. Its path in the file is not kept: `to_haiku()` returns what the
+        `apply` of `ipa_jax.transform_structure_module(config)`, `transform_ipa(config)` and the like take.
 
         Args:
             path: the file.
-            dialect: whose names they are, one of `ipa_bridge.weights.dialects.DIALECTS`; None to recognise it.
-            root: path of the module in the file, where there are several or another is meant.
-            config: what the module is, whatever the file's metadata say; a module of its kind is looked for. Without
-                it, what neither metadata nor anything else tells is `assumed`.
+            dialect: the system whose names the file has, one of `ipa_bridge.weights.dialects.DIALECTS`; None to
+                recognise it.
+            root: path of the module in the file; needed if there are several, or to choose another one.
+            config: the module's config, which overrides the file's metadata; only modules of its kind are considered.
+                Without it, fields that neither the metadata nor anything else determines are `assumed`.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: a damaged or pickled file, no such module, several and no root, names that two dialects read
-                differently, or parameters that do not fit.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged or pickled, there is no such module, there are several and `root` is None,
+                two dialects read the names differently, or the parameters do not fit.
         """
         with open_arrays(path) as file:
             checkpoint = read_checkpoint(file, dialect=dialect, root=root, config=config)
@@ -243,19 +247,21 @@ class Weights(Generic[ConfigT]):
     ) -> None:
         """Writes .npz in AlphaFold's form (`root/module//leaf`), or .safetensors or .pt in torch's names and layout.
 
-        .safetensors also carries the config, and which fields of it are assumed; the others warn where `load` would
-        take something else for granted. Assumed fields that say what the module computes are warned of, with the
-        `config=` to pass. The file is replaced in one step, or left as it was.
+        .safetensors also stores the config and which of its fields are assumed. The other formats cannot; a warning
+        lists the fields for which `load` would assume another value. Another warning lists assumed fields that affect
+        what the module computes, with the `config=` to pass. An existing file is replaced in one step, or left as it
+        was if anything fails.
 
         Args:
             path: destination.
-            dialect: write another system's names and layouts, one of `ipa_bridge.weights.dialects.DIALECTS`; what its
-                modules and their callers must be told besides comes as a warning.
-            root: path of the module in the file; None for where it came from in haiku's names, and none in torch's.
-            allow_lossy: names of `ipa_bridge.weights.conversion.LOSSES` that may happen.
+            dialect: the system whose names and layout to write, one of `ipa_bridge.weights.dialects.DIALECTS`; None
+                for ours. A warning lists what its modules and callers need but the file cannot store.
+            root: path of the module in the file; None for `self.root` in haiku's names and for no prefix in torch's.
+            allow_lossy: losses to allow, by their names in `ipa_bridge.weights.conversion.LOSSES`.
 
         Raises:
-            ValueError: another suffix, something the dialect cannot say, or bfloat16 into .npz, which cannot hold it.
+            ValueError: the suffix is unknown, the dialect cannot represent the weights, or the weights are bfloat16
+                and the file is .npz, which cannot hold it.
         """
         target = find_dialect(dialect or default_dialect(path))
         converted, conversion = self.converted(target, allow_lossy=allow_lossy)
@@ -270,13 +276,13 @@ class Weights(Generic[ConfigT]):
     def write(
         self, path: str | os.PathLike[str], dialect: Dialect, *, root: str | None = None, replace: bool = True
     ) -> None:
-        """Writes what a dialect can say as it is; see `save`, which first makes it so."""
+        """Writes weights that a dialect can represent as they are; `save` converts them first."""
         if root is None:
             root = self.root if dialect.separator == "/" else ""
         write_checkpoint(path, self.arrays, self.config, dialect, assumed=self.assumed, root=root, replace=replace)
 
     def converted(self, dialect: Dialect, *, allow_lossy: Collection[str] = ()) -> tuple[Weights, Conversion]:
-        """The same function in a form that a dialect has names for, and what that loses; see `conversion.convert`."""
+        """Converts the weights to a form that a dialect can represent; see `conversion.convert`."""
         conversion = convert(self.arrays, self.config, dialect, allow_lossy=allow_lossy)
         if conversion.arrays is self.arrays and conversion.config is self.config:
             return self, conversion
@@ -284,15 +290,15 @@ class Weights(Generic[ConfigT]):
         return dataclasses.replace(self, arrays=conversion.arrays, config=config), conversion
 
     def subtree(self, path: str) -> Weights:
-        """One module out of a larger one, as "fold_iteration/invariant_point_attention" of a structure module.
+        """Extracts a module from a larger one, such as a structure module's "fold_iteration/invariant_point_attention".
 
         Raises:
-            ValueError: no known module at that path.
+            ValueError: there is no known module at that path.
         """
         return Weights.from_haiku({double_slash(name): x for name, x in self.arrays.items()}, root=path)._alone(self)
 
     def to_haiku(self, *, root: str | None = None) -> dict[str, dict[str, np.ndarray]]:
-        """Haiku parameters, {module: {leaf: array}}, under `root` or where they came from."""
+        """Returns haiku parameters, {module: {leaf: array}}, below `root`; None for `self.root`."""
         tree: dict[str, dict[str, np.ndarray]] = {}
         for name, x in self.arrays.items():
             module, leaf = split_path(join_path(self.root if root is None else root, name))
@@ -302,20 +308,21 @@ class Weights(Generic[ConfigT]):
     def to_torch(
         self, *, dialect: str | None = None, root: str = "", allow_lossy: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        """The state dict of the torch module of that config, tensors with memory of their own.
+        """Returns the state dict of the torch module with this config; the tensors have their own memory.
 
         Args:
-            dialect: that of another system's module, one of `ipa_bridge.weights.dialects.DIALECTS`, for its
-                `load_state_dict(strict=True)`. Lucidrains' takes row-vector frames: pass `rotations` transposed.
+            dialect: the system whose module will load it with `load_state_dict(strict=True)`, one of
+                `ipa_bridge.weights.dialects.DIALECTS`; None for `ipa_torch`. Lucidrains' modules take row-vector
+                frames: transpose `rotations` for them.
             root: prefix of the names.
-            allow_lossy: names of `ipa_bridge.weights.conversion.LOSSES` that may happen.
+            allow_lossy: losses to allow, by their names in `ipa_bridge.weights.conversion.LOSSES`.
 
         Raises:
-            ValueError: something the dialect cannot say.
+            ValueError: the dialect cannot represent the weights, or it has haiku names.
         """
         target = find_dialect(dialect or "ipa_torch")
         if target.separator == "/":
-            raise ValueError(f"{target.title}'s are haiku parameters: use to_haiku()")
+            raise ValueError(f"{target.title} has haiku parameters: use to_haiku()")
         converted, _ = self.converted(target, allow_lossy=allow_lossy)
         named = in_dialect(converted.arrays, converted.config, target, root)
         return {name: torch_tensor(x) for name, x in named.items()}
@@ -326,32 +333,32 @@ class Weights(Generic[ConfigT]):
         return dataclasses.replace(self, arrays={name: x.astype(rounded) for name, x in self.arrays.items()})
 
     def _alone(self, whole: Weights) -> Weights:
-        """The same under its own name, with the whole's config and what of it is assumed."""
+        """These weights at their kind's default root, with the config and assumed fields of the whole they are from."""
         config, assumed = part_of(whole.config, whole.assumed, type(self.config)) or (self.config, self.assumed)
         return Weights(self.arrays, config, assumed=assumed)
 
     def unsure(self) -> list[str]:
-        """A sentence that tells which functional fields are only assumed; none where all are told."""
+        """Returns one sentence that lists the assumed functional fields, or an empty list if there are none."""
         if not self.assumed_function:
             return []
         listed = ", ".join(f"{path}={x!r}" for path, x in self.assumed_function.items())
         return [
-            f"assumed, for neither names nor shapes tell: {listed}; where these weights are read, pass what holds, as "
-            f"config={constructor_code(self.config, self.assumed_function)}"
+            f"assumed, because neither names nor shapes determine them: {listed}; when you load these weights, pass "
+            f"the true values, as in config={constructor_code(self.config, self.assumed_function)}"
         ]
 
 
 def _config_of_module(model: Any, found: Found) -> Config | None:
-    """The config that a module of ours carries."""
+    """The config of the `ipa_torch` module that was found within a model; None if it is another system's."""
     try:
         config = getattr(model.get_submodule(found.root), "config", None)
-    except AttributeError:  # its state dict has other names than its modules
+    except AttributeError:  # names in the state dict differ from those of the modules
         return None
     return config if isinstance(config, found.kind) else None  # type: ignore[return-value]
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> None:
-    """Everything wrong with the arrays in one error."""
+    """Raises one error that lists everything wrong with the arrays."""
     problems = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in arrays]
     problems += [f"unexpected {name} {np.shape(x)}" for name, x in arrays.items() if name not in shapes]
     checks: tuple[tuple[Callable[[str, np.ndarray], bool], Callable[[str, np.ndarray], str]], ...] = (

@@ -1,6 +1,6 @@
-"""Which fields of a config are told, and which only assumed, since neither names nor shapes of parameters tell them.
+"""Config fields: those that names and shapes of parameters determine, and those that can only be assumed.
 
-A field goes by its path: "norm_epsilon" of an attention's config is "ipa.norm_epsilon" of its structure module's.
+A field is identified by its path: an attention's "norm_epsilon" is "ipa.norm_epsilon" in its structure module's config.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from ipa_bridge.config import Config
 from ipa_bridge.kinds import kind_of
 
 NOT_FUNCTIONAL = ("frame_unit", "point_weight_init", "zero_init", "dropout", "attention_dropout", "transition_dropout")
-"""Fields of a config that say how a model is called, begins and is trained, and not what a trained one computes."""
+"""Config fields that describe a model's initialisation, training or input unit, not what the trained model computes."""
 
 
 def fields(config: Config) -> dict[str, Any]:
-    """Every field by its path, those of the configs within included."""
+    """Every field by its path, including those of nested configs."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         x = getattr(config, field.name)
@@ -29,12 +29,12 @@ def fields(config: Config) -> dict[str, Any]:
 
 
 def frame_units(config: Config) -> dict[str, Any]:
-    """The units of frames by their paths, which say not what a module computes but what it must be given."""
+    """The frame_unit fields by path; they describe a module's input, not what it computes."""
     return {path: x for path, x in fields(config).items() if path.rpartition(".")[2] == "frame_unit"}
 
 
 def told_by_shapes(config: Config) -> frozenset[str]:
-    """Paths of the fields that names and shapes of the config's parameters tell."""
+    """Paths of the fields that names and shapes of the module's parameters determine."""
     kind = kind_of(config)
     told = {*kind.told_by_shapes, *kind.told_besides(config)}
     if kind.part is not None:
@@ -44,12 +44,12 @@ def told_by_shapes(config: Config) -> frozenset[str]:
 
 
 def is_functional(path: str) -> bool:
-    """A field of that path is part of what a trained module computes."""
+    """Returns True if the field at a path affects what a trained module computes."""
     return path.rpartition(".")[2] not in NOT_FUNCTIONAL
 
 
 def functional_fields(config: Config) -> dict[str, Any]:
-    """The fields that say what a trained module computes, by name: all but how it begins and is trained."""
+    """Name to value of the fields that affect what a trained module computes: all but `NOT_FUNCTIONAL`."""
     found: dict[str, Any] = {}
     for path, x in sorted(fields(config).items(), key=lambda item: item[0].count(".")):
         if is_functional(path):
@@ -58,7 +58,7 @@ def functional_fields(config: Config) -> dict[str, Any]:
 
 
 def path_within(whole: Config, kind: type) -> str | None:
-    """The path of the config of that kind within another, ending in a dot, "" for itself; None where there is none."""
+    """Path of the nested config of a kind, ending in a dot; "" for the config itself, None if there is none."""
     if isinstance(whole, kind):
         return ""
     part = kind_of(whole).part
@@ -69,7 +69,7 @@ def path_within(whole: Config, kind: type) -> str | None:
 
 
 def part_of(whole: Config, assumed: Collection[str], kind: type) -> tuple[Config, frozenset[str]] | None:
-    """The config of a module of that kind within a whole's, and its assumed fields; None where there is none."""
+    """The nested config of a kind, with its assumed fields; None if there is none."""
     prefix = path_within(whole, kind)
     if prefix is None:
         return None
@@ -80,7 +80,7 @@ def part_of(whole: Config, assumed: Collection[str], kind: type) -> tuple[Config
 
 
 def constructor_code(config: Config, shown: Collection[str] = ()) -> str:
-    """Python that makes the config: its constructor, without what is at its default, but with the paths `shown`."""
+    """Python code that makes the config; fields at their defaults are left out unless their paths are in `shown`."""
     parts = []
     for field in dataclasses.fields(config):
         x = getattr(config, field.name)

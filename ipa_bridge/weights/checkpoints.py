@@ -1,4 +1,4 @@
-"""One module out of a file of weights, and into one: arrays and config, with what the file tells of itself."""
+"""Reading one module from a weight file and writing one to it: arrays, config and metadata."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ipa_bridge.weights.paths import double_slash, keys_by_path
 from ipa_bridge.weights.translation import from_dialect, in_dialect
 
 MAX_NUMBERS = 1 << 26
-"""Largest parameter count accepted from a file smaller than that, thirty times AlphaFold's."""
+"""Largest parameter count accepted from a file of fewer bytes: thirty times that of AlphaFold's structure module."""
 
 MAX_LAYERS = 1024
 """Largest number of layers accepted from a file's metadata."""
@@ -36,14 +36,14 @@ class Checkpoint:
     """One module that was read from a file."""
 
     arrays: Mapping[str, np.ndarray]
-    """By canonical name."""
+    """Arrays by canonical name."""
     config: Config
     assumed: frozenset[str]
-    """Paths of the config's fields that nothing told."""
+    """Paths of the config's fields that nothing determines."""
     found: Found
-    """The module in the file: the system whose names it has, and its path."""
+    """The module in the file: its dialect, kind and path."""
     parts: Parts
-    """What lay at its path."""
+    """The parameters at its path."""
 
 
 def read_checkpoint(
@@ -58,14 +58,14 @@ def read_checkpoint(
 
     Args:
         file: the file.
-        dialect: see there.
-        root: see there.
-        config: see there.
-        progress: told how many parameters of how many are read.
+        dialect: as in `Weights.load`.
+        root: as in `Weights.load`.
+        config: as in `Weights.load`.
+        progress: called with the number of parameters read so far and the number of all.
 
     Raises:
-        ValueError: damaged arrays or metadata, no such module, several and no root, names that two dialects read
-            differently, or parameters that do not fit.
+        ValueError: arrays or metadata are damaged, there is no such module, there are several and `root` is None, two
+            dialects read the names differently, or the parameters do not fit.
     """
     keys = keys_by_path(file.keys, str(file.path))
     haiku = any("//" in key for key in file.keys)
@@ -84,7 +84,7 @@ def read_checkpoint(
         if not unreadable:
             raise
         others = "\n  ".join(map(str, unreadable.values()))
-        raise ValueError(f"{error}\nwhat could not be read:\n  {others}") from error
+        raise ValueError(f"{error}\narrays that could not be read:\n  {others}") from error
     settled, assumed = (told and part_of(*told, found.kind)) or (settled, assumed)
     _check_size(settled, file)
     for name in found.parts(dict.fromkeys(unreadable, ()), settled).read:
@@ -111,20 +111,20 @@ def write_checkpoint(
     root: str = "",
     replace: bool = True,
 ) -> None:
-    """Writes a module that a dialect has names for, in the format that the path's suffix says.
+    """Writes a module that a dialect can represent; the path's suffix sets the format.
 
     Args:
         path: destination.
-        arrays: by canonical name.
-        config: what the module is, which .safetensors carries.
-        dialect: whose names and layout.
-        assumed: paths of the config's fields that nothing told, which .safetensors carries too.
+        arrays: arrays by canonical name.
+        config: the module's config; only .safetensors stores it.
+        dialect: the system whose names and layout to write.
+        assumed: paths of the config's fields that nothing determines; only .safetensors stores them.
         root: path of the module in the file.
-        replace: False to leave an existing file alone.
+        replace: False to refuse an existing file.
 
     Raises:
-        ValueError: another suffix, something that the dialect has no name for or the format cannot store, or a
-            destination that is not to be replaced.
+        ValueError: the suffix is unknown, the dialect or the format cannot store the module, or the destination must
+            not be replaced.
     """
     named = in_dialect(arrays, config, dialect, root)
     if dialect.separator == "/":
@@ -133,34 +133,33 @@ def write_checkpoint(
 
 
 def unstored_fields(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], config: Config) -> list[str]:
-    """What a file of that name cannot say, and `load` would take for granted, each as the end of a sentence.
+    """Ends of sentences ("x.npz …") on config fields that the file cannot store and `load` would assume otherwise.
 
-    .safetensors carries the config; the others only names and shapes.
+    .safetensors stores the config; the other formats store only names and shapes.
     """
     if os.fspath(path).endswith(".safetensors"):
         return []
     by_shapes = infer_config({name: x.shape for name, x in arrays.items()})
     inferred, told = ({**functional_fields(x), **frame_units(x)} for x in (by_shapes, config))
-    untold = [f"{name} is {x!r}, not {inferred[name]!r}" for name, x in told.items() if x != inferred[name]]
-    if not untold:
-        return []
-    return [
-        f"cannot say that {'; that '.join(untold)}, as Weights.load will believe: pass it config=, or save as "
-        f".safetensors"
+    unstored = [
+        f"{name}={x!r} (Weights.load will assume {inferred[name]!r})" for name, x in told.items() if x != inferred[name]
     ]
+    if not unstored:
+        return []
+    return [f"cannot store {', '.join(unstored)}: pass config= to Weights.load, or save as .safetensors"]
 
 
 def _check_size(config: Config, file: ArrayFile) -> None:
-    """A small file may claim to hold any number: trained ones hardly compress, so a large module is in a large file."""
+    """Raises if a config claims more parameters than a file of this size holds: trained ones hardly compress."""
     number = sum(math.prod(shape) for shape in parameter_shapes(config).values())
     if number > max(MAX_NUMBERS, file.path.stat().st_size):
         raise ValueError(
-            f"{file.path}: {number} numbers are more than the {MAX_NUMBERS} that a file of its size is believed to hold"
+            f"{file.path}: {number} numbers are more than the {MAX_NUMBERS} that are accepted from a file of its size"
         )
 
 
 def _shapes(file: ArrayFile, keys: Mapping[str, str]) -> tuple[Shapes, dict[str, ValueError]]:
-    """Shapes by name; and what is wrong with those that cannot be read, which may be no business of ours."""
+    """Shapes by name; and errors by name for arrays that cannot be read, which may belong to other modules."""
     shapes: Shapes = {}
     unreadable: dict[str, ValueError] = {}
     for name, key in keys.items():
@@ -172,7 +171,7 @@ def _shapes(file: ArrayFile, keys: Mapping[str, str]) -> tuple[Shapes, dict[str,
 
 
 def _metadata(config: Config, assumed: Collection[str], dialect: Dialect) -> dict[str, str]:
-    """What .safetensors carries beside the arrays; "format" is what transformers asks for."""
+    """Metadata for .safetensors; the package transformers requires "format"."""
     metadata = {_CONFIG_KEY: json.dumps(dataclasses.asdict(config))}
     if assumed:
         metadata[_ASSUMED_KEY] = json.dumps(sorted(assumed))
@@ -182,7 +181,7 @@ def _metadata(config: Config, assumed: Collection[str], dialect: Dialect) -> dic
 def _told_by_metadata(
     metadata: Mapping[str, str], path: str | os.PathLike[str]
 ) -> tuple[Config, frozenset[str]] | None:
-    """The config that a file carries, and which fields of it are assumed: those marked so, and those it leaves out."""
+    """The config in a file's metadata, and its assumed fields: those marked as such and those that are missing."""
     if _CONFIG_KEY not in metadata:
         return None
     try:
@@ -201,7 +200,7 @@ def _told_by_metadata(
 
 
 def _has(values: Any, path: str) -> bool:
-    """A field of that path is among a config's values."""
+    """Returns True if a config's values include the field at a path."""
     for name in path.split("."):
         if not isinstance(values, dict) or name not in values:
             return False
@@ -210,9 +209,9 @@ def _has(values: Any, path: str) -> bool:
 
 
 def _believed_config(values: Any) -> Config:
-    """The config of those values, of whatever kind, unless it has more layers than are believed."""
+    """The config with those values, of whatever kind; raises if it has more layers than are accepted."""
     for name in ("num_layer", "num_layer_in_transition", "num_residual_block"):
         for level in (values, values.get("block", {})):
             if isinstance(level.get(name), int) and level[name] > MAX_LAYERS:
-                raise ValueError(f"{name} is {level[name]}, and {MAX_LAYERS} is the most that is believed")
+                raise ValueError(f"{name} must be at most {MAX_LAYERS}; got {level[name]}")
     return config_from_values(values)

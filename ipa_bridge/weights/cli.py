@@ -1,4 +1,4 @@
-"""The command `ipa-port`: weight files from one system to another, what is in them, and whether two are the same."""
+"""The command `ipa-port`: converts weight files between systems, lists their contents and compares two of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ examples:
 
 @as_command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0 if all is well, 1 if files differ or a conversion does not hold, 2 if it cannot be done."""
+    """Runs the command; returns 0 for success, 1 if files differ or a verification fails, 2 for an error."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -59,52 +59,73 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ipa-twins {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    dialects = ", ".join(DIALECTS)
+    convert = _convert_parser(commands)
 
-    convert = commands.add_parser("convert", help="write a module's weights as another system's")
-    convert.add_argument("source", metavar="SRC", help=f"weights: {', '.join(SUFFIXES)}")
-    convert.add_argument("destination", metavar="DST", help="where to; the suffix says the format")
-    convert.add_argument(
-        "--from", dest="source_dialect", choices=DIALECTS, metavar="DIALECT", help=f"of SRC: {dialects}"
-    )
-    convert.add_argument(
-        "--to",
+    inspect = commands.add_parser("inspect", help="list the modules and parameters in a file")
+    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument(
+        "--dialect",
         choices=DIALECTS,
         metavar="DIALECT",
-        help="of DST (default: ours, in AlphaFold's haiku names for .npz and in torch's for others)",
+        help=f"system whose names the file has (default: recognise it): {', '.join(DIALECTS)}",
     )
-    convert.add_argument("--root", help="path of the module in SRC, where there are several or another is meant")
-    convert.add_argument("--to-root", metavar="PATH", help="path of the module in DST (default: the module alone)")
-    convert.add_argument("--dtype", choices=DTYPES, help="round to it (default: as they are)")
-    convert.add_argument(
-        "--allow-lossy",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="LOSS[,LOSS…]",
-        help=f"what may be lost, of {', '.join(LOSSES)}",
-    )
-    convert.add_argument("--verify", action="store_true", help="run both files' semantics on random input")
-    convert.add_argument("--force", action="store_true", help="replace DST if it exists")
-    convert.set_defaults(run=_convert)
-
-    inspect = commands.add_parser("inspect", help="what is in a file")
-    inspect.add_argument("file", metavar="FILE")
-    inspect.add_argument("--dialect", choices=DIALECTS, metavar="DIALECT", help=f"whose it is: {dialects}")
-    inspect.add_argument("--root", help="path of the module")
+    inspect.add_argument("--root", help="path of the module; needed if there are several")
     inspect.set_defaults(run=_inspect)
 
-    compare = commands.add_parser("compare", help="whether two files hold the same function")
+    compare = commands.add_parser("compare", help="check whether two files hold the same function")
     compare.add_argument("files", nargs=2, metavar="FILE")
     for letter in "ab":
         compare.add_argument(
-            f"--dialect-{letter}", choices=DIALECTS, metavar="DIALECT", help=f"of file {letter.upper()}"
+            f"--dialect-{letter}",
+            choices=DIALECTS,
+            metavar="DIALECT",
+            help=f"system whose names file {letter.upper()} has",
         )
         compare.add_argument(f"--root-{letter}", metavar="PATH", help=f"path of the module in file {letter.upper()}")
     compare.set_defaults(run=_compare)
 
     for command in (convert, inspect, compare):
-        command.add_argument("--json", action="store_true", help="for machines")
+        command.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _convert_parser(commands: Any) -> argparse.ArgumentParser:
+    convert = commands.add_parser("convert", help="write a module's weights in another system's form")
+    convert.add_argument("source", metavar="SRC", help=f"file to read: {', '.join(SUFFIXES)}")
+    convert.add_argument("destination", metavar="DST", help="file to write; its suffix sets the format")
+    convert.add_argument(
+        "--from",
+        dest="source_dialect",
+        choices=DIALECTS,
+        metavar="DIALECT",
+        help=f"system whose names SRC has (default: recognise it): {', '.join(DIALECTS)}",
+    )
+    convert.add_argument(
+        "--to",
+        choices=DIALECTS,
+        metavar="DIALECT",
+        help="system whose names DST gets (default: ours, ipa_jax for .npz and ipa_torch for other formats)",
+    )
+    convert.add_argument("--root", help="path of the module in SRC; needed if there are several")
+    convert.add_argument(
+        "--to-root",
+        metavar="PATH",
+        help="path of the module in DST (default: its own name in haiku names, no prefix in torch names)",
+    )
+    convert.add_argument("--dtype", choices=DTYPES, help="round to this dtype (default: do not round)")
+    convert.add_argument(
+        "--allow-lossy",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="LOSS[,LOSS…]",
+        help=f"losses to allow: {', '.join(LOSSES)}",
+    )
+    convert.add_argument(
+        "--verify", action="store_true", help="check on random input that both systems compute the same function"
+    )
+    convert.add_argument("--force", action="store_true", help="replace DST if it exists")
+    convert.set_defaults(run=_convert)
+    return convert
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -135,7 +156,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _root(asked: str | None, dialect: str) -> str | None:
-    """The path in the destination; a prefix may be given with its dot."""
+    """The module's path in the destination, without a trailing separator."""
     if asked is None:
         return None
     root, separator = asked.rstrip("./"), find_dialect(dialect).separator
@@ -146,7 +167,7 @@ def _root(asked: str | None, dialect: str) -> str | None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for reading that takes longer than a second."""
+    """Shows a progress bar if reading takes longer than a second."""
     progress = Progress(delay=1)
     try:
         yield lambda name, done, of: progress.bar(f"reading {name}", done, of)
@@ -170,18 +191,18 @@ def _conversion(report: FileConversion, destination: Path) -> str:
         f"{destination}: {target.title}'s, {report.converted} parameters, {report.numbers:,} numbers",
     ]
     if report.added:
-        lines.append(f"and zeros, which {target.title} never reads: {', '.join(report.added)}")
+        lines.append(f"added as zeros, since {target.title} never reads them: {', '.join(report.added)}")
     lines += [f"lost, as allowed: {loss.name}: {loss.reason}" for loss in report.losses]
-    lines += [f"mind: {note}" for note in report.notes]
+    lines += [f"note: {note}" for note in report.notes]
     if report.elsewhere:
         others = ", ".join(f"{stem} ({number})" for stem, number in sorted(report.elsewhere.items())[:8])
         more = len(report.elsewhere) - 8
         lines.append(
-            f"left, for they belong to other parts of the model: {sum(report.elsewhere.values())} arrays: {others}"
+            f"not converted, {sum(report.elsewhere.values())} arrays of other parts of the model: {others}"
             + (f" and {more} more places" if more > 0 else "")
         )
     if report.ignored:
-        lines.append(f"left, for they are no arrays by name: {_some(report.ignored)}")
+        lines.append(f"not converted, not named arrays: {_some(report.ignored)}")
     if report.verified is not None:
         lines += _verification(report.verified)
     if not report.written:
@@ -191,11 +212,12 @@ def _conversion(report: FileConversion, destination: Path) -> str:
 
 def _verification(verified: Verification) -> list[str]:
     if verified.eps is None or verified.change is None:
-        return ["verified on random input: outputs overflow, NOTHING CAN BE SAID"]
-    verdict = "the same function as the file's names mean" if verified.passed else "NOT THE SAME FUNCTION"
-    lines = [f"verified on random input: within {verified.eps:.1f} eps of float64: {verdict}"]
+        return ["NOT VERIFIED: outputs on random input overflow"]
+    if not verified.passed:
+        return [f"NOT THE SAME FUNCTION: outputs on random input are {verified.eps:.1f} eps of float64 apart"]
+    lines = [f"verified on random input: the same function, within {verified.eps:.1f} eps of float64"]
     if verified.change > MAX_VERIFIED_EPS * float(np.finfo(np.float64).eps):
-        lines.append(f"what was lost or rounded changes outputs by {verified.change:.1e} of the largest")
+        lines.append(f"except that losses and rounding change outputs by {verified.change:.1e} of the largest")
     return lines
 
 
@@ -227,8 +249,8 @@ def _contents(report: FileContents) -> str:
     lines += [f"{find_dialect(found.dialect).title}'s {found.module}" + (f" at {found.root}" if found.root else "")]
     lines += [f"  {line}" for line in _config_lines(dataclasses.asdict(found.config), found.assumed)]
     if found.assumed:
-        lines.append("assumed fields are those that neither names nor shapes nor the file's metadata tell")
-    lines += [f"mind: {note}" for note in found.notes]
+        lines.append("assumed: neither names, shapes nor the file's metadata determine the field")
+    lines += [f"note: {note}" for note in found.notes]
     rows = [("parameter", "in the file", "shape", "dtype", "norm")]
     for x in found.parameters:
         theirs = "" if x.theirs == x.name else x.theirs
@@ -238,7 +260,7 @@ def _contents(report: FileContents) -> str:
         lines.append("other parts of the model:")
         lines += [f"  {stem}: {number} arrays" for stem, number in sorted(found.elsewhere.items())]
     if report.ignored:
-        lines.append(f"no arrays by name: {_some(report.ignored)}")
+        lines.append(f"not named arrays: {_some(report.ignored)}")
     return "\n".join(lines)
 
 

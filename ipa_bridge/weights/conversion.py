@@ -1,4 +1,4 @@
-"""From one system's form into another's: what changes exactly, what is lost, and what cannot be said at all."""
+"""Conversion from one system's form to another's: exact changes, losses that must be allowed, and refusals."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Arrays = Mapping[str, np.ndarray]
 """Parameters by canonical name."""
 
 LOSSES = {
-    "norm": "how the length of a value point is kept from zero (a difference of about 1e-9 in lengths of order 1)",
-    "composition_order": "the order in which rotations compose, which is another function in all but special cases",
-    "down_z": "the projection of attended pairs, merged into the output projection: the same function up to rounding, "
-    "but not to be parted again",
-    "point_bias": "biases of the point projections, which are not zero",
-    "scalar_bias": "biases of the scalar projections, which are not zero",
+    "norm": "the formula that keeps the length of a value point from zero (changes lengths of order 1 by about 1e-9)",
+    "composition_order": "the order in which rotations compose (another function, except in special cases)",
+    "down_z": "the projection of attended pairs, merged into the output projection (the same function up to rounding, "
+    "but the two cannot be separated again)",
+    "point_bias": "non-zero biases of the point projections",
+    "scalar_bias": "non-zero biases of the scalar projections",
 }
-"""What a conversion may lose, by the names that allow it, the gravest last."""
+"""Possible losses of a conversion, by the name that allows each; the most serious loss is last."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a conversion gives up."""
+    """One loss of a conversion."""
 
     name: str
     """One of `LOSSES`."""
@@ -54,35 +54,36 @@ class Parameters(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """Parameters in a form that a dialect can say."""
+    """Parameters in a form that a dialect can represent."""
 
     arrays: Arrays
     config: Config
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
-    """What the file cannot say, and its reader must be told."""
+    """Facts that a reader of the file needs but the file cannot store."""
 
 
 def convert(arrays: Arrays, config: Config, dialect: Dialect, *, allow_lossy: Collection[str] = ()) -> Conversion:
-    """The same function in a form that a dialect has names for.
+    """Converts parameters to a form that a dialect can represent; the function stays the same, except for losses.
 
-    Layout and biases of zero change exactly. Of two layouts the one is taken that loses least of what is not allowed,
-    then the less grave, then their own.
+    Changes of layout, and biases of zero that are added or removed, are no loss. If the dialect has two layouts, the
+    one with fewer losses that are not allowed is chosen, then the one with less serious losses, then the layout that
+    the parameters have.
 
     Args:
         arrays: parameters of any form by canonical name.
-        config: what they are of.
+        config: the config of these parameters.
         dialect: the target.
-        allow_lossy: names of `LOSSES` that may happen.
+        allow_lossy: losses to allow, by their names in `LOSSES`.
 
     Raises:
-        ValueError: something the dialect cannot say, or a loss that is not allowed.
+        ValueError: the dialect cannot represent the parameters, or a loss is not allowed.
     """
     unknown = [name for name in allow_lossy if name not in LOSSES]
     if unknown:
         raise ValueError(f"allow_lossy must name {', '.join(LOSSES)}; got {', '.join(unknown)}")
     if not dialect.forms or not has_attention(config):
-        dialect.names(config)  # which raises where it has no such module
+        dialect.names(config)  # raises if the dialect has no such module
         return Conversion(arrays, config)
     own = layout_of(config)
     layouts = sorted(dialect.forms, key=lambda layout: layout != own)
@@ -97,7 +98,7 @@ def convert(arrays: Arrays, config: Config, dialect: Dialect, *, allow_lossy: Co
 
     fitted, losses = min(attempts, key=gravity)
     if isinstance(fitted.config, IPATransformerConfig) and not fitted.config.original_composition_order:
-        losses.append(Loss("composition_order", "its transformer composes rotations so that it is not equivariant"))
+        losses.append(Loss("composition_order", "the target composes rotations in an order that is not equivariant"))
         fitted = fitted._replace(config=replace(fitted.config, original_composition_order=True))
     _check_allowed(losses, allow_lossy, dialect)
     dialect.names(fitted.config)
@@ -108,16 +109,17 @@ def _check_allowed(losses: Collection[Loss], allow_lossy: Collection[str], diale
     forbidden = [loss for loss in losses if loss.name not in allow_lossy]
     if forbidden:
         listed = "".join(f"\n  {loss.name}: {loss.reason}" for loss in forbidden)
+        names = [loss.name for loss in forbidden]
         raise ValueError(
-            f"{dialect.title} cannot say all of this; allow what may be lost by its name, as --allow-lossy "
-            f"{','.join(loss.name for loss in forbidden)} or allow_lossy=:{listed}"
+            f"{dialect.title} cannot represent all of these weights; to allow the losses, pass --allow-lossy "
+            f"{','.join(names)} (in Python: allow_lossy={names}):{listed}"
         )
 
 
 def in_layout(arrays: Arrays, config: Config, layout: Layout) -> Parameters:
-    """The same function with the parameters of AlphaFold's other layout, exactly: nothing but an order of numbers.
+    """Rearranges parameters into one of AlphaFold's two layouts; this only changes the order of numbers.
 
-    Biases and the form of the norm stay, as the config says.
+    Biases and the form of the norm stay as they are.
     """
     ipa = attention_of(config)
     if ipa.layout == layout:
@@ -145,13 +147,13 @@ def _in_order(arrays: Arrays, config: Config) -> Parameters:
 
 
 def _attentions(names: Collection[str]) -> list[str]:
-    """Prefixes of the attentions in what holds several."""
+    """Prefixes of all attentions among the names."""
     end = "trainable_point_weights"
     return [name.removesuffix(end) for name in names if name.endswith(end)]
 
 
 def _to_multimer(arrays: Arrays, c: IPAConfig) -> dict[str, np.ndarray]:
-    """Heads unflattened, keys and values parted; points with the coordinate inside the head."""
+    """Unflattens heads, splits keys from values, and moves the coordinate axis of points inside the head axis."""
     h, qk, p = c.num_head, c.num_scalar_qk, c.num_point_qk
     found = {name: x for name, x in arrays.items() if name.split("/")[0] not in _MONOMER}
     for name, x in arrays.items():
@@ -172,7 +174,7 @@ def _to_multimer(arrays: Arrays, c: IPAConfig) -> dict[str, np.ndarray]:
 
 
 def _to_monomer(arrays: Arrays, c: IPAConfig) -> dict[str, np.ndarray]:
-    """The way back."""
+    """Inverts `_to_multimer`."""
     h = c.num_head
     found = {name: x for name, x in arrays.items() if "_projection/" not in name or name.startswith("output_")}
     for leaf in ("weights", "bias"):
@@ -195,52 +197,55 @@ def _to_monomer(arrays: Arrays, c: IPAConfig) -> dict[str, np.ndarray]:
 
 
 _UPDATE = {"monomer": "affine_update", "multimer": "quat_rigid/rigid"}
-"""The one other module of a structure module that the layouts call differently."""
+"""Name of the backbone update: outside the attention, the only module whose name depends on the layout."""
 
 _MONOMER = ("q_scalar", "kv_scalar", "q_point_local", "kv_point_local")
 
 
 def _fit(given: Parameters, form: Form) -> tuple[Parameters, list[Loss]]:
-    """Biases, pair projection and norm as a form has them, and what that loses."""
+    """Changes biases, pair projection and norm to those of a form; also returns the losses."""
     losses: list[Loss] = []
-    for field, wanted in (("scalar_bias", form.scalar_bias), ("point_bias", form.point_bias)):
-        given = _with_biases(given, field, wanted, losses)
+    for field, has_bias in (("scalar_bias", form.scalar_bias), ("point_bias", form.point_bias)):
+        given = _with_biases(given, field, has_bias, losses)
     if attention_of(given.config).pair_value_channel is not None and form.pair_value_divisor is None:
         given = _merged(given)
-        losses.append(Loss("down_z", f"it has no down_z: {LOSSES['down_z']}"))
+        losses.append(Loss("down_z", f"the target has no down_z: {LOSSES['down_z']}"))
     ipa = attention_of(given.config)
     epsilon = form.norm_epsilon if form.epsilon_is_fixed else ipa.norm_epsilon
     if (ipa.norm_form, ipa.norm_epsilon) != (form.norm_form, epsilon):
         if ipa.norm_form != form.norm_form:
             epsilon = form.norm_epsilon
-        said = {"add": "√(|x|² + {})", "clamp": "√max(|x|², {}²)"}
-        ours, theirs = said[ipa.norm_form].format(ipa.norm_epsilon), said[form.norm_form].format(epsilon)
-        losses.append(Loss("norm", f"the length of a value point x is {ours}, there it is {theirs}"))
+        formula = {"add": "√(|x|² + {})", "clamp": "√max(|x|², {}²)"}
+        ours, theirs = formula[ipa.norm_form].format(ipa.norm_epsilon), formula[form.norm_form].format(epsilon)
+        losses.append(Loss("norm", f"the length of a value point x is {ours} here and {theirs} in the target"))
         changed = replace(ipa, norm_form=cast(NormForm, form.norm_form), norm_epsilon=epsilon)
         given = given._replace(config=replace_attention(given.config, changed))
     return given, losses
 
 
-def _with_biases(given: Parameters, field: str, wanted: bool, losses: list[Loss]) -> Parameters:
-    """Biases of zero where there are none, or none where they are zero."""
+def _with_biases(given: Parameters, field: str, has_bias: bool, losses: list[Loss]) -> Parameters:
+    """Adds biases of zero, or removes biases; removing biases that are not zero is a loss."""
     ipa = attention_of(given.config)
-    if getattr(ipa, field) == wanted:
+    if getattr(ipa, field) == has_bias:
         return given
-    config = replace_attention(given.config, replace(ipa, **cast(dict[str, Any], {field: wanted})))
+    config = replace_attention(given.config, replace(ipa, **cast(dict[str, Any], {field: has_bias})))
     arrays, shapes = dict(given.arrays), parameter_shapes(config)
-    if wanted:
+    if has_bias:
         like = next(x for name, x in arrays.items() if name.endswith("output_projection/weights"))
         arrays |= {name: np.zeros(shape, like.dtype) for name, shape in shapes.items() if name not in arrays}
     else:
         dropped = {name: x for name, x in arrays.items() if name not in shapes}
         if any(x.any() for x in dropped.values()):
             names = ", ".join(name for name, x in dropped.items() if x.any())
-            losses.append(Loss(field, f"it has none of the {LOSSES[field]}: {names}"))
+            losses.append(Loss(field, f"the target has no place for {LOSSES[field]}: {names}"))
     return _in_order(arrays, config)
 
 
 def _merged(given: Parameters) -> Parameters:
-    """The attended pair's projection as part of the output's: attention sums to 1, so its bias is the output's."""
+    """Merges the projection of attended pairs (`down_z`) into the output projection.
+
+    Attention weights sum to 1, so the bias of `down_z` adds a constant to the output, which goes into its bias.
+    """
     ipa = attention_of(given.config)
     arrays = dict(given.arrays)
     h, narrow = ipa.num_head, cast(int, ipa.pair_value_channel)
@@ -257,18 +262,18 @@ def _merged(given: Parameters) -> Parameters:
 
 
 def _refuse(config: Config, dialect: Dialect) -> None:
-    """What no loss could mend."""
+    """Raises if the dialect cannot represent a module of this config even with losses."""
     ipa, reasons = attention_of(config), []
     form = next(iter(dialect.forms.values()))
     if form.pair_required and ipa.pair_channel is None:
-        reasons.append("its attention always reads a pair representation, and scales logits by √(1/3) for it")
+        reasons.append("its attention always reads a pair representation and scales logits by √(1/3)")
     if form.pair_value_divisor is not None:
         width = ipa.pair_channel // form.pair_value_divisor if ipa.pair_channel else 0
         if ipa.pair_value_channel != width:
             has = ipa.pair_value_channel or "none"
             reasons.append(
                 f"its down_z is c_z / {form.pair_value_divisor} = {width} wide, and pair_value_channel here is {has}: "
-                f"a pair as it is cannot pass through so few channels"
+                f"the two must be equal"
             )
     if form.one_width and ipa.num_scalar_v != ipa.num_scalar_qk:
         reasons.append(
@@ -283,23 +288,23 @@ def _refuse(config: Config, dialect: Dialect) -> None:
                 f"its transition has {dialect.transitions} linear layers, not {config.num_layer_in_transition}"
             )
     if reasons:
-        raise ValueError(f"{dialect.title} cannot say this:" + "".join(f"\n  {reason}" for reason in reasons))
+        raise ValueError(f"{dialect.title} cannot represent this:" + "".join(f"\n  {reason}" for reason in reasons))
 
 
 def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
-    """What its modules must be told, and what their callers."""
+    """Sentences on what constructors and callers of the target's modules need but the file cannot store."""
     ipa, notes = attention_of(config), []
     form = dialect.forms[ipa.layout]
     if not form.epsilon_is_fixed and ipa.norm_epsilon != form.norm_epsilon:
-        notes.append(f"construct it with {dialect.epsilon_argument}={ipa.norm_epsilon}: a file cannot say so")
+        notes.append(f"construct it with {dialect.epsilon_argument}={ipa.norm_epsilon}, which a file cannot store")
     if ipa.position_scale != 1:
-        notes.append(f"divide the translations of its frames by {ipa.position_scale:g}: it has no such argument")
+        notes.append(f"divide the translations of its frames by {ipa.position_scale:g}, as it has no argument for this")
     if isinstance(config, IPABlockConfig | IPATransformerConfig):
         block = config.block if isinstance(config, IPATransformerConfig) else config
         if not block.post_norm:
-            notes.append("construct it with post_norm=False: a file cannot say so")
+            notes.append("construct it with post_norm=False, which a file cannot store")
     if isinstance(config, IPATransformerConfig) and not config.detach_rotations:
-        notes.append("construct it with detach_rotations=False: a file cannot say so")
+        notes.append("construct it with detach_rotations=False, which a file cannot store")
     if isinstance(config, StructureModuleConfig):
         usual = (
             StructureModuleConfig.alphafold_multimer()
@@ -309,5 +314,5 @@ def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
         for name in ("num_layer", "position_scale"):
             mine = getattr(config, name)
             if not math.isclose(mine, getattr(usual, name)):
-                notes.append(f"construct it with {mine:g} for what is called {name} here: a file cannot say so")
+                notes.append(f"construct it with {mine:g} for what is called {name} here, which a file cannot store")
     return (*notes, *([dialect.frames] if dialect.frames else []))

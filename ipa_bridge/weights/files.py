@@ -1,4 +1,4 @@
-"""Flat {name: array} files, .npz, .safetensors and .pt, in and out: read lazily, written whole, never unpickled."""
+"""Reading and writing flat {name: array} files: .npz, .safetensors and .pt, lazily read and never unpickled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUFFIXES = (".npz", ".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """An open file: its names and metadata at once, each array when it is asked for."""
+    """An open file: names and metadata are read at once, each array only when it is accessed."""
 
     path: Path
     keys: tuple[str, ...]
@@ -32,13 +32,13 @@ class ArrayFile:
     _read: Callable[[str], np.ndarray]
     _shape: Callable[[str], tuple[int, ...]]
     ignored: tuple[str, ...] = ()
-    """Entries that are no arrays."""
+    """Names of entries that are not arrays."""
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of one array, which is not read for it.
+        """Returns the shape of one array without reading the array.
 
         Raises:
-            ValueError: it is no array of numbers, or the file is damaged.
+            ValueError: the entry is not an array of numbers, or the file is damaged.
         """
         with _plain_errors(self.path, f"array {key!r}"):
             return self._shape(key)
@@ -47,7 +47,7 @@ class ArrayFile:
         """Reads one array.
 
         Raises:
-            ValueError: it cannot be read without unpickling, or the file is damaged.
+            ValueError: the array cannot be read without unpickling, or the file is damaged.
         """
         with _plain_errors(self.path, f"array {key!r}"):
             return self._read(key)
@@ -55,11 +55,11 @@ class ArrayFile:
 
 @contextmanager
 def open_arrays(path: str | os.PathLike[str]) -> Iterator[ArrayFile]:
-    """Opens a file of arrays for reading, by its suffix.
+    """Opens a file of arrays for reading; its suffix sets the format.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: another suffix, a damaged file, or one that only unpickling could read.
+        FileNotFoundError: the file does not exist.
+        ValueError: the suffix is unknown, or the file is damaged or can only be read by unpickling.
     """
     path = Path(path)
     opener = {".npz": _open_npz, ".safetensors": _open_safetensors}
@@ -84,17 +84,19 @@ def write_arrays(
     *,
     replace: bool = True,
 ) -> None:
-    """Writes a file of arrays, by its suffix: beside the destination first, which is then replaced in one step.
+    """Writes a file of arrays; its suffix sets the format.
+
+    The arrays go to a temporary file first, which then replaces the destination in one step.
 
     Args:
-        path: destination; an existing file is replaced, and left as it was if anything fails.
-        replace: False to leave an existing file alone, even one that comes to be there meanwhile.
-        arrays: what to write.
-        metadata: short texts beside the arrays, which only .safetensors can carry.
+        path: destination; an existing file is left as it was if anything fails.
+        replace: False to refuse an existing file, even one that appears while the arrays are written.
+        arrays: arrays by name.
+        metadata: short texts to store with the arrays; only .safetensors can store them.
 
     Raises:
-        ValueError: another suffix, an array that the format cannot hold without pickling, or a destination that exists
-            and is not to be replaced, or is a link, a directory or a device.
+        ValueError: the suffix is unknown, the format cannot hold an array without pickling, the destination exists and
+            `replace` is False, or the destination is a link, a directory or a device.
     """
     path = Path(path)
     suffix = _suffix(path)
@@ -115,7 +117,7 @@ def write_arrays(
         else:
             torch = import_torch()
 
-            whole = io.BytesIO()  # for torch, met by a full disk, raises what nobody expects
+            whole = io.BytesIO()  # torch.save into the file itself raises an obscure error on a full disk
             torch.save({name: torch_tensor(x) for name, x in arrays.items()}, whole)
             handle.write(whole.getbuffer())
 
@@ -139,28 +141,28 @@ def _open_npz(path: Path) -> Iterator[ArrayFile]:
                 return _npy_shape(archive_zip, f"{name}.npy")
 
             def read(name: str) -> np.ndarray:
-                shape(name)  # whose header is not one that claims more than there is
+                shape(name)  # raises if the header claims more bytes than there are
                 return archive[name]
 
             yield ArrayFile(path, tuple(archive.files), {}, read, shape)
 
 
 def _npy_shape(archive: zipfile.ZipFile, member: str) -> tuple[int, ...]:
-    """What a member's header says, if the member is as long as that takes."""
+    """The shape in a member's header; raises if the member has another number of bytes than the header implies."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"it is in version {version} of the .npy format, and 1.0 or 2.0 was expected")
+            raise ValueError(f"version 1.0 or 2.0 of the .npy format was expected; got {version}")
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(file)
         start = file.tell()
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
     if dtype.kind not in "fiub":
-        raise ValueError(f"it holds no real numbers, but {dtype}")
+        raise ValueError(f"an array of real numbers was expected; got {dtype}")
     size, there = math.prod(shape) * dtype.itemsize, archive.getinfo(member).file_size - start
     if size != there:
-        raise ValueError(f"its header asks for {size} bytes where there are {there}: it is damaged")
+        raise ValueError(f"its header implies {size} bytes, but it has {there}: it is damaged")
     return shape
 
 
@@ -181,7 +183,7 @@ def _open_safetensors(path: Path) -> Iterator[ArrayFile]:
 @contextmanager
 def _open_torch(path: Path) -> Iterator[ArrayFile]:
     torch = import_torch()
-    with warnings.catch_warnings():  # of pickles and sparse tensors, which come as errors below
+    with warnings.catch_warnings():  # about pickles and sparse tensors, which raise below
         warnings.simplefilter("ignore", UserWarning)
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     if not isinstance(loaded, Mapping):
@@ -195,9 +197,9 @@ def _open_torch(path: Path) -> Iterator[ArrayFile]:
     def shape(name: str) -> tuple[int, ...]:
         x = tensors[name]
         if x.layout != torch.strided or x.is_quantized or x.device.type != "cpu":
-            raise ValueError(f"it is no plain tensor, but {x.layout} on {x.device.type}: save it dense")
+            raise ValueError(f"a dense tensor was expected; got {x.layout} on {x.device.type}: save it dense")
         if x.numel() * x.element_size() > x.untyped_storage().nbytes():
-            raise ValueError("it says it is larger than what it holds: save it contiguous")
+            raise ValueError("its shape is larger than its storage: save it contiguous")
         return tuple(x.shape)
 
     if not tensors:
@@ -216,10 +218,10 @@ def _open_torch(path: Path) -> Iterator[ArrayFile]:
 
 
 def _flatten(loaded: Mapping, prefix: str, tensors: dict[str, Any], ignored: list[str], seen: set[int]) -> None:
-    """The tensors of a checkpoint, with the dictionaries that hold them (state_dict, ema, …) as the start of the name.
+    """Collects the tensors of a checkpoint; the dictionaries that hold them (state_dict, ema, …) prefix their names.
 
-    What lies in lists or under numbers, as an optimiser's state does, is no parameter; a dictionary that is there under
-    several names is read under the first.
+    Entries in lists or under numbers, such as an optimiser's state, are ignored. A dictionary that occurs under several
+    names is read under the first.
     """
     torch = import_torch()
     seen.add(id(loaded))
@@ -237,7 +239,7 @@ def _flatten(loaded: Mapping, prefix: str, tensors: dict[str, Any], ignored: lis
 
 @contextmanager
 def _plain_errors(path: Path, what: str) -> Iterator[None]:
-    """Whatever a reader raises on a damaged or pickled file becomes a ValueError that names the file."""
+    """Turns whatever a reader raises on a damaged or pickled file into a ValueError that names the file."""
     try:
         yield
     except (FileNotFoundError, PermissionError, ImportError):
@@ -245,11 +247,11 @@ def _plain_errors(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         if "pickle" in str(error).lower() or "weights_only" in str(error).lower():
-            # numpy and torch take any bytes they do not know for a pickle.
+            # numpy and torch mistake any unknown bytes for a pickle.
             reason = (
                 "it may be damaged, or it holds pickled objects, which are never loaded here: save plain arrays with "
-                "numpy.savez, safetensors, or torch.save(module.state_dict(), path); of a checkpoint with more in it, "
-                'torch.save(checkpoint["state_dict"], path)'
+                "numpy.savez, safetensors, or torch.save(module.state_dict(), path); from a checkpoint with other "
+                'entries, use torch.save(checkpoint["state_dict"], path)'
             )
         elif not isinstance(error, ValueError):
             reason = f"it may be damaged ({type(error).__name__}: {reason})"
@@ -261,9 +263,9 @@ def _suffix(path: Path) -> str:
         hint = ""
         if path.suffix in (".pkl", ".pickle"):
             hint = (
-                ": pickles are never loaded, for they can run anything. Where you trust it, save its haiku parameters "
-                "as numpy.savez(path, **{f'{module}//{leaf}': x for module, leaves in params.items() for leaf, x in "
-                "leaves.items()})"
+                ": pickles are never loaded, because they can run any code. If you trust this file, unpickle it "
+                "yourself and save its haiku parameters with numpy.savez(path, **{f'{module}//{leaf}': x for module, "
+                "leaves in params.items() for leaf, x in leaves.items()})"
             )
         raise ValueError(f"{path}: expected a name ending in {', '.join(SUFFIXES)}{hint}")
     return path.suffix

@@ -1,7 +1,7 @@
-"""Which module of which system a set of parameters holds, and what lies beside it.
+"""Finds which module of which system a set of parameters holds, and which other parameters lie beside it.
 
-A dialect is recognised by names and shapes alone. Where two would read the same parameters differently, that is an
-error which names both; nothing is guessed.
+A dialect is recognised by names and shapes alone. If two dialects would read the same parameters as different
+functions, an error names both; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from ipa_bridge.weights.paths import names_below
 
 
 class Found(NamedTuple):
-    """A module among parameters."""
+    """A module found among parameters."""
 
     dialect: Dialect
     kind: type
     root: str
-    """The path that its names lie below, "" for none."""
+    """Path of the module, which its names start with; "" for none."""
 
     def names(self, keys: Iterable[str]) -> dict[str, str]:
-        """Their name below the root to the key, of all keys there."""
+        """Maps the names below the root to their keys, for all keys below the root."""
         return names_below(keys, self.root, self.dialect.separator)
 
     def infer(self, shapes: Shapes) -> Config:
-        """What the module's names and shapes tell."""
+        """Infers the module's config from its names and shapes."""
         return self.dialect.infer({name: shapes[key] for name, key in self.names(shapes).items()}, self.kind)
 
     def parts(self, shapes: Mapping[str, tuple[int, ...]], config: Config) -> Parts:
-        """Sorts what lies at the module's path: its own parameters, those without effect, and other modules.
+        """Sorts the parameters at the module's path: its own, those without effect, and those of other modules.
 
-        Other systems' layers may hold an attention's parameters beside other modules. What is named as a parameter or
-        a projection of an attention is counted as its own, so that an unknown one is not passed over.
+        In other systems, an attention's parameters may lie beside other modules. An unknown name counts as the
+        attention's own if it belongs to no submodule, or if its submodule shares a word with those of known attentions:
+        it then raises an error later instead of being ignored.
         """
         known = {theirs for theirs, _ in self.dialect.names(config).values()}
         unused = self.dialect.unused.get(self.kind, {})
@@ -56,7 +57,7 @@ class Found(NamedTuple):
         return Parts(self, below, tuple(without_effect), tuple(beside))
 
     def _is_beside(self, name: str) -> bool:
-        """A name below the root is of another module than a system's attention."""
+        """Returns True if a name below the root belongs to another module beside the attention."""
         module, dot, _ = name.partition(".")
         is_theirs = self.kind is IPAConfig and bool(self.dialect.rows[IPAConfig])
         return is_theirs and bool(dot) and not set(_words(module)) & _words_of_attentions()
@@ -64,23 +65,23 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """Parameters at a module's path, by what they are to it."""
+    """The parameters at a module's path, sorted by whom they belong to."""
 
     found: Found
     below: Mapping[str, str]
-    """The module's own names to keys, unknown ones among them."""
+    """The module's own names to keys, including unknown names."""
     unused: tuple[str, ...]
-    """Names of parameters that no forward of its system reads."""
+    """Names of parameters that no forward pass of its system reads."""
     beside: tuple[str, ...]
     """Names of other modules' parameters."""
 
     @property
     def read(self) -> tuple[str, ...]:
-        """Keys of the module's own."""
+        """Keys of the module's own parameters."""
         return tuple(self.below.values())
 
     def notes(self) -> list[str]:
-        """Sentences that tell which parameters are not read, and why."""
+        """Sentences on which parameters are not read, and why."""
         notes, where = [], f" at {self.found.root}" if self.found.root else ""
         if self.unused:
             notes.append(f"{', '.join(self.unused)}{where}: ignored, since {self.found.dialect.title} never reads them")
@@ -88,24 +89,24 @@ class Parts:
             modules = list(dict.fromkeys(name.partition(".")[0] for name in self.beside))
             some = ", ".join(modules[:10]) + (f" and {len(modules) - 10} more" if len(modules) > 10 else "")
             notes.append(
-                f"{some}{where}, beside the parameters of the attention: left, as other parts of the model; should the "
-                f"attention read them, it is another one"
+                f"{some}{where}, beside the parameters of the attention: ignored, as other parts of the model; if the "
+                f"attention reads them, it is not {self.found.dialect.title}'s"
             )
         return notes
 
     def mention(self, *, stacklevel: int) -> None:
-        """Warns of what is not read."""
+        """Warns about parameters that are not read."""
         for note in self.notes():
             warnings.warn(note, stacklevel=stacklevel)
 
 
 def modules(keys: Mapping[str, object], dialect: str | None = None, *, haiku: bool | None = None) -> list[Found]:
-    """Every module of every dialect that the names may be of, those within others too.
+    """Lists every module that the names may belong to in any dialect, including modules within modules.
 
     Args:
         keys: names with `/` between haiku's modules and `.` between torch's.
-        dialect: only of this one.
-        haiku: whether only haiku's or only torch's names are in question; None for both.
+        dialect: the only dialect to try; None for all.
+        haiku: True to try only dialects with haiku's names, False only those with torch's; None for both.
     """
     asked = DIALECTS.values() if dialect is None else [find_dialect(dialect)]
     found = []
@@ -134,22 +135,22 @@ def find_module(
     haiku: bool | None = None,
     source: str = "these parameters",
 ) -> tuple[Found, Config, frozenset[str]]:
-    """The one module that is meant, its config, and the paths of the config's fields that are only assumed.
+    """Finds the one module that is meant; returns it, its config, and the paths of the config's assumed fields.
 
-    That is the structure module, or where there is none the attention, or else the confidence head. Where it may be of
-    several dialects that read it as the same function, a field is told if all of them tell the same.
+    It is of the first kind present: structure module, transformer, block, attention, confidence head. If it may be of
+    several dialects that read it as the same function, a field is determined only if all of them determine it alike.
 
     Args:
-        shapes: of all parameters.
-        dialect: whose they are; None to recognise it.
-        root: path of the module, where there are several or another is meant.
-        config: what the module is; a module of its kind is looked for.
-        haiku: whether only haiku's or only torch's names are in question.
-        source: what the errors call the parameters.
+        shapes: shapes of all parameters, by name.
+        dialect: the system whose names these are; None to recognise it.
+        root: path of the module; needed if there are several, or to choose another one.
+        config: the module's config; only modules of its kind are considered.
+        haiku: True to try only dialects with haiku's names, False only those with torch's; None for both.
+        source: name of the parameters' source in error messages.
 
     Raises:
-        ValueError: no such module; several and no root; dialects that would read it differently; or parameters that
-            are missing or do not fit each other.
+        ValueError: there is no such module, there are several and `root` is None, dialects would read it differently,
+            or parameters are missing or do not fit each other.
     """
     kinds = [kind for kind in KINDS if config is None or isinstance(config, kind)]
     found = [each for each in modules(shapes, dialect, haiku=haiku) if each.kind in kinds]
@@ -171,40 +172,40 @@ def find_module(
 
 
 def _at_root(found: Sequence[Found], root: str, source: str) -> list[Found]:
-    """The modules at a path, of which there must be one."""
+    """The modules found at a path; raises if there is none."""
     at_root = [each for each in found if each.root == root]
     if not at_root:
         there = list(dict.fromkeys(each.root for each in found))
-        raise ValueError(f"no module at root={root!r} in {source}; there is {there or 'none'}")
+        raise ValueError(f"no module at root={root!r} in {source}; modules are at {there or 'no path'}")
     return at_root
 
 
 def _none_found(kinds: Sequence[type], shapes: Shapes, dialect: str | None, source: str) -> str:
-    """The message that no module of these kinds is there, with the names by which one would be known."""
+    """Error message for a missing module of these kinds, with the names that would identify one."""
     known = " or ".join(f"{KINDS[kind].title}s" for kind in kinds)
     ends = " or ".join(KINDS[kind].landmark for kind in kinds)
     whose = f"in {find_dialect(dialect).title}'s names " if dialect else ""
     some = ", ".join(sorted(shapes)[:5])
     return (
-        f"no {known} {whose}in {source}: no name ends in {ends}, or in what other dialects call it; names are {some}, …"
+        f"no {known} {whose}in {source}: no name ends in {ends}, or another dialect's name for it; names are {some}, …"
     )
 
 
 def _check_pair(found: Sequence[Found], readings: Sequence[Config], source: str) -> None:
-    """No module lacks a pair representation that every attention of its system reads."""
+    """Raises if a module has no pair representation although every attention of its system reads one."""
     for each, reading in zip(found, readings, strict=True):
         pairless = has_attention(reading) and attention_of(reading).pair_channel is None
         forms = () if each.dialect.separator == "/" else each.dialect.forms.values()  # AlphaFold's names are ours too
         if pairless and forms and all(form.pair_required for form in forms):
             raise ValueError(
                 f"{source}: {each.dialect.title}'s attention always reads a pair representation; this one has no "
-                "parameters for it, so it is another system's, and how that scales its logits is unknown (MDGen: by "
-                "√(1/3)). Pass config= if they are scaled by √(1/2), as without a pair here"
+                "parameters for it, so it is from another system, whose scale of logits is unknown (in MDGen: √(1/3)). "
+                "Pass config= if the scale is √(1/2), as it is here without a pair"
             )
 
 
 def _untold(found: Sequence[Found], readings: Sequence[Config], named: bool, source: str) -> frozenset[str]:
-    """Paths of the config's fields that not all candidates tell alike; the candidates must be the same function."""
+    """Paths of the config's fields that the candidates do not all determine alike; raises if their functions differ."""
     if any(functional_fields(reading) != functional_fields(readings[0]) for reading in readings):
         candidates = " or ".join(f"{each.dialect.name!r} ({each.dialect.title})" for each in found)
         raise ValueError(
@@ -219,7 +220,7 @@ def _untold(found: Sequence[Found], readings: Sequence[Config], named: bool, sou
 
 @cache
 def _words_of_attentions() -> frozenset[str]:
-    """Words that the names of other systems' attentions are made of."""
+    """Words in the names of submodules of other systems' attentions."""
     rows = (row for each in DIALECTS.values() for layout in each.rows.get(IPAConfig, {}).values() for row in layout)
     return frozenset(word for row in rows for word in _words(row.theirs.partition(".")[0]))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def join_path(module: str, leaf: str, separator: str = "/") -> str:
-    """The path of a leaf or module within a module, "" for none."""
+    """The path of a leaf or module within a module; `module` is "" for none."""
     return module + separator + leaf if module else leaf
 
 
@@ -23,16 +23,16 @@ def double_slash(path: str) -> str:
 
 
 def names_below(keys: Iterable[str], root: str, separator: str) -> dict[str, str]:
-    """Name below the root to key, for the keys there."""
+    """Maps names below the root to their keys, for all keys below the root."""
     prefix = root + separator if root else ""
     return {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
 
 
 def keys_by_path(keys: Iterable[str], source: str = "this file") -> dict[str, str]:
-    """A file's keys by their paths with one `/` before the leaf, as haiku has it.
+    """Maps haiku paths, with one `/` before the leaf, to a file's keys.
 
     Raises:
-        ValueError: two keys are the same path.
+        ValueError: two keys have the same path.
     """
     return without_duplicates([(key.replace("//", "/"), key) for key in keys], source)
 
@@ -41,11 +41,11 @@ def without_duplicates(pairs: Iterable[tuple[str, Any]], source: str) -> dict[st
     """The pairs as a dictionary.
 
     Raises:
-        ValueError: a name is there twice.
+        ValueError: a name occurs twice.
     """
     found: dict[str, Any] = {}
     for name, x in pairs:
         if name in found:
-            raise ValueError(f"{source}: {name!r} is there twice; which of the two is meant cannot be told")
+            raise ValueError(f"{source}: {name!r} is there twice: remove one of the two")
         found[name] = x
     return found

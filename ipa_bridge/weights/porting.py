@@ -1,4 +1,4 @@
-"""Weights from one system to another: convert a file, verify a conversion, look into a file, compare two."""
+"""Functions on weight files: convert one to another system, verify a conversion, inspect one, compare two."""
 
 from __future__ import annotations
 
@@ -38,10 +38,13 @@ from ipa_bridge.weights.reports import (
 from ipa_bridge.weights.translation import in_dialect
 
 MAX_VERIFIED_EPS = 1024
-"""Largest error of a verification, in eps of float64: an order of numbers costs less than ten, a swapped axis 1e14."""
+"""Largest error that passes a verification, in eps of float64.
+
+Another order of summation costs less than ten eps, a swapped axis 1e14.
+"""
 
 Progress = Callable[[str, int, int], None]
-"""Told a file's name, how many of its parameters are read, and of how many."""
+"""Function that takes a file's name, the number of parameters read so far, and the number of all."""
 
 
 def convert(
@@ -58,24 +61,25 @@ def convert(
     replace: bool = False,
     progress: Progress = lambda name, done, of: None,
 ) -> FileConversion:
-    """Writes a module of one file into another, as another system's.
+    """Converts a module in one file to another system's form and writes it to another file.
 
     Args:
         source: a file that `Weights.load` reads.
-        destination: the file to write, in the format that its suffix says.
-        source_dialect: whose names the source has; None to recognise it.
-        source_root: path of the module in the source, where there are several or another is meant.
-        dialect: whose names the destination gets; None for ours.
-        root: path of the module in the destination; None for where it came from in haiku's names, and none in torch's.
-        dtype: round to it; None to leave numbers as they are.
-        allow_lossy: names of `conversion.LOSSES` that may happen.
-        verified: verify the conversion, and write nothing if it does not hold.
-        replace: an existing destination is replaced.
-        progress: told how much is read.
+        destination: the file to write; its suffix sets the format.
+        source_dialect: the system whose names the source has; None to recognise it.
+        source_root: path of the module in the source; needed if there are several, or to choose another one.
+        dialect: the system whose names and layout the destination gets; None for ours.
+        root: path of the module in the destination; None for its own name in haiku's names and no prefix in torch's.
+        dtype: dtype to round to; None to leave numbers as they are.
+        allow_lossy: losses to allow, by their names in `conversion.LOSSES`.
+        verified: True to verify the conversion and write nothing if that fails.
+        replace: True to replace an existing destination.
+        progress: called after each array that is read.
 
     Raises:
-        FileNotFoundError: there is no such source.
-        ValueError: the source holds no such module, the dialect cannot say it, or the destination cannot be written.
+        FileNotFoundError: the source does not exist.
+        ValueError: the source holds no such module, the dialect cannot represent it, or the destination cannot be
+            written.
     """
     path = Path(destination)
     check_paths(Path(source), path)
@@ -121,10 +125,10 @@ def convert(
 
 
 def check_paths(source: Path, destination: Path) -> None:
-    """A file can be converted from here to there, be there one already or not.
+    """Checks that a source may be converted to a destination, whether the destination exists or not.
 
     Raises:
-        ValueError: the destination's suffix is of no format, it is the source itself, or its folder is not there.
+        ValueError: the destination's suffix is unknown, it is the source itself, or its folder does not exist.
     """
     if destination.suffix not in SUFFIXES:
         raise ValueError(f"{destination}: expected a name ending in {', '.join(SUFFIXES)}")
@@ -142,19 +146,20 @@ def verify(
     dtype: str | None = None,
     allow_lossy: Collection[str] = (),
 ) -> Verification:
-    """Runs the source's semantics and the target's on the same random input, each against ours in float64.
+    """Compares the source's and the target's semantics with ours, each on the same random input in float64.
 
-    What rounding and losses change is measured apart: from what was read to what is written, both in our semantics.
+    The effect of rounding and losses is measured separately: it is the change of outputs in our semantics from the
+    weights read to the weights written.
 
     Args:
-        weights: what is to be converted.
+        weights: the weights to convert.
         dialect: the target.
-        source_dialect: whose the weights were.
-        dtype: round to it before conversion.
-        allow_lossy: names of `conversion.LOSSES` that may happen.
+        source_dialect: the system that the weights are from.
+        dtype: dtype to round to before conversion; None to leave numbers as they are.
+        allow_lossy: losses to allow, by their names in `conversion.LOSSES`.
 
     Raises:
-        ValueError: a dialect cannot say it, or a loss is not allowed.
+        ValueError: a dialect cannot represent the weights, or a loss is not allowed.
     """
     source_system, target = find_dialect(source_dialect), find_dialect(dialect)
     weights = _without_zeros(weights)
@@ -182,17 +187,20 @@ def inspect(
     root: str | None = None,
     progress: Progress = lambda name, done, of: None,
 ) -> FileContents:
-    """Lists the modules that a file may hold, and the contents of the one that is meant.
+    """Lists the modules that a file may hold, and the contents of the selected one.
 
     Args:
         path: the file.
-        dialect: whose names it has; None to recognise it.
-        root: path of the module, where there are several or another is meant.
-        progress: told how much is read.
+        dialect: the system whose names the file has; None to recognise it.
+        root: path of the module; needed if there are several, or to choose another one.
+        progress: called after each array that is read.
+
+    Returns:
+        The contents; if no module can be read from an intact file, `problem` gives the reason.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged; that no module can be read is its `problem`.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
     """
     with open_arrays(path) as file:
         keys = keys_by_path(file.keys)
@@ -217,20 +225,20 @@ def compare(
     root_b: str | None = None,
     progress: Progress = lambda name, done, of: None,
 ) -> Comparison:
-    """Compares a module in one file with that in another, whatever system's names and layout they have.
+    """Compares a module in one file with one in another; the files may have different systems' names and layouts.
 
     Args:
-        one: a file.
-        other: another.
-        dialect_a: whose names the one has; None to recognise it.
-        dialect_b: whose names the other has.
-        root_a: path of the module in the one, where there are several or another is meant.
-        root_b: path of the module in the other.
-        progress: told how much is read.
+        one: the first file, A.
+        other: the second file, B.
+        dialect_a: the system whose names A has; None to recognise it.
+        dialect_b: the system whose names B has; None to recognise it.
+        root_a: path of the module in A; needed if there are several, or to choose another one.
+        root_b: path of the module in B; likewise.
+        progress: called after each array that is read.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file holds no such module, or they are of different kinds.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file holds no such module, or the modules are of different kinds.
     """
     read = []
     for path, dialect, root in ((one, dialect_a, root_a), (other, dialect_b, root_b)):
@@ -239,9 +247,9 @@ def compare(
     kinds = [KINDS[each.found.kind] for each in read]
     if kinds[0] is not kinds[1]:
         raise ValueError(
-            f"one kind of module was expected in both; got {kinds[0].title} in {os.fspath(one)} and "
-            f"{kinds[1].title} in {os.fspath(other)}: name a module in one of them with --root-a or --root-b, as "
-            f"`ipa-port inspect` lists them"
+            f"both files must hold the same kind of module; got {kinds[0].title} in {os.fspath(one)} and "
+            f"{kinds[1].title} in {os.fspath(other)}: choose modules with --root-a and --root-b; `ipa-port inspect` "
+            f"lists them"
         )
     a, b = (_common_form(_weights(each)) for each in read)
     config = _differing_fields(a.config, b.config)
@@ -270,7 +278,7 @@ def _weights(checkpoint: Checkpoint) -> Weights:
 
 
 def _owner(found: Found, weights: Weights) -> Dialect:
-    """AlphaFold's names are ours too; they are AlphaFold's if its own classes compute this."""
+    """The dialect to report; for AlphaFold's names, which are also ours, AlphaFold if its own classes compute this."""
     if found.dialect.separator != "/":
         return found.dialect
     alphafold = find_dialect("alphafold")
@@ -290,7 +298,7 @@ def _count_elsewhere(file: ArrayFile, parts: Parts) -> dict[str, int]:
 
 
 def _stem(key: str) -> str:
-    """The first names of a path, without its last."""
+    """The first names of a path, at most three; the last name is left out unless it is the only one."""
     separator = "/" if "/" in key else "."
     parts = key.split(separator)
     return separator.join(parts[: min(3, max(1, len(parts) - 1))])
@@ -320,9 +328,9 @@ def _module_contents(file: ArrayFile, checkpoint: Checkpoint) -> ModuleContents:
 
 
 def _without_zeros(weights: Weights) -> Weights:
-    """The same with random numbers where a whole projection is zero, as in a model that has not been trained.
+    """Fills projections that are all zero, as in an untrained model, with random numbers.
 
-    Nothing passes through zeros, and any two functions that end in them are the same.
+    A projection of zeros would hide differences in everything before it.
     """
     filling = Weights.random(weights.config).arrays
     arrays = {
@@ -333,7 +341,7 @@ def _without_zeros(weights: Weights) -> Weights:
 
 
 def _common_form(weights: Weights) -> Weights:
-    """In the form that both of AlphaFold's layouts have a place in: monomer, with biases, zero where there are none."""
+    """The weights in a form that every attention can take: monomer layout with all biases, added ones being zero."""
     if not has_attention(weights.config):
         return weights
     found, config = in_layout(weights.arrays, weights.config, "monomer")
@@ -347,7 +355,7 @@ def _common_form(weights: Weights) -> Weights:
 
 
 def _differing_fields(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields by name that say what a module computes and differ, with both values."""
+    """Name to both values of the functional fields that differ."""
     a, b = functional_fields(one), functional_fields(other)
     return {name: (a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)}
 

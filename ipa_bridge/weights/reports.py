@@ -1,4 +1,4 @@
-"""What is found when weights are ported: results as plain data, whose fields `ipa-port --json` prints."""
+"""Results of porting weights, as plain data; `ipa-port --json` prints their fields."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ class Place:
 
     file: str
     dialect: str
-    """The system whose names it has there."""
+    """The system whose names the module has in the file."""
     root: str
-    """Its path."""
+    """The module's path; "" for none."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far parameters before and after a conversion are from the same function, on random input."""
+    """Result of a verification: how far both systems' outputs on random input are from ours."""
 
     eps: float | None
-    """Larger error of both systems' semantics against ours, in eps of float64; None where outputs overflow."""
+    """Larger error of the two systems' semantics against ours, in eps of float64; None if outputs overflow."""
     within: int
-    """The bound that it is held against."""
+    """Largest `eps` that passes."""
     change: float | None
-    """What rounding and losses change, over the largest output; None where outputs overflow."""
+    """Change of outputs by rounding and losses, relative to the largest output; None if outputs overflow."""
     passed: bool
 
 
 @dataclass(frozen=True)
 class FileConversion:
-    """What became of a module that was to be converted from one file into another."""
+    """Result of converting a module in one file to another file."""
 
     source: Place
     destination: Place
@@ -46,21 +46,21 @@ class FileConversion:
     """Number of parameters."""
     numbers: int
     added: tuple[str, ...]
-    """Names of parameters that the target's modules own and never read, written as zeros."""
+    """Names of parameters that were written as zeros, because the target's modules own but never read them."""
     assumed: tuple[str, ...]
     losses: tuple[Loss, ...]
     notes: tuple[str, ...]
-    """What a reader of the destination must be told."""
+    """Facts that a reader of the destination needs but the file cannot store."""
     elsewhere: Mapping[str, int]
-    """Arrays of other parts of the model, counted by where they lie in the source."""
+    """Number of arrays of other parts of the model, by their path in the source."""
     ignored: tuple[str, ...]
-    """Entries of the source that are no arrays."""
+    """Names of entries of the source that are not arrays."""
     verified: Verification | None
-    """None where nobody asked."""
+    """None if no verification was requested."""
 
     @property
     def written(self) -> bool:
-        """The destination was written: nothing is where a verification fails."""
+        """True if the destination was written; it is not if a verification fails."""
         return self.verified is None or self.verified.passed
 
 
@@ -98,22 +98,22 @@ class ModuleContents:
     notes: tuple[str, ...]
     parameters: tuple[FileParameter, ...]
     elsewhere: Mapping[str, int]
-    """Arrays of other parts of the model, counted by where they lie."""
+    """Number of arrays of other parts of the model, by their path."""
 
 
 @dataclass(frozen=True)
 class FileContents:
-    """What is in a file."""
+    """Contents of a file."""
 
     file: str
     arrays: int
     ignored: tuple[str, ...]
-    """Entries that are no arrays."""
+    """Names of entries that are not arrays."""
     modules: tuple[FoundModule, ...]
     contents: ModuleContents | None
-    """The module that is meant; None where there is a problem."""
+    """The selected module; None if no module can be read."""
     problem: str | None = None
-    """Why no module can be read."""
+    """The reason if no module can be read."""
 
 
 @dataclass(frozen=True)
@@ -122,21 +122,21 @@ class ParameterComparison:
 
     name: str
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None] | None
-    """Both shapes where they differ, None for a parameter that is not there; None where they are the same."""
+    """Both shapes if they differ, with None for a missing parameter; None if the shapes are the same."""
     same: bool
     difference: float | None = None
-    """The largest between two numbers."""
+    """Largest absolute difference of two numbers."""
     relative: float | None = None
-    """The difference over the largest number."""
+    """That difference over the largest number of the second file."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two modules of one kind, number for number."""
+    """Comparison of two modules of one kind, number for number."""
 
     files: tuple[Place, Place]
     module: str
     same: bool
     config: Mapping[str, tuple[Any, Any]]
-    """Fields that say what a module computes and differ, with both values."""
+    """Name to both values of the functional fields that differ."""
     parameters: tuple[ParameterComparison, ...]

@@ -1,4 +1,4 @@
-"""numpy arrays to torch tensors and back, bfloat16 included, which numpy has no name for of its own."""
+"""Conversion between numpy arrays and torch tensors, including bfloat16, which numpy itself lacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def numpy_dtype(dtype: DTypeLike) -> np.dtype:
-    """The dtype of that name, "bfloat16" included."""
+    """The numpy dtype of a name, including "bfloat16"."""
     if str(dtype) == "bfloat16":
         import ml_dtypes  # registers its names with numpy
 
@@ -22,10 +22,10 @@ def numpy_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def import_torch() -> ModuleType:
-    """PyTorch, which tensors, state dicts and .pt files need.
+    """Imports PyTorch, which tensors, state dicts and .pt files need.
 
     Raises:
-        ImportError: it is not installed; the error says what to install.
+        ImportError: PyTorch is not installed; the error names the extra to install.
     """
     try:
         import torch
@@ -44,7 +44,7 @@ def torch_tensor(array: np.ndarray) -> Tensor:
 
 
 def numpy_array(tensor: Tensor) -> np.ndarray:
-    """The same bits as an array; bfloat16 as ml_dtypes' bfloat16."""
+    """A tensor's bits as a numpy array; bfloat16 becomes ml_dtypes' bfloat16."""
     torch = import_torch()
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:

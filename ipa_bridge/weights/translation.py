@@ -1,4 +1,4 @@
-"""Arrays under a system's names and in its layout, from ours and back: every step is a permutation of numbers."""
+"""Conversion of arrays between our names and layout and a dialect's; every step only permutes numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_PROBLEMS = 40
 def in_dialect(
     arrays: Mapping[str, np.ndarray], config: Config, dialect: Dialect, root: str = ""
 ) -> dict[str, np.ndarray]:
-    """Arrays under another system's names, below a root; zeros for those that its modules own and never read."""
+    """Arrays in a dialect's names and layout, below a root; parameters that its modules never read are zeros."""
     names = dialect.names(config)
     found = {theirs: transform.apply(arrays[name]) for name, (theirs, transform) in names.items()}
     dtype = next(iter(found.values())).dtype
@@ -33,13 +33,13 @@ def in_dialect(
 def from_dialect(
     found: Found, config: Config, shapes: Shapes, read: Callable[[str], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """A module's arrays in our form, once all their names and shapes are right.
+    """Reads a module's arrays into our form, after checking all names and shapes.
 
     Args:
-        found: whose they are, and where.
-        config: what the module is.
-        shapes: of all parameters there.
-        read: gives the array of a key.
+        found: the module's dialect, kind and path.
+        config: the module's config.
+        shapes: shapes of all parameters, by key.
+        read: function that returns the array of a key.
 
     Raises:
         ValueError: parameters are missing, unknown or misshapen, each named.
@@ -70,7 +70,7 @@ def from_dialect(
 
 
 def canonical_from_haiku(params: Mapping[str, Mapping[str, Any]], root: str) -> dict[str, Any]:
-    """Leaves of a haiku tree under canonical names, those below the root."""
+    """Leaves of a haiku tree below the root, by canonical name."""
     flat = {join_path(module, leaf): x for module, leaves in params.items() for leaf, x in leaves.items()}
     return {name: flat[key] for name, key in names_below(flat, root, "/").items()}
 
@@ -78,7 +78,7 @@ def canonical_from_haiku(params: Mapping[str, Mapping[str, Any]], root: str) -> 
 def canonical_from_torch(
     arrays: Mapping[str, np.ndarray], config: Config, dialect: str = "ipa_torch"
 ) -> dict[str, np.ndarray]:
-    """Arrays under a torch dialect's names and in its layout, such as gradients, under canonical names and in ours."""
+    """Converts arrays, such as gradients, from a torch dialect's names and layout to canonical names and our layout."""
     return {
         ours: transform.invert(arrays[theirs])
         for ours, (theirs, transform) in find_dialect(dialect).names(config).items()
@@ -86,5 +86,5 @@ def canonical_from_torch(
 
 
 def _in_the_file(name: str, theirs: str, transform: Transform, shape: tuple[int, ...]) -> str:
-    """How a foreign file sees it."""
+    """The parameter's name and shapes in a file of another system, for an error message."""
     return "" if theirs in (name, torch_name(name)) else f" ({theirs}: {transform.their_shape}, got {shape})"

@@ -68,7 +68,7 @@ def test_interpreted_it_is_the_reference(framework, case):
 
 def test_what_the_kernels_cannot_do(framework):
     cases = {
-        "its arithmetic is float32's; here it would be float64's": ({"width": 32}, "float64"),
+        "its arithmetic is float32; got float64": ({"width": 32}, "float64"),
         "a pair of 32, 64, 128, 256 channels was expected; got 48": ({"width": 48}, "float32"),
         "at most 16 heads were expected; got 17": ({"width": 32, "heads": 17}, "float32"),
         "1 to 64 channels of queries a head were expected; got 65": (

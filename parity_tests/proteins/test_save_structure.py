@@ -353,7 +353,7 @@ BAD = {
     "chain numbers": ({"chain_id": np.zeros(N, int)}, "chain_id must be strings.*got 0"),
     "chain space": ({"chain_id": ["A B"] * N}, "chain_id must be strings.*got 'A B'"),
     "chain Greek": ({"chain_id": ["α"] * N}, "chain_id must be strings of ASCII"),
-    "chain back": ({"chain_id": [*"ABA", *"C" * 39]}, "chain 'A' comes back at 2"),
+    "chain back": ({"chain_id": [*"ABA", *"C" * 39]}, "chain 'A' starts again at 2"),
     "float numbers": ({"residue_number": np.arange(N) / 1}, "residue_number must be whole numbers"),
     "too wide": ({"residue_number": np.arange(N) + 2**31}, "residue_number must fit 32 bits"),
     "twice": ({"residue_number": changed(PEPTIDE.residue_number, (1,), 1)}, "A 1 ALA and A 1 ALA share"),
@@ -416,7 +416,7 @@ def test_what_pdb_cannot_hold(tmp_path, arguments, message):
 
 @pytest.mark.parametrize("chain", ["", "_A", "loop_", "STOP_", "data_x", "A'", '"', "$", "?", ".", ";"])
 def test_chain_names_that_would_break_mmcif(tmp_path, chain):
-    with pytest.raises(ValueError, match=r"mmCIF takes chain names.*rename"):
+    with pytest.raises(ValueError, match=r"chain names in mmCIF must start with.*rename"):
         save(tmp_path / "x.cif", PEPTIDE, chain_id=[chain] * N)
 
 

@@ -266,7 +266,7 @@ def test_an_attention_without_a_pair_in_openfolds_names_is_unknown():
     """MDGen's scales its logits as with a pair; nothing in its names or shapes tells."""
     config = replace(ONE_WIDTH, pair_channel=None)
     state = random_state("openfold_v1", config, seed=0)
-    with pytest.raises(ValueError, match=r"always reads a pair representation; .* Pass config= if they are scaled"):
+    with pytest.raises(ValueError, match=r"always reads a pair representation; .* Pass config= if the scale is"):
         find_module({name: x.shape for name, x in state.items()}, dialect="openfold_v1")
     assert from_state(state, "openfold_v1", config).config == config
 

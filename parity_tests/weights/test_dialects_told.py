@@ -115,7 +115,7 @@ def test_openfolds_checkpoints_hold_several(tmp_path):
 @pytest.mark.parametrize(
     ("config", "target", "message"),
     [
-        (ODD, "openfold", "OpenFold 2 cannot say this:\n.*num_scalar_v must be 4, not 2"),
+        (ODD, "openfold", "OpenFold 2 cannot represent this:\n.*num_scalar_v must be 4, not 2"),
         (ONE_WIDTH, "framediff", "down_z is c_z / 4 = 1 wide, and pair_value_channel here is none"),
         (ODD_NO_PAIR, "alphafold", "always reads a pair representation"),
         (replace(SMALL_MODULE, tied_layers=False), "alphafold", "tied_layers must be True"),
@@ -144,7 +144,7 @@ def test_what_a_system_cannot_say_is_refused(config, target, message):
 def test_losses_have_names_and_are_allowed_by_them(config, target, losses, apart):
     weights = Weights.random(config)
     if losses:
-        with pytest.raises(ValueError, match=rf"cannot say all of this.*--allow-lossy {','.join(losses)}"):
+        with pytest.raises(ValueError, match=rf"cannot represent all of .*--allow-lossy {','.join(losses)}"):
             convert(weights, target)
         with pytest.raises(ValueError, match=f"--allow-lossy {losses[-1]} "):
             convert(weights, target, allow_lossy=losses[:-1])

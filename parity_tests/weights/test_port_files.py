@@ -88,7 +88,7 @@ def test_saving_refuses_links_and_pipes(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "link.npz").symlink_to(tmp_path / "precious")
     os.mkfifo(tmp_path / "pipe.npz")
-    for name, message in {"link.npz": "is a symbolic link", "pipe.npz": "is no ordinary file"}.items():
+    for name, message in {"link.npz": "is a symbolic link", "pipe.npz": "must be an ordinary file"}.items():
         with pytest.raises(ValueError, match=message):
             Weights.random(ODD).save(tmp_path / name)
     assert (tmp_path / "precious").read_text() == "precious"

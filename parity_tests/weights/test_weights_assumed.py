@@ -203,7 +203,9 @@ def test_a_field_that_a_files_config_leaves_out_is_assumed(tmp_path):
 def test_assumed_fields_are_fields():
     weights = Weights.random(MODULE)
     assert dataclasses.replace(weights, assumed={"ipa.norm_form"}).assumed == {"ipa.norm_form"}
-    with pytest.raises(ValueError, match=r"assumed must name fields of the config, as ipa\.num_channel; got norm_form"):
+    with pytest.raises(
+        ValueError, match=r"assumed must name fields of the config, such as ipa\.num_channel; got norm_form"
+    ):
         dataclasses.replace(weights, assumed={"norm_form"})
 
 
@@ -228,7 +230,7 @@ def test_weights_print_in_a_line_or_two():
 def test_the_unit_of_frames_that_a_file_cannot_say_is_warned_of(unit, suffix, tmp_path):
     """A protein's frames would come ten times too small, and nothing else would tell."""
     weights = Weights.random(dataclasses.replace(IPAConfig.alphafold2(), frame_unit=unit))
-    with pytest.warns(UserWarning, match=f"cannot say that frame_unit is {unit}, not 10.0, as Weights.load will"):
+    with pytest.warns(UserWarning, match=rf"cannot store frame_unit={unit} \(Weights\.load will assume 10\.0\)"):
         weights.save(tmp_path / f"w{suffix}")
 
 

@@ -1,4 +1,4 @@
-"""Other systems' parameters: how each names and lays out ours. A dialect more is a file and its row in `DIALECTS`."""
+"""Other systems' names and layouts of our parameters. To add a dialect, add a file and list it in `DIALECTS`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_dialect(name: str) -> Dialect:
     """The dialect of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such dialect.
     """
     if name not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}; got {name!r}")
@@ -32,5 +32,5 @@ def find_dialect(name: str) -> Dialect:
 
 
 def default_dialect(path: str | os.PathLike[str]) -> str:
-    """The dialect of ours for a file of that name: AlphaFold's haiku names in .npz, torch's in others."""
+    """Our own dialect for a file: AlphaFold's haiku names for .npz, torch names for other suffixes."""
     return "ipa_jax" if os.fspath(path).endswith(".npz") else "ipa_torch"

@@ -1,4 +1,4 @@
-"""AlphaFold's own parameters under haiku's names, in both layouts; and ours, which are these, in haiku and in torch."""
+"""AlphaFold's own parameters in both layouts, and ours in haiku and torch, which have the same names."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ipa_bridge.weights.dialects.spec import Dialect, Form, Transform
 
 
 class HaikuDialect(Dialect):
-    """Canonical names and shapes themselves."""
+    """A dialect with canonical names and shapes."""
 
     separator: ClassVar[str] = "/"
 
     def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
-        """Every parameter under its own name."""
+        """Maps every canonical name to itself."""
         return {name: (name, Transform(shape, flat=False)) for name, shape in parameter_shapes(config).items()}
 
     def canonical_names(self, keys: Iterable[str], kind: type) -> dict[str, str]:
-        """Every name for itself."""
+        """Maps every name to itself."""
         return {key: key for key in keys}
 
     def infer(self, shapes: Shapes, kind: type) -> Config:
-        """What names and shapes tell."""
+        """Infers the config from names and shapes."""
         return infer_config(shapes)
 
 
 class TorchDialect(Dialect):
-    """Canonical names by the rule: `/` → `.`, weights turned and their heads flattened."""
+    """A dialect with canonical names in torch's form: `/` → `.`; weights are transposed and their heads flattened."""
 
     def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
-        """Every parameter under its name by the rule."""
+        """Maps every canonical name to its torch name."""
         return {
             name: (
                 torch_name(name),
@@ -43,7 +43,7 @@ class TorchDialect(Dialect):
         }
 
     def canonical_names(self, keys: Iterable[str], kind: type) -> dict[str, str]:
-        """Every name by the rule, back."""
+        """Maps every torch name to its canonical name."""
         canonical = {}
         for key in keys:
             *modules, leaf = key.split(".")
@@ -52,13 +52,13 @@ class TorchDialect(Dialect):
 
 
 _FOLD_ITERATIONS_OWN = "rigid_sidechain/unnormalized_angles/weights"
-"""What a structure module's layer has and an IPA block has not."""
+"""A parameter that a structure module's layer has and an IPA block does not."""
 
 _ALPHAFOLDS = (StructureModuleConfig, IPAConfig, PredictedLDDTConfig)
 
 
 def _lies_in_alphafold(root: str) -> bool:
-    """A path that only AlphaFold's own parameters have: their names below it are ours too."""
+    """Returns True for a path that only AlphaFold's own parameters have; their names below the path are also ours."""
     return "alphafold_iteration" in root.split("/")
 
 

@@ -1,6 +1,6 @@
 """ESMFold, as in Hugging Face's transformers: OpenFold 1's names and function under `trunk.structure_module.`.
 
-Its ε is that of its structure module's config, 1e-8; the 1e-12 beside it is its layer norms'.
+Its ε is 1e-8, from the structure module's config; the 1e-12 that is also in the config is for layer norms.
 """
 
 from __future__ import annotations

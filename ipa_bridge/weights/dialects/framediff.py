@@ -1,7 +1,7 @@
 """FrameDiff and FrameFlow, and their families: OpenFold 1's names in each block `trunk.ipa_{b}`, and `down_z`.
 
-Frames are in nm. FrameDiff, FoldFlow and Proteus also own a `linear_rbf`, which no forward reads; FrameFlow, MultiFlow
-and FlashIPA do not.
+Frames are in nm. FrameDiff, FoldFlow and Proteus also own a `linear_rbf` that no forward pass reads; FrameFlow,
+MultiFlow and FlashIPA do not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The PyPI package `invariant-point-attention`: the multimer's projections, points with the coordinate innermost."""
+"""The PyPI package `invariant-point-attention`: the multimer layout, but with coordinates of points innermost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POINTS = {
     "v": Order(ours="h c p", theirs="h p c"),
 }
 FEATURES = Order(ours="h s|c h p|h p|h z", theirs="h s|h p c|h p|h z")
-"""What the output projection reads: scalars, points, their lengths, the pair."""
+"""Input features of the output projection: scalars, points, their lengths, the pair."""
 
 ATTENTION = (
     Row("trainable_point_weights", "point_weights"),
@@ -37,7 +37,7 @@ TRANSFORMER = (
 
 
 def _finish(config: Config) -> Config:
-    """What it computes and names and shapes do not tell."""
+    """Sets the package's order of composition, which names and shapes do not show."""
     return replace(config, original_composition_order=True) if isinstance(config, IPATransformerConfig) else config
 
 
@@ -60,7 +60,7 @@ LUCIDRAINS = Dialect(
     finish=_finish,
     varies=("norm_epsilon", "post_norm", "detach_rotations", "attention_dropout", "transition_dropout"),
     frames=(
-        "invariant-point-attention takes row-vector frames: its `rotations` are the transpose of ours; rows of masked "
-        "residues attend to all alike"
+        "invariant-point-attention takes row-vector frames: its `rotations` are the transpose of ours; masked residues "
+        "attend to all residues uniformly"
     ),
 )

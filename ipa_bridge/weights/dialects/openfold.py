@@ -1,6 +1,6 @@
-"""OpenFold, version 2 (point projections are modules of their own) and 1; the maths is AlphaFold's.
+"""OpenFold 1 and 2, which compute AlphaFold's attention; in version 2, point projections are modules of their own.
 
-Multimer models have the multimer layout and exist in version 2 alone.
+Multimer models have the multimer layout and exist only in version 2.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ CONFIDENCE_LANDMARKS = ("layer_norm.weight", "linear_1.weight", "linear_2.weight
 
 
 def structure_module(ipa: tuple[Row, ...], update: str) -> tuple[Row, ...]:
-    """A structure module around an attention; the backbone update is what our two layouts call differently."""
+    """Rows of a structure module around its attention's; `update` is our layout's name of the backbone update."""
     attention = within("fold_iteration/invariant_point_attention/", "ipa.", ipa)
     return (*AROUND_ATTENTION, Row(f"fold_iteration/{update}", "bb_update.linear"), *attention)
 
 
 def lies_in_esmfold(root: str) -> bool:
-    """A path that only ESMFold has: its names are OpenFold 1's."""
+    """Returns True for a path that only ESMFold has; its names below the path are OpenFold 1's."""
     return re.search(r"(^|\.)trunk\.structure_module(\.|$)", root) is not None
 
 

@@ -1,8 +1,7 @@
-"""What a dialect is: how another system names and lays out our parameters, in one table that is read both ways.
+"""Definition of a dialect: one table, read both ways, of how another system names and lays out our parameters.
 
-A row says our module, theirs, and in which order they keep its features; what a linear layer's weight looks like in
-torch (outputs first, heads flattened) holds for all rows. Every step is a permutation of numbers, so the way back
-gives the same bits.
+A row gives our module, their module, and their order of its features. All rows share torch's form of a linear layer's
+weight: outputs first, heads flattened. Every step only permutes numbers, so converting back gives the same bits.
 """
 
 from __future__ import annotations
@@ -24,16 +23,17 @@ from ipa_bridge.weights.assumptions import fields, told_by_shapes
 
 @dataclass(frozen=True)
 class Order:
-    """The same features in two orders: groups between bars, the letters of each its axes, outermost first.
+    """The order of the same features in our form and in theirs.
 
-    Letters stand for the sizes that `sizes` gives: "c h q" is coordinate, then head, then query point.
+    An order is one or more groups, separated by bars. The letters of a group are its axes, outermost first; `sizes`
+    gives their sizes. For example, "c h q" is coordinate, then head, then query point.
     """
 
     ours: str
     theirs: str
 
     def indices(self, config: IPAConfig) -> np.ndarray:
-        """Where theirs lie in ours: theirs[k] = ours[indices[k]]."""
+        """Positions of their features in ours: theirs[k] = ours[indices[k]]."""
         size, start, moved = sizes(config), 0, []
         for ours, theirs in zip(*(groups.split("|") for groups in (self.ours, self.theirs)), strict=True):
             axes = ours.split()
@@ -45,7 +45,7 @@ class Order:
 
 
 def sizes(config: IPAConfig) -> dict[str, int]:
-    """What the letters of an `Order` stand for."""
+    """Sizes of the axes that the letters of an `Order` stand for."""
     return {
         "c": 3,
         "h": config.num_head,
@@ -57,18 +57,18 @@ def sizes(config: IPAConfig) -> dict[str, int]:
 
 
 class Row(NamedTuple):
-    """One module, or one parameter that stands on no module of its own, here and there.
+    """Names of one module, or of one parameter outside any module, in our form and in theirs.
 
-    `{}` in ours is haiku's number of a module ("", "_1", …), `{0}` or `{1}` in theirs the same counted from there,
-    `{2}` twice the number.
+    `{}` in our name is haiku's suffix for a module's number ("", "_1", …). In their name, `{0}` is that number counted
+    from 0, `{1}` the number counted from 1, and `{2}` twice the number counted from 0.
     """
 
     ours: str
     theirs: str
     outputs: Order | None = None
-    """Order of a weight's and its bias's outputs, where theirs is another."""
+    """Order of the outputs of weight and bias; None if theirs is the same."""
     inputs: Order | None = None
-    """Order of a weight's inputs, where theirs is another."""
+    """Order of the weight's inputs; None if theirs is the same."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Transform:
     shape: tuple[int, ...]
     """Shape of our array: inputs first, heads unflattened in the multimer layout."""
     turned: bool = False
-    """A linear layer's weight, whose outputs come first there."""
+    """True for a linear layer's weight, which is transposed: their outputs come first."""
     outputs: np.ndarray | None = None
     inputs: np.ndarray | None = None
     flat: bool = True
@@ -102,7 +102,7 @@ class Transform:
         """Turns their array into ours.
 
         Raises:
-            ValueError: it has another shape than the config asks for.
+            ValueError: their array does not have `their_shape`.
         """
         if theirs.shape != self.their_shape:
             raise ValueError(f"must be {self.their_shape}, got {theirs.shape}")
@@ -120,20 +120,20 @@ class Transform:
 
 @dataclass(frozen=True)
 class Form:
-    """What the modules of a dialect compute in one layout; what is not said here, their constructors take."""
+    """Fixed properties of a dialect's modules in one layout; all other properties are arguments of constructors."""
 
     scalar_bias: bool
     point_bias: bool
     norm_form: str
     norm_epsilon: float
-    """The ε that they use unless they are told another."""
+    """Their default ε."""
     epsilon_is_fixed: bool = False
     """Their ε cannot be set."""
     one_width: bool = False
     """Scalar values are as wide as scalar queries and keys: one constructor argument gives both."""
     pair_required: bool = True
     pair_value_divisor: int | None = None
-    """The pair that is attended to is c_z over this wide; None for the pair itself."""
+    """Width of the attended pair is c_z divided by this; None if the pair is attended to without projection."""
 
 
 @dataclass(frozen=True)
@@ -141,22 +141,22 @@ class Dialect:
     """One system's parameters.
 
     Attributes:
-        name: as arguments take it.
-        title: as people call it.
-        rows: by what the parameters belong to, for each layout.
-        forms: what its attention computes, by layout.
-        landmarks: by what they belong to, names by which a module is known; all of them are there.
-        absent: names that are never there.
-        at: whether a module of that kind may lie at a path, where nobody says whose it is.
-        finish: what names and shapes cannot tell.
-        frames: what a caller of their attention must know of its frames and mask; "" where they are like ours.
-        epsilon_argument: how their constructor calls ε.
-        transitions: linear layers of a transition that its structure module always has; None where it can be told.
-        unused: by what they belong to, parameters that its modules own and no forward reads, with their shapes: they
-            are ignored where they are read, and written as zeros, so that a strict load succeeds.
+        name: name in arguments.
+        title: name in messages.
+        rows: config type to layout to the table of names.
+        forms: layout to the form of the attention.
+        landmarks: config type to the names that identify such a module; all of them must be present.
+        absent: names that must not be present.
+        at: function that returns whether a module of a kind may lie at a path; used if no dialect is named.
+        finish: function that sets config fields which names and shapes do not determine.
+        frames: note for callers on how frames and mask differ from ours; "" if they do not.
+        epsilon_argument: their constructors' argument for ε.
+        transitions: number of linear layers in their structure module's transition if it is fixed; None if it is free.
+        unused: config type to the names and shapes of parameters that the modules own but no forward pass reads. They
+            are ignored on reading and written as zeros, so that a strict load succeeds.
         varies: names of config fields in which its published models differ, or that its constructors take.
-        shared: by what they belong to, names of config fields in which systems with the same names differ, so that
-            only a dialect that is named tells them.
+        shared: config type to the names of config fields in which systems with the same parameter names differ. Only
+            naming the dialect determines these fields.
     """
 
     name: str
@@ -174,10 +174,10 @@ class Dialect:
     varies: tuple[str, ...] = ()
     shared: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
     separator: ClassVar[str] = "."
-    """Between modules."""
+    """Separator between names of modules."""
 
     def rows_of(self, config: Config) -> tuple[Row, ...]:
-        """The table for what the config is of.
+        """The table for the module that a config describes.
 
         Raises:
             ValueError: the dialect has no such module.
@@ -190,20 +190,20 @@ class Dialect:
             raise ValueError(f"{self.title} has no {kind_of(config).title}{where}") from None
 
     def names(self, config: Config) -> dict[str, tuple[str, Transform]]:
-        """Canonical name to theirs and the transform between them.
+        """Maps each canonical name to theirs and the transform between the two.
 
         Raises:
-            ValueError: it has no such module, or no place for some of its parameters.
+            ValueError: the dialect has no such module, or no place for some of its parameters.
         """
         patterns = [(_pattern(row.ours), row) for row in self.rows_of(config)]
         found: dict[str, tuple[str, Transform]] = {}
-        homeless = []
+        unplaced = []
         for name, shape in parameter_shapes(config).items():
             module, _, leaf = name.rpartition("/")
             alone, numbers = _match(patterns, name)
             row, numbers = (alone, numbers) if alone else _match(patterns, module)
             if row is None:
-                homeless.append(name)
+                unplaced.append(name)
                 continue
             theirs = _fill(row.theirs, numbers)
             weight = leaf == "weights"
@@ -213,12 +213,12 @@ class Dialect:
             )
             transform = Transform(shape, turned=weight, outputs=outputs, inputs=inputs, flat=leaf != "embeddings")
             found[name] = theirs if alone else f"{theirs}.{torch_name(leaf)}", transform
-        if homeless:
-            raise ValueError(f"{self.title} has no place for {', '.join(homeless)}")
+        if unplaced:
+            raise ValueError(f"{self.title} has no place for {', '.join(unplaced)}")
         return found
 
     def canonical_names(self, keys: Iterable[str], kind: type) -> dict[str, str]:
-        """Their names to canonical ones, as far as one of its tables knows them: the one that knows most."""
+        """Maps their names to canonical ones, by the table that knows most of them; unknown names are left out."""
         best: dict[str, str] = {}
         for rows in self._reading.get(kind, {}).values():
             known: dict[str, str] = {}
@@ -234,7 +234,7 @@ class Dialect:
         return best
 
     def infer(self, shapes: Shapes, kind: type) -> Config:
-        """The config of parameters under their names.
+        """Infers the config from their names and shapes.
 
         Raises:
             ValueError: parameters are missing, or sizes do not divide by the number of heads.
@@ -247,11 +247,11 @@ class Dialect:
         )
 
     def told(self, config: Config, *, named: bool) -> frozenset[str]:
-        """Paths of the config's fields that its names and shapes tell, or that all its published models share.
+        """Paths of the config's fields that names and shapes determine, or that all its published models share.
 
         Args:
-            config: of parameters under its names.
-            named: someone said whose they are; else they were recognised.
+            config: config of parameters with this dialect's names.
+            named: True if the caller named the dialect, False if it was recognised.
         """
         told = told_by_shapes(config)
         form = self.forms.get(layout_of(config))
@@ -270,12 +270,12 @@ class Dialect:
 
 
 def within(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
-    """A table of modules that lie inside others."""
+    """The rows of modules inside another one: both names get its name as a prefix."""
     return tuple(row._replace(ours=ours + row.ours, theirs=theirs + row.theirs) for row in rows)
 
 
 def layout_of(config: Config) -> Layout:
-    """The layout of a module's attention; a module without one is the same in both."""
+    """The layout of a module's attention; "monomer" for a module without attention, whose form is the same in both."""
     return attention_of(config).layout if has_attention(config) else "monomer"
 
 
@@ -285,13 +285,13 @@ _HOLES: dict[str, tuple[str, Callable[[int], str], Callable[[str | None], int]]]
     "{1}": (r"([1-9]\d{0,3})", lambda n: str(n + 1), lambda text: int(text or 1) - 1),
     "{2}": (r"(0|[1-9]?\d{0,2}[02468])", lambda n: str(2 * n), lambda text: int(text or 0) // 2),
 }
-"""What stands for a module's number, counted from 0: how to match it, to write it and to read it."""
+"""Placeholders of a module's number: a pattern to match it, and functions to write and to read it, counted from 0."""
 
 _HOLE = re.compile(r"\{[012]?\}")
 
 
 def _pattern(template: str) -> tuple[re.Pattern, list[Callable[[str | None], int]]]:
-    """Matches the names of a template; and how to read each of its numbers."""
+    """A pattern that matches names of a template, and a function to read each number in them."""
     texts, holes = _HOLE.split(template), _HOLE.findall(template)
     pattern = re.escape(texts[0])
     for hole, text in zip(holes, texts[1:], strict=True):
@@ -300,7 +300,7 @@ def _pattern(template: str) -> tuple[re.Pattern, list[Callable[[str | None], int
 
 
 def _fill(template: str, numbers: list[int]) -> str:
-    """The template's name of those numbers."""
+    """The name that a template gives with these numbers."""
     remaining = iter(numbers)
     return _HOLE.sub(lambda hole: _HOLES[hole[0]][1](next(remaining)), template)
 
@@ -309,7 +309,7 @@ Patterns = Iterable[tuple[tuple[re.Pattern, list[Callable[[str | None], int]]], 
 
 
 def _match(patterns: Patterns, name: str) -> tuple[Row | None, list[int]]:
-    """The row whose pattern is the name, and its numbers counted from 0."""
+    """The row whose pattern matches a name (None if there is none), and the name's numbers, counted from 0."""
     for (pattern, readers), row in patterns:
         if found := pattern.fullmatch(name):
             return row, [read(text) for read, text in zip(readers, found.groups(), strict=True)]

@@ -1,7 +1,7 @@
-"""What every system computes with its own parameters under its own names: float64 numpy, small inputs.
+"""Every system's computation with parameters in its own names and layout, in float64 numpy for small inputs.
 
-Written from each system's conventions and not from our tables of its names, so that a conversion can be probed: the
-source's parameters in its semantics, and the target's in its own, must be the same function.
+It is written from each system's conventions, not from our tables of its names, and thus checks a conversion: the
+source's parameters in the source's semantics and the target's in the target's must be the same function.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ SYSTEMS: dict[str, System] = {
 """The semantics of every dialect by its name."""
 
 PROBE_RESIDUES = 9
-"""Residues of a probe."""
+"""Number of residues in the random input of `probe`."""
 
 
 def probe(dialect: str, parameters: Parameters, config: Config, *, seed: int = 0) -> ndarray:
     """Outputs on random inputs, the same ones for every dialect.
 
     Args:
-        dialect: whose semantics.
-        parameters: under its names, below the module.
-        config: what its modules are told.
-        seed: of the inputs.
+        dialect: the system whose semantics to run.
+        parameters: parameters by the system's names below the module.
+        config: the module's config.
+        seed: seed of the inputs.
     """
     p = {name: np.asarray(x, np.float64) for name, x in parameters.items()}
     rng = np.random.default_rng(seed)
@@ -85,7 +85,7 @@ def attention(
     translation: ndarray,
     mask: ndarray,
 ) -> ndarray:
-    """One invariant point attention's output; frames are ours, and turned or scaled as the system's callers must."""
+    """One invariant point attention's output, from column-vector frames in the caller's unit for every system."""
     return SYSTEMS[dialect].attention(p, config, single, pair, rotation, translation, mask)
 
 
@@ -125,6 +125,6 @@ def transformer(
 
 
 def distance(one: ndarray, other: ndarray) -> float:
-    """Largest difference over the largest value; infinite where that is zero, for zeros tell nothing."""
+    """Largest difference over the largest value of `other`; infinite if that is zero, since zeros prove nothing."""
     largest = float(np.abs(other).max())
     return float(np.abs(one - other).max()) / largest if largest else math.inf

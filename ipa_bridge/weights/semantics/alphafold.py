@@ -1,4 +1,4 @@
-"""What AlphaFold computes, and our modules with it, whose parameters have its names in Haiku and in torch."""
+"""AlphaFold's computation, which is also that of our Haiku and torch modules."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def attention(p: Parameters, c: IPAConfig, *inputs: ndarray) -> ndarray:
 
 
 def torch_attention(p: Parameters, c: IPAConfig, *inputs: ndarray) -> ndarray:
-    """The same of our parameters in torch."""
+    """Suppl. Alg. 22 with our torch parameters."""
     return attention(_of_torch(p, c), c, *inputs)
 
 
 def _of_torch(p: Parameters, config: IPAConfig) -> dict[str, ndarray]:
-    """Our torch parameters as the oracle takes them."""
+    """Our torch parameters in the form that the oracle takes."""
     canonical = {}
     for name, x in p.items():
         module, _, leaf = name.replace(".", "/").rpartition("/")

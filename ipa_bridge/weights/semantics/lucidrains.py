@@ -1,4 +1,4 @@
-"""What the PyPI package `invariant-point-attention` computes."""
+"""The computation of the PyPI package `invariant-point-attention`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What modules compute around an attention, with the parameters and under the names of any system."""
+"""Modules around an attention, computed with the parameters and names of any system."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _angles(
     act: ndarray,
     initial: ndarray,
 ) -> ndarray:
-    """Seven unnormalised (sin, cos)."""
+    """The seven unnormalised (sin, cos) pairs per residue, flat."""
     current, first, last = (
         system.name(f"rigid_sidechain/{x}", within=fold)
         for x in ("input_projection", "input_projection_1", "unnormalized_angles")
@@ -72,7 +72,7 @@ def block(
     translation: ndarray,
     mask: ndarray,
 ) -> ndarray:
-    """`IPABlock`'s, after or before its layer norms."""
+    """`IPABlock`'s output, with layer norms after (`post_norm`) or before attention and transition."""
     linear, norm = system.layers(p)
     within = system.below(p, system.name("invariant_point_attention/"))
 
@@ -100,7 +100,10 @@ def transformer(
     translation: ndarray,
     mask: ndarray,
 ) -> tuple[ndarray, ndarray, ndarray, ndarray | None]:
-    """`IPATransformer`'s activations, rotations, translations and points; its mask is honoured, which it never was."""
+    """`IPATransformer`'s activations, rotations, translations and points.
+
+    The mask is applied here; the package's own transformer ignores it.
+    """
     linear, _ = system.layers(p)
     act = single
     if c.num_token is not None:
@@ -111,7 +114,7 @@ def transformer(
         step = linear(system.name("affine_update", layer), act)
         translation = translation + np.einsum("nxy,ny->nx", rotation, step[:, 3:])
         turn = _quaternion_to_rotation(step[:, :3])
-        # Theirs are rows: its rotations are the transpose of ours, and it multiplies them in the same order.
+        # The package's rotations are the transpose of ours (row vectors), but it multiplies them in our order.
         rotation = np.swapaxes(turn, -1, -2) @ rotation if c.original_composition_order else rotation @ turn
     points = None
     if c.predict_points:

@@ -1,4 +1,4 @@
-"""What OpenFold computes, and ESMFold, FrameDiff and FrameFlow with it."""
+"""The computation of OpenFold, which is also that of ESMFold, FrameDiff and FrameFlow."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def attention(
     *,
     points: str,
 ) -> ndarray:
-    """The attention of OpenFold, ESMFold and FrameDiff, the last of which projects the pair down that is attended to.
+    """The attention of OpenFold, ESMFold and FrameDiff; FrameDiff projects the attended pair down (`down_z`).
 
     Args:
-        p: its parameters.
-        c: its config.
+        p: the attention's parameters.
+        c: the attention's config.
         single: (N, c_s).
         pair: (N, N, c_z).
         rotation: (N, 3, 3).
         translation: (N, 3), in the caller's unit.
         mask: (N,).
-        points: what the names of its point projections end in.
+        points: suffix of the names of the point projections.
     """
     n, h, qk, p_qk = len(single), c.num_head, c.num_scalar_qk, c.num_point_qk
     if "linear_kv.weight" in p:

@@ -1,4 +1,4 @@
-"""What a system's semantics consist of: what its attention computes, and what its other modules are called."""
+"""Definition of a system's semantics: its attention as a function, and the names of its other modules."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class System:
     """One system's semantics, written from its own conventions and not from our tables of its names.
 
     Attributes:
-        attention: parameters of an attention, its config, single, pair, rotation, translation and mask to its output.
-        names: our modules' names to its own, "{0}" being a module's number counted from 0, "{1}" from 1, and "{2}"
-            twice the number.
-        fold_iteration: the path of a structure module's layer, "{_}" being haiku's number; "" where it has none.
-        haiku: linear layers and layer norms have haiku's names and shapes; else torch's.
+        attention: function of an attention's parameters, its config, single, pair, rotation, translation and mask,
+            which returns the output.
+        names: our modules' names to the system's. "{0}" is a module's number counted from 0, "{1}" the number counted
+            from 1, and "{2}" twice the number counted from 0.
+        fold_iteration: path of a structure module's layer, with "{_}" for haiku's number suffix; "" if it has none.
+        haiku: True if linear layers and layer norms have haiku's names and shapes, False if they have torch's.
     """
 
     attention: Callable[..., ndarray]
@@ -29,7 +30,7 @@ class System:
     haiku: bool = False
 
     def name(self, module: str, number: int = 0, within: str = "") -> str:
-        """The system's name of a module of ours, by haiku's rule where it has no name of its own."""
+        """The system's name of one of our modules; if `names` has none, our name with haiku's number suffix."""
         haiku = f"_{number}" if number else ""
         return within + self.names.get(module, module + "{_}").format(number, number + 1, 2 * number, _=haiku)
 
