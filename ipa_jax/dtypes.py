@@ -1,4 +1,4 @@
-"""Needs of the package from JAX: a jaxlib that computes right, dtypes of arithmetic, axes of `jax.shard_map`."""
+"""Requirements on JAX: a jaxlib without wrong gradients, dtypes of arithmetic, axes of `jax.shard_map`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refuse_miscompiling_jaxlib(version: str) -> None:
     """Raises for the jaxlib that silently returns wrong gradients.
 
     Raises:
-        ImportError: this is its version; the error names good ones.
+        ImportError: it is the broken version; the message names good ones.
     """
     if version == MISCOMPILING_JAXLIB:
         raise ImportError(
@@ -36,7 +36,7 @@ refuse_miscompiling_jaxlib(jaxlib.version.__version__)
 def widest_dtype(*dtypes: DTypeLike) -> np.dtype:
     """The dtype that holds all of these, by JAX's standard promotion whatever the user's setting.
 
-    Where JAX has no float64, that of numpy arrays counts as float32.
+    If JAX's float64 is off, numpy's float64 counts as float32.
     """
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*(jax.dtypes.canonicalize_dtype(dtype) for dtype in dtypes))
@@ -50,7 +50,7 @@ def at_least_float32(*dtypes: DTypeLike) -> np.dtype:
 def varying_alike(tree: Tree, *others: Any) -> Tree:
     """The same arrays, each varying over every axis of `jax.shard_map` that any of them or of the others varies over.
 
-    Loops then keep the types of what they carry, and JAX sums the gradient to a shared array over the devices. Outside
+    The carries of loops then keep their types, and JAX sums the gradient to a shared array over the devices. Outside
     `jax.shard_map` the arrays are returned as they are.
     """
 

@@ -33,12 +33,12 @@ Projections = tuple[Array, Array, Array, Array, Array, Array]
 class InvariantPointAttention(hk.Module):
     """Attention over residues, the pair representation and points in the residues' frames.
 
-    Parameters carry AlphaFold's haiku names and shapes, so its published ones load as they are. Point
-    projections, frames, distances, softmax and the sums over it run in at least float32 at full precision.
+    Parameters have AlphaFold's haiku names and shapes, so its published parameters load unchanged. Point projections,
+    frames, distances, the softmax and the sums weighted by it run in at least float32 at full precision.
 
     Args:
-        config: the widths and forms; see `IPAConfig`.
-        implementation: of the attention, see `point_attention`.
+        config: widths and variants; see `IPAConfig`.
+        implementation: implementation of the attention; see `point_attention`.
         name: haiku name.
     """
 
@@ -103,18 +103,19 @@ class InvariantPointAttention(hk.Module):
             single: single representation.
             pair: pair representation; None where config.pair_channel is None.
             rigids: frames of the residues, (*B, N), in units of config.frame_unit (AlphaFold's presets: 10 or 20 Å;
-                FrameDiff's: 1 Å); `ipa_bridge.Structure.rigids` has a protein's so. The output does not change when all
-                are moved alike. Read in the dtype of single and pair, float32 at the least.
-            mask: 1 or True where a residue is valid. Valid residues ignore masked ones, whose own rows attend
-                to everything; the inputs of masked residues must be finite all the same.
+                FrameDiff's: 1 Å). `ipa_bridge.Structure.rigids` returns a protein's frames in this unit. Moving all
+                frames by one rigid motion does not change the output. Frames are converted to the widest dtype of
+                single and pair, at least float32.
+            mask: 1 or True where a residue is valid. Valid residues ignore masked ones; masked residues attend to all.
+                The inputs of masked residues must be finite, too.
             return_attention: also return the attention weights, heads first.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other.
+            ValueError: shapes do not fit the config or each other.
 
         Warns:
-            UserWarning: a protein's frames seem to be in Å where the unit is 10 Å or more; only where values are at
-                hand, on CPU and in no trace or transform. Nucleic acids in Å are not detected.
+            UserWarning: a protein's frames seem to be in Å although config.frame_unit is 10 Å or more. Checked only on
+                CPU, outside traces and transforms, where values can be read. Nucleic acids in Å are not detected.
         """
         check_arrays(single=single, pair=pair, mask=mask)
         single, pair = jnp.asarray(single), None if pair is None else jnp.asarray(pair)
@@ -135,7 +136,7 @@ class InvariantPointAttention(hk.Module):
             implementation=self.implementation,
             return_attention=return_attention,
         )
-        if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum as before
+        if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: may follow the sum
             o_pair = Linear(self.config.pair_value_channel, name="down_z")(o_pair)
         read = features(self.config, o, rigids.apply_inverse(o_points), o_pair)
         initializer: Initializer = "zeros" if self.config.zero_init else "linear"
@@ -156,12 +157,12 @@ class InvariantPointAttention(hk.Module):
 
     @hk.name_like("__call__")
     def logit_weights(self, dtype: DTypeLike = jnp.float32) -> tuple[Float[Array, "c_z H"] | None, Float[Array, " H"]]:
-        """The pair's projection to a bias per head (line 4; None without a pair) and softplus(γ) (line 7)."""
+        """Weight from pair to one bias per head (line 4; None without a pair), and softplus(γ) (line 7)."""
         pair_bias_weight = None
         if self.config.pair_channel is not None:
             attention_2d = Linear(self.config.num_head, name="attention_2d")
-            # Its bias adds the same to a whole row of logits, which the softmax removes; it is a parameter
-            # because AlphaFold has it.
+            # Its bias adds a constant to all logits of a head, which cancels in the softmax. It is a parameter because
+            # AlphaFold has it.
             pair_bias_weight, _ = attention_2d.parameters(self.config.pair_channel, dtype)
         gamma = hk.get_parameter(
             "trainable_point_weights",
@@ -226,10 +227,10 @@ class PointProjection(hk.Module):
 def transform_ipa(config: IPAConfig, *, implementation: Implementation | None = None) -> hk.Transformed:
     """Invariant point attention as a pair of pure functions, init(rng, …) and apply(params, …).
 
-    Both take what `InvariantPointAttention.__call__` takes. Attention has no dropout, so that apply takes no rng.
+    Both take the arguments of `InvariantPointAttention.__call__`. The attention has no dropout, so apply takes no rng.
 
     Raises:
-        ValueError: apply is given an rng, or None for one.
+        ValueError: apply is called with an rng, or with None in its place.
     """
 
     def forward(
@@ -249,7 +250,7 @@ def transform_ipa(config: IPAConfig, *, implementation: Implementation | None = 
 
 
 def unpack_monomer(config: IPAConfig, q: Array, kv: Array, q_points: Array, kv_points: Array) -> Projections:
-    """The monomer's four projections (*B, N, channels) as six, heads apart and points' coordinates last."""
+    """Splits the monomer's four projections (*B, N, channels) into six, with heads apart and coordinates last."""
     batch, h = q.shape[:-1], config.num_head
     q, kv = (x.reshape(*batch, h, x.shape[-1] // h) for x in (q, kv))
     q_points, kv_points = (
@@ -266,14 +267,14 @@ def features(
     o_points: Float[Array, "*B N H Pv 3"],
     o_pair: Float[Array, "*B N H c_z"] | None,
 ) -> Float[Array, "*B N features"]:
-    """What line 11 projects: o, local points by coordinate, their lengths, o_pair, each with heads outermost."""
+    """Input of line 11's projection: o, local points by coordinate, their lengths, o_pair; heads outermost in each."""
     x, y, z = jnp.moveaxis(o_points, -1, 0)
     parts = (o, x, y, z, lengths(config, o_points), *(() if o_pair is None else (o_pair,)))
     return jnp.concatenate([jax.lax.collapse(part, part.ndim - 2) for part in parts], -1)
 
 
 def lengths(config: IPAConfig, points: Float[Array, "*B 3"]) -> Float[Array, "*B"]:
-    """Of points, never zero, in the config's norm."""
+    """Lengths of points; config.norm_form and norm_epsilon keep them above zero."""
     length2 = jnp.sum(points * points, -1)
     if config.norm_form == "add":
         return jnp.sqrt(length2 + config.norm_epsilon)
@@ -281,21 +282,21 @@ def lengths(config: IPAConfig, points: Float[Array, "*B 3"]) -> Float[Array, "*B
 
 
 def centre(rigids: Rigid, mask: Shaped[Array, "*B N"] | None) -> Rigid:
-    """Frames moved so that their masked mean is the origin, which costs nothing and spares far coordinates' bits.
+    """Translates all frames so that their masked mean is the origin, which keeps far coordinates precise.
 
-    The attention does not change when all frames move alike, so no gradient need pass through the mean.
+    The attention does not change when all frames move alike, so no gradient passes through the mean.
     """
     translation = rigids.translation
     weight = jnp.ones_like(translation[..., :1]) if mask is None else mask[..., None].astype(translation.dtype)
     total = jnp.sum(weight, -2, keepdims=True)
     mean = jnp.sum(weight * translation, -2, keepdims=True) / jnp.maximum(total, 1)
-    # XLA computes the mean anew where it is used, summed in other orders. To eleven bits all of them agree.
+    # XLA may compute the mean again where it is used, and sum in another order. Rounded to 11 bits, all agree.
     mean = jax.lax.reduce_precision(jax.lax.stop_gradient(mean), jnp.finfo(mean.dtype).nexp, 10)
     return Rigid(rigids.rotation, translation - mean)
 
 
 def _check_unit(config: IPAConfig, rigids: Rigid, mask: Shaped[Array, "*B N"] | None) -> None:
-    """Warns of frames in Å where values are at hand: on CPU, and in no trace or transform."""
+    """Warns of frames in Å, where values can be read: on CPU, outside traces and transforms."""
     if not may_be_in_angstroms(config):
         return
     if at_hand(rigids.translation, mask, jnp.zeros(())):  # under jit a constant is a tracer

@@ -18,13 +18,13 @@ from ipa_jax.dtypes import at_least_float32, widest_dtype
 Initializer = Literal["linear", "relu", "zeros"]
 
 TRUNCATED_NORMAL_STDDEV = 0.87962566103423978
-"""Standard deviation of a unit normal truncated at ±2, which an initialiser divides out."""
+"""Standard deviation of a unit normal truncated at ±2; initialisers divide by it."""
 
 
 class Linear(hk.Module):
     """x·weights + bias over the last axis, into one or several output axes.
 
-    Runs in the wider of the input's and the weights' dtypes; with `full_precision` in at least float32 and at
+    Computes in the wider of the input's and the weights' dtypes; with `full_precision` in at least float32 and at
     the highest matrix precision. `initializer` is "linear" (truncated-normal LeCun), "relu" (He) or "zeros".
     """
 
@@ -57,7 +57,7 @@ class Linear(hk.Module):
     def parameters(
         self, num_input: int, dtype: DTypeLike = jnp.float32
     ) -> tuple[Float[Array, " c_in *c_out"], Float[Array, "*c_out"] | None]:
-        """The weights and the bias (None without one), for those who apply them in their own way."""
+        """The weights and the bias (None without one), for callers that apply them in another way."""
         shape = (num_input, *self.output_shape)
         weights = hk.get_parameter("weights", shape, dtype, weight_initializer(self.initializer, num_input))
         bias = hk.get_parameter("bias", self.output_shape, dtype, jnp.zeros) if self.use_bias else None
@@ -85,7 +85,7 @@ class LayerNorm(hk.Module):
 
 
 def transition(act: Float[Array, "*B c"], layers: Sequence[Linear]) -> Float[Array, "*B c"]:
-    """Linear layers one after the other, ReLUs between them (Suppl. Alg. 20 line 9), returned in the input's dtype."""
+    """Linear layers in sequence with ReLUs between them (Suppl. Alg. 20 line 9), returned in the input's dtype."""
     hidden = act
     for layer in layers[:-1]:
         hidden = jax.nn.relu(layer(hidden))
@@ -93,7 +93,7 @@ def transition(act: Float[Array, "*B c"], layers: Sequence[Linear]) -> Float[Arr
 
 
 def dropout(key: Array | None, rate: float, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Zeroes a share of the entries and scales the others up; the input as it is without a key."""
+    """Zeroes the share `rate` of the entries and scales up the others; without a key, returns the input."""
     if key is None:
         return x
     kept = 1 - rate
@@ -110,11 +110,11 @@ def weight_initializer(initializer: Initializer, num_input: int) -> hk.initializ
 
 
 def with_rng(transformed: hk.Transformed, call: str) -> hk.Transformed:
-    """An apply that says where the rng goes when it is left out.
+    """Makes apply raise a ValueError that shows the call if the rng is left out.
 
     Args:
-        transformed: whose apply takes an rng, or None for none.
-        call: what follows the rng, for the error.
+        transformed: its apply takes an rng, or None in its place.
+        call: the arguments after the rng, for the error message.
     """
 
     @wraps(transformed.apply)
@@ -130,11 +130,11 @@ def with_rng(transformed: hk.Transformed, call: str) -> hk.Transformed:
 
 
 def without_rng(transformed: hk.Transformed, call: str) -> hk.Transformed:
-    """An apply without an rng, that says so when it is given one.
+    """Removes the rng from apply's arguments, and makes it raise a ValueError that shows the call if given one.
 
     Args:
-        transformed: of a module without dropout.
-        call: what apply takes after the parameters, for the error.
+        transformed: transform of a module without dropout.
+        call: the arguments after the parameters, for the error message.
     """
     inner: Any = hk.without_apply_rng(transformed)
 

@@ -17,16 +17,16 @@ SMALLEST_LENGTH = 1e-8
 class Rigid(NamedTuple):
     """Frames x_global = rotation · x_local + translation, column-vector convention.
 
-    A pytree of two arrays: jit, vmap, scan and grad pass through it. It unpacks into rotation and translation, while
-    an index is that of the frames: `rigids[-1]` is the last frame, or all frames of the last layer. Nothing checks that
-    `rotation` is orthogonal; any 3×3 matrix is accepted, and inverses then use its transpose, as AlphaFold does.
+    A pytree of two arrays: jit, vmap, scan and grad pass through it. It unpacks into rotation and translation, but
+    an index selects frames: `rigids[-1]` is the last frame, or all frames of the last layer. Nothing checks that
+    `rotation` is orthogonal: any 3×3 matrix is accepted, and inverses use its transpose, as in AlphaFold.
     """
 
     rotation: Float[Array, "*B 3 3"]
     translation: Float[Array, "*B 3"]
 
     def __getitem__(self, index: Any) -> Rigid:  # type: ignore[override]
-        """Some of the frames: the index runs over the batch axes of both fields, as their own indices would.
+        """Selected frames; the index applies to the batch axes of both fields.
 
         Raises:
             IndexError: more indices than batch axes.
@@ -38,7 +38,7 @@ class Rigid(NamedTuple):
 
     @classmethod
     def identity(cls, shape: Sequence[int] = (), *, dtype: DTypeLike = jnp.float32) -> Rigid:
-        """Frames of that batch shape which move nothing."""
+        """Identity frames of the given batch shape."""
         rotation = jnp.broadcast_to(jnp.eye(3, dtype=dtype), (*shape, 3, 3))
         return cls(rotation, jnp.zeros((*shape, 3), dtype))
 
@@ -68,7 +68,7 @@ class Rigid(NamedTuple):
         """Frames from three points by Gram–Schmidt (Suppl. Alg. 21, rigidFrom3Points); N, Cα, C for a backbone.
 
         The origin is x2, the x-axis points to x3, and x1 lies in the xy-plane with y > 0. Collinear points
-        define no frame: the result is then finite but no rotation.
+        define no frame: the result is then finite but not a rotation.
         """
         e1 = normalise(x3 - x2)
         to_x1 = x1 - x2
@@ -83,14 +83,14 @@ class Rigid(NamedTuple):
 
     @classmethod
     def from_tensor_7(cls, tensor: Float[Array, "*B 7"]) -> Rigid:
-        """Frames from (w, x, y, z, translation), the quaternion of any length."""
+        """Frames from (w, x, y, z, translation); the quaternion may have any length."""
         return cls.from_quaternion(tensor[..., :4], tensor[..., 4:])
 
     def to_quaternion(self) -> Float[Array, "*B 4"]:
         """Unit quaternions (w, x, y, z) with w ≥ 0.
 
         Each row of the symmetric matrix 4·q·qᵀ, whose entries are linear in the rotation's, is parallel to q;
-        the row with the largest diagonal is at least 2 long, so value and gradient are finite everywhere.
+        the row with the largest diagonal has length at least 2, so value and gradient are finite everywhere.
         """
         (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (
             jnp.moveaxis(row, -1, 0) for row in jnp.moveaxis(self.rotation, -2, 0)
@@ -122,7 +122,7 @@ class Rigid(NamedTuple):
         return Rigid(rotation, _rotate(self.rotation, other.translation) + self.translation)
 
     def invert(self) -> Rigid:
-        """The motion back: Rᵀ, −Rᵀt."""
+        """The inverse motion: Rᵀ, −Rᵀt."""
         inverse = jnp.swapaxes(self.rotation, -1, -2)
         return Rigid(inverse, -_rotate(inverse, self.translation))
 
@@ -132,7 +132,7 @@ class Rigid(NamedTuple):
         Axes of `points` beyond the frames' batch shape are several points per frame.
 
         Raises:
-            ValueError: `points` has fewer axes than the frames, or no last axis of 3.
+            ValueError: `points` has fewer axes than the frames, or its last axis is not 3 long.
         """
         frames = self._over(points)
         return _rotate(frames.rotation, points) + frames.translation
@@ -147,7 +147,7 @@ class Rigid(NamedTuple):
         return Rigid(self.rotation, self.translation * factor)
 
     def stop_rotation_gradient(self) -> Rigid:
-        """The same frames, whose rotations pass no gradient (as between layers in Suppl. Alg. 20)."""
+        """The same frames; no gradient passes through their rotations (as between layers in Suppl. Alg. 20)."""
         return Rigid(jax.lax.stop_gradient(self.rotation), self.translation)
 
     def astype(self, dtype: DTypeLike) -> Rigid:
@@ -155,24 +155,24 @@ class Rigid(NamedTuple):
         return Rigid(self.rotation.astype(dtype), self.translation.astype(dtype))
 
     def _over(self, points: Array) -> Rigid:
-        """These frames with an axis of length 1 for each axis of several points per frame."""
+        """These frames, with one batch axis of length 1 appended per axis of points within a frame."""
         batch = self.translation.shape[:-1]
         extra = points.ndim - 1 - len(batch)
         if points.shape[-1:] != (3,) or extra < 0:
             raise ValueError(
-                f"points must be (*batch, …, 3) for frames of batch shape {batch}; got {points.shape}. Give each "
-                f"frame its points after the frames' own axes, or add axes of length 1 to broadcast"
+                f"points must be (*batch, …, 3) for frames of batch shape {batch}; got {points.shape}. Put the "
+                f"axes of points within a frame after the frames' own axes, or add axes of length 1 to broadcast"
             )
         shape = (*batch, *(1,) * extra)
         return Rigid(self.rotation.reshape(*shape, 3, 3), self.translation.reshape(*shape, 3))
 
 
 def normalise(vectors: Float[Array, "*B D"], smallest_length: float = SMALLEST_LENGTH) -> Float[Array, "*B D"]:
-    """Unit vectors in the same directions; those shorter than the smallest length are divided by it instead."""
+    """Unit vectors in the same directions; vectors shorter than smallest_length are divided by it instead."""
     length2 = jnp.sum(vectors * vectors, -1, keepdims=True)
     return vectors / jnp.sqrt(jnp.maximum(length2, smallest_length**2))
 
 
 def _rotate(rotation: Float[Array, "*B 3 3"], vectors: Float[Array, "*B 3"]) -> Float[Array, "*B 3"]:
-    """R·x by elementwise products: no matrix unit with fewer bits than the dtype ever sees coordinates."""
+    """R·x by elementwise products, because matrix units may round coordinates to fewer bits than their dtype has."""
     return jnp.sum(rotation * vectors[..., None, :], -1)

@@ -28,15 +28,15 @@ from ipa_jax.side_chains import MultiRigidSidechain, check_aatype, frames_to_ato
 
 @by_name
 class StructureModuleOutput(NamedTuple):
-    """What every layer predicts, layers stacked first; the last is the prediction.
+    """Predictions of all layers, stacked along the first axis; the last one is the module's prediction.
 
     Attributes:
         rigids: backbone frames, (L, *B, N), translations in Å.
         frames: the eight rigid groups, (L, *B, N, 8), in Å.
         angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4.
-        unnormalized_angles: the same before normalisation.
+        unnormalized_angles: the same vectors before normalisation.
         atom14: positions in Å; zero where the residue has no such atom.
-        act: the single representation.
+        act: single representation.
     """
 
     rigids: Rigid
@@ -74,18 +74,18 @@ class FoldIteration(hk.Module):
         update_mask: Shaped[Array, "*B N"] | None = None,
         dropout_key: Array | None = None,
     ) -> tuple[Float[Array, "*B N c_s"], Rigid, Float[Array, "*B N 7 2"], Float[Array, "*B N 7 2"]]:
-        """The next activations and frames, unit torsion angles and the same before normalisation.
+        """Updated activations and frames, and torsion angles as unit vectors and before normalisation.
 
         Args:
             act: single representation, normalised.
             pair: pair representation, normalised.
-            rigids: backbone frames, (*B, N), in units of position_scale.
-            initial_act: the single representation that the module began with, normalised.
+            rigids: backbone frames, (*B, N), in units of config.position_scale Å.
+            initial_act: single representation at the module's start, normalised.
             mask: 1 or True where a residue is valid.
-            update_mask: 1 or True where a residue's frame may change; None for everywhere.
-            dropout_key: of dropout; None for none.
+            update_mask: 1 or True where a residue's frame may change; None if all may.
+            dropout_key: key for dropout; None for no dropout.
         """
-        within = replace(self.config.ipa, frame_unit=None)  # a structure module divides the caller's frames itself
+        within = replace(self.config.ipa, frame_unit=None)  # the structure module has scaled the frames
         ipa = InvariantPointAttention(within, implementation=self.implementation)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         act = act + ipa(act, pair, rigids, mask)  # line 6
@@ -121,7 +121,7 @@ class FoldIteration(hk.Module):
 
 
 class QuatRigid(hk.Module):
-    """The six numbers of a backbone update, under AlphaFold-Multimer's name."""
+    """Projection to the six numbers of a backbone update, with AlphaFold-Multimer's parameter name."""
 
     def __init__(self, *, initializer: Initializer = "zeros", name: str = "quat_rigid") -> None:
         super().__init__(name=name)
@@ -133,14 +133,14 @@ class QuatRigid(hk.Module):
 
 
 class StructureModule(hk.Module):
-    """From representations to frames, torsions and atoms, layer by layer (Alg. 20).
+    """Predicts frames, torsions and atoms from representations, layer by layer (Alg. 20).
 
-    Parameters carry AlphaFold's haiku names and shapes, so its published ones load as they are. Frames stay in at
-    least float32. Gradients of rotations stop between layers.
+    Parameters have AlphaFold's haiku names and shapes, so its published parameters load unchanged. Frames stay in at
+    least float32. No gradient passes through rotations between layers.
 
     Args:
-        config: the widths and forms; see `StructureModuleConfig`.
-        implementation: of the attention, see `point_attention`.
+        config: widths and variants; see `StructureModuleConfig`.
+        implementation: implementation of the attention; see `point_attention`.
         name: haiku name.
     """
 
@@ -173,14 +173,14 @@ class StructureModule(hk.Module):
         Args:
             single: single representation.
             pair: pair representation.
-            aatype: 0–19 in AlphaFold's order, or 20 for unknown; anything where the mask is 0.
+            aatype: 0–19 in AlphaFold's order, or 20 for unknown; any integer where the mask is 0.
             mask: 1 or True where a residue is valid; valid residues ignore all others.
-            rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, all at the origin.
-            update_mask: 1 or True where a residue's frame may change, elsewhere it stays; None for everywhere.
-            is_training: apply dropout, with haiku's rng. A Python bool: `jax.jit` wants it among static_argnames.
+            rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, the identity for all.
+            update_mask: 1 or True where a residue's frame may change; None if all may.
+            is_training: apply dropout, with haiku's rng. A Python bool: `jax.jit` needs it in static_argnames.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other, or an aatype not among 0–20.
+            ValueError: shapes do not fit the config or each other, or aatype is not 0–20 at a valid residue.
         """
         c = self.config
         check_arrays(single=single, pair=pair, aatype=aatype, mask=mask, update_mask=update_mask)
@@ -192,7 +192,7 @@ class StructureModule(hk.Module):
         initial_act = LayerNorm(name="single_layer_norm")(single)  # line 1
         pair = LayerNorm(name="pair_layer_norm")(pair)  # line 2
         act = Linear(c.num_channel, name="initial_projection")(initial_act)  # line 3, in the parameters' dtype
-        dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # whatever the start frames' is
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # independent of the initial frames' dtype
         act = act.astype(single.dtype)
         rigids = Rigid.identity(aatype.shape, dtype=dtype) if rigids is None else rigids.astype(dtype)
         rigids = rigids.scale_translation(1 / c.position_scale)
@@ -232,7 +232,7 @@ def transform_structure_module(
 ) -> hk.Transformed:
     """A structure module as a pair of pure functions, init(rng, …) and apply(params, rng, …).
 
-    Both take what `StructureModule.__call__` takes; apply's rng may be None where is_training is False.
+    Both take the arguments of `StructureModule.__call__`; apply's rng may be None where is_training is False.
     """
 
     def forward(

@@ -1,4 +1,4 @@
-"""Blocks of attention and transition, and a transformer of them whose frames move from layer to layer."""
+"""Blocks of attention and transition, and a transformer of such blocks that updates frames after each."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ipa_jax.values import integers_outside
 
 @by_name
 class IPATransformerOutput(NamedTuple):
-    """What the last layer predicts.
+    """Predictions of the last layer.
 
     Attributes:
-        act: the single representation.
-        rigids: the residues' frames, (*B, N), in the unit of those that came in.
+        act: single representation.
+        rigids: frames of the residues, (*B, N), in the unit of the input frames.
         points: a point per residue in the global frame; None where config.predict_points is False.
     """
 
@@ -37,11 +37,11 @@ class IPATransformerOutput(NamedTuple):
 class IPABlock(hk.Module):
     """Attention and transition, each with a residual connection and a layer norm (Suppl. Alg. 20, lines 6–9).
 
-    With the parameters' names of AlphaFold's fold iteration. Invariant: moving all frames alike changes nothing.
+    Parameters have the names of AlphaFold's fold iteration. Invariant: moving all frames alike changes no output.
 
     Args:
-        config: the widths and forms; see `IPABlockConfig`.
-        implementation: of the attention, see `point_attention`.
+        config: widths and variants; see `IPABlockConfig`.
+        implementation: implementation of the attention; see `point_attention`.
         name: haiku name.
     """
 
@@ -63,7 +63,7 @@ class IPABlock(hk.Module):
         *,
         is_training: bool = False,
     ) -> Float[Array, "*B N c_s"]:
-        """The next activations, in their dtype.
+        """Updated activations, in their dtype.
 
         Args:
             act: single representation.
@@ -73,7 +73,7 @@ class IPABlock(hk.Module):
             is_training: apply dropout, with haiku's rng.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other.
+            ValueError: shapes do not fit the config or each other.
         """
         check_floating(act=act)
         act = jnp.asarray(act)
@@ -104,13 +104,13 @@ class IPABlock(hk.Module):
 
 
 class IPATransformer(hk.Module):
-    """Blocks with weights of their own, after each of which every residue's frame moves.
+    """Blocks with separate weights, each followed by an update of all frames.
 
-    Equivariant: where the frames that come in are moved alike, those that come out move with them.
+    Equivariant: if all input frames are moved alike, the output frames move with them.
 
     Args:
-        config: the widths and forms; see `IPATransformerConfig`.
-        implementation: of the attention, see `point_attention`.
+        config: widths and variants; see `IPATransformerConfig`.
+        implementation: implementation of the attention; see `point_attention`.
         name: haiku name.
     """
 
@@ -136,18 +136,18 @@ class IPATransformer(hk.Module):
         *,
         is_training: bool = False,
     ) -> IPATransformerOutput:
-        """The last layer's activations, frames and, if the config says so, points.
+        """Activations, frames and, with config.predict_points, points of the last layer.
 
         Args:
-            single: single representation, or tokens where config.num_token is a number.
+            single: single representation, or integer tokens if config.num_token is not None.
             pair: pair representation; None where config.ipa.pair_channel is None.
-            rigids: frames to start from, (*B, N); None for the identity everywhere.
+            rigids: initial frames, (*B, N); None for the identity.
             mask: 1 or True where a residue is valid; valid residues ignore all others in every layer.
-            is_training: apply dropout, with haiku's rng. A Python bool: `jax.jit` wants it among static_argnames.
+            is_training: apply dropout, with haiku's rng. A Python bool: `jax.jit` needs it in static_argnames.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other; tokens that are no integers, or outside the
-                vocabulary where the mask is 1 (told on CPU and in no trace).
+            ValueError: shapes do not fit the config or each other, or tokens are not integers or are outside the
+                vocabulary where the mask is 1. Values are checked only on CPU, outside traces.
         """
         c = self.config
         check_arrays(single=single, pair=pair, mask=mask)
@@ -165,7 +165,7 @@ class IPATransformer(hk.Module):
                 c.num_token, c.num_channel, w_init=hk.initializers.RandomNormal(), name="token_embedding"
             )
             act = embedding(single)
-        dtype = at_least_float32(act.dtype)  # whatever the start frames' is
+        dtype = at_least_float32(act.dtype)  # independent of the initial frames' dtype
         rigids = Rigid.identity(act.shape[:-1], dtype=dtype) if rigids is None else rigids.astype(dtype)
         initializer: Initializer = "zeros" if c.ipa.zero_init else "linear"
         for _ in range(c.num_layer):
@@ -192,7 +192,7 @@ def transform_ipa_transformer(
 ) -> hk.Transformed:
     """An IPA transformer as a pair of pure functions, init(rng, …) and apply(params, rng, …).
 
-    Both take what `IPATransformer.__call__` takes; apply's rng may be None where is_training is False.
+    Both take the arguments of `IPATransformer.__call__`; apply's rng may be None where is_training is False.
     """
 
     def forward(

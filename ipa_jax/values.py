@@ -1,4 +1,4 @@
-"""Values that can be looked at before the computation runs: on CPU, and in no trace or transform."""
+"""Array values that can be read before the computation runs: on CPU, outside traces and transforms."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from jaxtyping import Array, Int, Shaped
 
 
 def at_hand(*arrays: Array | None) -> bool:
-    """True where the values of all these are known here and now."""
+    """True if the values of all these arrays can be read now."""
     return all(_is_at_hand(x) for x in arrays)
 
 
 def integers_outside(x: Int[Array, "..."], most: int, mask: Shaped[Array, "..."] | None = None) -> list[int]:
-    """The numbers of x that are not from 0 to most where the mask is 1; none if values are not at hand."""
+    """Numbers in x outside 0 to `most` where the mask is 1; an empty list if the values cannot be read."""
     if not at_hand(x, mask):
         return []
     values = np.asarray(x)

@@ -34,7 +34,7 @@ class PredictedLDDT(Module):
         hidden = self.input_layer_norm(act)
         return self.logits(F.relu(self.act_1(F.relu(self.act_0(hidden)))))
 
-    if TYPE_CHECKING:  # nn.Module's own returns anything
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
 
 

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 
 _WITH_AUTOCAST = frozenset(x for x in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(x))
-"""Known beforehand, since the Dynamo of PyTorch 2.6 cannot trace the question."""
+"""Devices with autocast. Computed at import, because the Dynamo of PyTorch 2.6 cannot trace the check."""
 
 
 def widest_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -31,12 +31,12 @@ Projections = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 class InvariantPointAttention(Module):
     """Attention over residues, the pair representation and points in the residues' frames.
 
-    Submodules carry AlphaFold's haiku names, so its published parameters load by a rule. Point projections,
-    frames, distances, softmax and the sums over it run in at least float32, under autocast too.
+    Submodules have AlphaFold's haiku names, so its published parameters convert by a rule. Point projections,
+    frames, distances, the softmax and the sums weighted by it run in at least float32, also under autocast.
 
     Args:
-        config: the widths and forms; see `IPAConfig`.
-        implementation: of the attention, see `point_attention`.
+        config: widths and variants; see `IPAConfig`.
+        implementation: implementation of the attention; see `point_attention`.
     """
 
     def __init__(self, config: IPAConfig, *, implementation: Implementation | None = None) -> None:
@@ -68,7 +68,7 @@ class InvariantPointAttention(Module):
         self.output_projection = Linear(c.num_feature, c_s, initializer="zeros" if c.zero_init else "linear")
 
     def reset_parameters(self) -> None:
-        """Initialises the parameters anew, in the order of construction."""
+        """Initialises the parameters again, in the order of construction."""
         nn.init.constant_(self.trainable_point_weights, self.config.point_weight_init)
         super().reset_parameters()
 
@@ -120,18 +120,19 @@ class InvariantPointAttention(Module):
             single: single representation.
             pair: pair representation; None where config.pair_channel is None.
             rigids: frames of the residues, (*B, N), in units of config.frame_unit (AlphaFold's presets: 10 or 20 Å;
-                FrameDiff's: 1 Å); `ipa_bridge.Structure.rigids` has a protein's so. The output does not change when all
-                are moved alike. Read in the dtype of single and pair, float32 at the least.
-            mask: 1 or True where a residue is valid. Valid residues ignore masked ones, whose own rows attend
-                to everything; the inputs of masked residues must be finite all the same.
+                FrameDiff's: 1 Å). `ipa_bridge.Structure.rigids` returns a protein's frames in this unit. Moving all
+                frames by one rigid motion does not change the output. Frames are converted to the widest dtype of
+                single and pair, at least float32.
+            mask: 1 or True where a residue is valid. Valid residues ignore masked ones; masked residues attend to all.
+                The inputs of masked residues must be finite, too.
             return_attention: also return the attention weights, heads first.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other.
+            ValueError: shapes do not fit the config or each other.
 
         Warns:
-            UserWarning: a protein's frames seem to be in Å where the unit is 10 Å or more; only where values are at
-                hand, on CPU and in no trace or transform. Nucleic acids in Å are not detected.
+            UserWarning: a protein's frames seem to be in Å although config.frame_unit is 10 Å or more. Checked only on
+                CPU, outside traces and transforms, where values can be read. Nucleic acids in Å are not detected.
         """
         check_rigids(rigids, Tensor)
         check_arrays(Tensor, single=single, pair=pair, mask=mask)
@@ -155,13 +156,13 @@ class InvariantPointAttention(Module):
             return_attention=return_attention,
         )
         o_pair = o_pair if attended is pair else o_pair[..., : self.config.pair_channel]
-        if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum as before
+        if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: may follow the sum
             o_pair = self.down_z(o_pair)
         read = features(self.config, o, rigids.apply_inverse(o_points), o_pair)
         output = self.output_projection(read).to(single.dtype)  # line 11
         return (output, *attention) if return_attention else output
 
-    if TYPE_CHECKING:  # nn.Module's own returns anything
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
 
     def project(self, single: Float[Tensor, "*B N c_s"], rigids: Rigid) -> Projections:
@@ -175,10 +176,10 @@ class InvariantPointAttention(Module):
         return q, k, v, rigids.apply(q_points), rigids.apply(k_points), rigids.apply(v_points)
 
     def logit_weights(self) -> tuple[Float[Tensor, "c_z H"] | None, Float[Tensor, " H"]]:
-        """The pair's projection to a bias per head (line 4) and softplus(γ) (line 7).
+        """Weight from pair to one bias per head (line 4), and softplus(γ) (line 7).
 
-        The projection is None without a pair, and where attention_2d was wrapped, replaced or given hooks: then only
-        a call tells what it does.
+        The weight is None without a pair. It is also None if attention_2d was wrapped, replaced or given hooks: then it
+        must be called to know its output.
         """
         pair_bias_weight = None
         if self.config.pair_channel is not None and _is_as_made(self.attention_2d):
@@ -187,7 +188,7 @@ class InvariantPointAttention(Module):
         return pair_bias_weight, F.softplus(gamma.to(at_least_float32(gamma.dtype)))
 
     def _with_bias(self, pair: Float[Tensor, "*B N N c_z"]) -> tuple[Float[Tensor, "*B N N c"], Float[Tensor, "c H"]]:
-        """The pair with its biases as more channels, in memory of a second pair, and the weight that reads these."""
+        """The pair with its biases appended as channels, and the weight that selects these. It copies the pair."""
         with without_autocast(pair.device.type):
             bias = self.attention_2d(pair)
         dtype = at_least_float32(pair.dtype, bias.dtype)
@@ -229,7 +230,7 @@ class PointProjection(Module):
 
 
 def _is_as_made(linear: nn.Module) -> bool:
-    """A call would do no more than multiply by the weight, which may be parametrised, and add the bias."""
+    """True if a call only multiplies by the weight, which may be parametrised, and adds the bias."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     return type(linear).forward is Linear.forward and "forward" not in linear.__dict__ and not any(hooks)
 
@@ -237,15 +238,15 @@ def _is_as_made(linear: nn.Module) -> bool:
 def weight_without_bias(linear: nn.Linear) -> Float[Tensor, "c_z H"]:
     """The weight of the pair's projection to a bias per head.
 
-    Its own bias adds the same to a whole row of logits, which the softmax removes; it is a parameter because AlphaFold
-    has it. Times zero it stays in the graph: its gradient is 0, not None, as optimisers and DistributedDataParallel
-    expect.
+    Its bias adds a constant to all logits of a head, which cancels in the softmax. It is a parameter because AlphaFold
+    has it. Multiplied by zero, it stays in the graph: its gradient is 0 instead of None, as optimisers and
+    DistributedDataParallel expect.
     """
     return linear.weight.T if linear.bias is None else linear.weight.T + 0 * linear.bias
 
 
 def unpack_monomer(config: IPAConfig, q: Tensor, kv: Tensor, q_points: Tensor, kv_points: Tensor) -> Projections:
-    """The monomer's four projections (*B, N, channels) as six, heads apart and points' coordinates last."""
+    """Splits the monomer's four projections (*B, N, channels) into six, with heads apart and coordinates last."""
     q, kv = (x.unflatten(-1, (config.num_head, -1)) for x in (q, kv))
     q_points, kv_points = (
         torch.movedim(x.unflatten(-1, (3, config.num_head, -1)), -3, -1) for x in (q_points, kv_points)
@@ -261,14 +262,14 @@ def features(
     o_points: Float[Tensor, "*B N H Pv 3"],
     o_pair: Float[Tensor, "*B N H c_z"] | None,
 ) -> Float[Tensor, "*B N features"]:
-    """What line 11 projects: o, local points by coordinate, their lengths, o_pair, each with heads outermost."""
+    """Input of line 11's projection: o, local points by coordinate, their lengths, o_pair; heads outermost in each."""
     x, y, z = o_points.unbind(-1)
     parts = (o, x, y, z, lengths(config, o_points), *(() if o_pair is None else (o_pair,)))
     return torch.cat([part.flatten(-2) for part in parts], -1)
 
 
 def lengths(config: IPAConfig, points: Float[Tensor, "*B 3"]) -> Float[Tensor, "*B"]:
-    """Of points, never zero, in the config's norm."""
+    """Lengths of points; config.norm_form and norm_epsilon keep them above zero."""
     length2 = torch.sum(points * points, -1)
     if config.norm_form == "add":
         return torch.sqrt(length2 + config.norm_epsilon)
@@ -276,9 +277,9 @@ def lengths(config: IPAConfig, points: Float[Tensor, "*B 3"]) -> Float[Tensor, "
 
 
 def centre(rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
-    """Frames moved so that their masked mean is the origin, which costs nothing and spares far coordinates' bits.
+    """Translates all frames so that their masked mean is the origin, which keeps far coordinates precise.
 
-    The attention does not change when all frames move alike, so no gradient need pass through the mean.
+    The attention does not change when all frames move alike, so no gradient passes through the mean.
     """
     translation = rigids.translation
     weight = torch.ones_like(translation[..., :1]) if mask is None else mask[..., None].to(translation.dtype)
@@ -288,7 +289,7 @@ def centre(rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> Rigid:
 
 
 def _check_unit(config: IPAConfig, rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None) -> None:
-    """Warns of frames in Å where values are at hand: on CPU, and in no trace or transform."""
+    """Warns of frames in Å, where values can be read: on CPU, outside traces and transforms."""
     if not may_be_in_angstroms(config):
         return
     if at_hand(rigids.translation, mask) and torch._C._functorch.peek_interpreter_stack() is None:

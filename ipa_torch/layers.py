@@ -17,17 +17,17 @@ from ipa_torch.dtypes import at_least_float32, widest_dtype, without_autocast
 Initializer = Literal["linear", "relu", "zeros"]
 
 TRUNCATED_NORMAL_STDDEV = 0.87962566103423978
-"""Standard deviation of a unit normal truncated at ±2, which an initialiser divides out."""
+"""Standard deviation of a unit normal truncated at ±2; initialisers divide by it."""
 
 
 class Module(nn.Module):
-    """A module whose `reset_parameters` initialises it and all within as its construction did.
+    """A module whose `reset_parameters` initialises it and its submodules as their constructors do.
 
-    So that after `torch.device("meta")` and `to_empty` nothing is left uninitialised.
+    After `torch.device("meta")` and `to_empty`, `reset_parameters` thus leaves nothing uninitialised.
     """
 
     def reset_parameters(self) -> None:
-        """Initialises the parameters anew, in the order of construction."""
+        """Initialises the parameters again, in the order of construction."""
         for child in self.children():
             cast(Any, child).reset_parameters()
 
@@ -35,9 +35,9 @@ class Module(nn.Module):
 class Linear(nn.Linear):
     """x·weightᵀ + bias over the last axis, into one or several output axes.
 
-    Runs in the wider of the input's and the weight's dtypes, or as torch.autocast says; with `full_precision` in at
-    least float32, autocast or not. `initializer` is "linear" (truncated-normal LeCun), "relu" (He) or "zeros". An
-    `nn.Linear` for what looks for such, adapters among them; these want a single output axis.
+    Computes in the wider of the input's and the weight's dtypes, or in autocast's; with `full_precision` in at least
+    float32, also under autocast. `initializer` is "linear" (truncated-normal LeCun), "relu" (He) or "zeros". It is an
+    `nn.Linear`, so that tools that search for these find it. Adapters, for example, need a single output axis.
     """
 
     weight: Float[nn.Parameter, "c_out c_in"]
@@ -53,12 +53,12 @@ class Linear(nn.Linear):
         full_precision: bool = False,
     ) -> None:
         self.output_shape = (num_output,) if isinstance(num_output, int) else tuple(num_output)
-        self.initializer: Initializer = initializer  # nn.Linear's own __init__ resets the parameters
+        self.initializer: Initializer = initializer  # set first, because nn.Linear.__init__ resets the parameters
         self.full_precision = full_precision
         super().__init__(num_input, math.prod(self.output_shape), bias=use_bias)
 
     def reset_parameters(self) -> None:
-        """Draws the weight anew and zeroes the bias."""
+        """Draws a new weight and sets the bias to zero."""
         initialize_weight(self.weight, self.initializer)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -90,7 +90,7 @@ class LayerNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The identity after normalisation: a weight of ones and a bias of zeros."""
+        """Sets the weight to ones and the bias to zeros."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -107,7 +107,7 @@ class LayerNorm(nn.Module):
 
 
 def transition(act: Float[Tensor, "*B c"], layers: Sequence[nn.Module]) -> Float[Tensor, "*B c"]:
-    """Linear layers one after the other, ReLUs between them (Suppl. Alg. 20 line 9), returned in the input's dtype."""
+    """Linear layers in sequence with ReLUs between them (Suppl. Alg. 20 line 9), returned in the input's dtype."""
     hidden = act
     for layer in layers[:-1]:
         hidden = F.relu(layer(hidden))
@@ -125,7 +125,7 @@ def initialize_weight(weight: Float[Tensor, "c_out c_in"], initializer: Initiali
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """`torch.take_along_dim` of one broadcast, which unlike it leaves sizes free under `torch.export`."""
+    """`torch.take_along_dim` that broadcasts the index only, and so keeps sizes dynamic under `torch.export`."""
     shape = list(x.shape)
     shape[dim] = index.shape[dim]
     return torch.gather(x, dim, index.long().expand(shape))

@@ -16,8 +16,8 @@ from ipa_torch.layers import take
 SMALLEST_LENGTH = 1e-8
 """Vectors shorter than this (in the coordinates' unit) have no direction; they are divided by it instead."""
 
-# torch.export reads the fields of a named tuple as x[0], x[1], …, which of a Rigid are residues. By iteration it reads
-# the same of all others.
+# torch.export reads the fields of a named tuple as x[0], x[1], …, but an index of a Rigid selects frames. Iteration
+# gives the fields of any named tuple.
 register_pytree_flatten_spec(namedtuple, lambda x, _: list(x), lambda x, spec: len(x) == spec.num_children)  # type: ignore[arg-type]
 
 
@@ -25,16 +25,15 @@ class Rigid(NamedTuple):
     """Frames x_global = rotation · x_local + translation, column-vector convention.
 
     A pytree of two tensors: torch.compile, torch.export and torch.func pass through it. It unpacks into rotation and
-    translation, while an index is that of the frames: `rigids[-1]` is the last frame, or all frames of the last layer.
-    Nothing checks that `rotation` is orthogonal; any 3×3 matrix is accepted, and inverses then use its transpose, as
-    AlphaFold does.
+    translation, but an index selects frames: `rigids[-1]` is the last frame, or all frames of the last layer. Nothing
+    checks that `rotation` is orthogonal: any 3×3 matrix is accepted, and inverses use its transpose, as in AlphaFold.
     """
 
     rotation: Float[Tensor, "*B 3 3"]
     translation: Float[Tensor, "*B 3"]
 
     def __getitem__(self, index: Any) -> Rigid:  # type: ignore[override]
-        """Some of the frames: the index runs over the batch axes of both fields, as their own indices would.
+        """Selected frames; the index applies to the batch axes of both fields.
 
         Raises:
             IndexError: more indices than batch axes.
@@ -52,7 +51,7 @@ class Rigid(NamedTuple):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> Rigid:
-        """Frames of that batch shape which move nothing."""
+        """Identity frames of the given batch shape."""
         rotation = torch.eye(3, dtype=dtype, device=device).expand(*shape, 3, 3)
         return cls(rotation, torch.zeros((*shape, 3), dtype=dtype, device=device))
 
@@ -89,7 +88,7 @@ class Rigid(NamedTuple):
         """Frames from three points by Gram–Schmidt (Suppl. Alg. 21, rigidFrom3Points); N, Cα, C for a backbone.
 
         The origin is x2, the x-axis points to x3, and x1 lies in the xy-plane with y > 0. Collinear points
-        define no frame: the result is then finite but no rotation.
+        define no frame: the result is then finite but not a rotation.
         """
         e1 = normalise(x3 - x2)
         to_x1 = x1 - x2
@@ -104,14 +103,14 @@ class Rigid(NamedTuple):
 
     @classmethod
     def from_tensor_7(cls, tensor: Float[Tensor, "*B 7"]) -> Rigid:
-        """Frames from (w, x, y, z, translation), the quaternion of any length."""
+        """Frames from (w, x, y, z, translation); the quaternion may have any length."""
         return cls.from_quaternion(tensor[..., :4], tensor[..., 4:])
 
     def to_quaternion(self) -> Float[Tensor, "*B 4"]:
         """Unit quaternions (w, x, y, z) with w ≥ 0.
 
         Each row of the symmetric matrix 4·q·qᵀ, whose entries are linear in the rotation's, is parallel to q;
-        the row with the largest diagonal is at least 2 long, so value and gradient are finite everywhere.
+        the row with the largest diagonal has length at least 2, so value and gradient are finite everywhere.
         """
         (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(-1) for row in self.rotation.unbind(-2))
         outer = [
@@ -141,7 +140,7 @@ class Rigid(NamedTuple):
         return Rigid(rotation, _rotate(self.rotation, other.translation) + self.translation)
 
     def invert(self) -> Rigid:
-        """The motion back: Rᵀ, −Rᵀt."""
+        """The inverse motion: Rᵀ, −Rᵀt."""
         inverse = self.rotation.transpose(-1, -2)
         return Rigid(inverse, -_rotate(inverse, self.translation))
 
@@ -151,7 +150,7 @@ class Rigid(NamedTuple):
         Axes of `points` beyond the frames' batch shape are several points per frame.
 
         Raises:
-            ValueError: `points` has fewer axes than the frames, or no last axis of 3.
+            ValueError: `points` has fewer axes than the frames, or its last axis is not 3 long.
         """
         frames = self._over(points)
         return _rotate(frames.rotation, points) + frames.translation
@@ -166,7 +165,7 @@ class Rigid(NamedTuple):
         return Rigid(self.rotation, self.translation * factor)
 
     def stop_rotation_gradient(self) -> Rigid:
-        """The same frames, whose rotations pass no gradient (as between layers in Suppl. Alg. 20)."""
+        """The same frames; no gradient passes through their rotations (as between layers in Suppl. Alg. 20)."""
         return Rigid(self.rotation.detach(), self.translation)
 
     def astype(self, dtype: torch.dtype) -> Rigid:
@@ -178,28 +177,28 @@ class Rigid(NamedTuple):
         return Rigid(self.rotation.to(device), self.translation.to(device))
 
     def _over(self, points: Tensor) -> Rigid:
-        """These frames with an axis of length 1 for each axis of several points per frame."""
+        """These frames, with one batch axis of length 1 appended per axis of points within a frame."""
         batch = tuple(self.translation.shape[:-1])
         extra = points.ndim - 1 - len(batch)
         if points.shape[-1:] != (3,) or extra < 0:
             raise ValueError(
-                f"points must be (*batch, …, 3) for frames of batch shape {batch}; got {tuple(points.shape)}. Give "
-                f"each frame its points after the frames' own axes, or add axes of length 1 to broadcast"
+                f"points must be (*batch, …, 3) for frames of batch shape {batch}; got {tuple(points.shape)}. Put "
+                f"the axes of points within a frame after the frames' own axes, or add axes of length 1 to broadcast"
             )
         shape = (*batch, *(1,) * extra)
         return Rigid(self.rotation.reshape(*shape, 3, 3), self.translation.reshape(*shape, 3))
 
 
 def normalise(vectors: Float[Tensor, "*B D"], smallest_length: float = SMALLEST_LENGTH) -> Float[Tensor, "*B D"]:
-    """Unit vectors in the same directions; those shorter than the smallest length are divided by it instead."""
+    """Unit vectors in the same directions; vectors shorter than smallest_length are divided by it instead."""
     length2 = torch.sum(vectors * vectors, -1, keepdim=True)
     return vectors / torch.sqrt(torch.clamp(length2, min=smallest_length**2))
 
 
 def _rotate(rotation: Float[Tensor, "*B 3 3"], vectors: Float[Tensor, "*B 3"]) -> Float[Tensor, "*B 3"]:
-    """R·x by elementwise products: no matrix unit with fewer bits than the dtype ever sees coordinates.
+    """R·x by elementwise products, because matrix units may round coordinates to fewer bits than their dtype has.
 
-    Added one by one: `torch.sum` over an axis of three takes twice as long.
+    Products are added one by one: `torch.sum` over an axis of three takes twice as long.
     """
     x_axis, y_axis, z_axis = rotation.unbind(-1)
     x, y, z = vectors[..., None].unbind(-2)

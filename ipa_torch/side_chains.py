@@ -21,16 +21,16 @@ from ipa_torch.rigid import Rigid, normalise
 from ipa_torch.values import integers_outside
 
 SMALLEST_ANGLE_LENGTH = 1e-6
-"""A predicted (sin, cos) shorter than this is divided by it instead of its length."""
+"""A predicted (sin, cos) shorter than this is divided by this instead of by its length."""
 
 
 @by_name
 class GroupFrames(NamedTuple):
-    """Rigid groups of residues whose atoms are known, (*B, N, 8), in the global frame and Å.
+    """Frames of the rigid groups, (*B, N, 8), computed from known atoms, in the global frame and Å.
 
-    `alternative_frames` are those under the other naming of ambiguous atoms (the last χ of ASP, GLU, PHE and TYR turned
-    by π); `mask` is True where the residue has the group and the three atoms that define it are known. Elsewhere frames
-    are the identity.
+    `alternative_frames` use the alternative names of ambiguous atoms (the last χ of ASP, GLU, PHE and TYR turned by π).
+    `mask` is True where the residue has the group and the three atoms that define it are known. Elsewhere frames are
+    the identity.
     """
 
     frames: Rigid
@@ -40,10 +40,10 @@ class GroupFrames(NamedTuple):
 
 @by_name
 class TorsionAngles(NamedTuple):
-    """(sin, cos) of pre-ω, φ, ψ and χ1–χ4 of residues whose atoms are known.
+    """(sin, cos) of pre-ω, φ, ψ and χ1–χ4, computed from known atoms.
 
-    `alternative_angles` are those under the other naming of ambiguous atoms; `mask` is True where the residue has the
-    torsion and the four atoms that define it are known. Elsewhere sine and cosine are zero.
+    `alternative_angles` use the alternative names of ambiguous atoms. `mask` is True where the residue has the torsion
+    and the four atoms that define it are known. Elsewhere sine and cosine are zero.
     """
 
     angles: Float[Tensor, "*B N 7 2"]
@@ -54,7 +54,7 @@ class TorsionAngles(NamedTuple):
 def lookup(
     table: np.ndarray, aatype: Int[Tensor, "*B N"], dtype: torch.dtype | None = None
 ) -> Shaped[Tensor, "*B N *T"]:
-    """The rows of a table of `residues` for residue types; all outside 0–20 have the unknown residue's."""
+    """Rows of a table in `residues`, by residue type; types outside 0–20 get the row of the unknown residue."""
     aatype = aatype.long()
     unknown = (aatype < 0) | (aatype > residues.UNKNOWN_AATYPE)
     rows = torch.from_numpy(table.copy())
@@ -62,12 +62,12 @@ def lookup(
 
 
 def check_aatype(aatype: Int[Tensor, "*B N"], mask: Shaped[Tensor, "*B N"] | None = None) -> None:
-    """Residue types are 0–20 where the mask is 1, if their values are at hand: on CPU and not in a trace or `vmap`.
+    """Checks that residue types are 0–20 where the mask is 1.
 
-    Where they are not, `lookup` takes all others for unknown residues.
+    Values can be checked only on CPU, outside traces and transforms. Elsewhere `lookup` treats other types as unknown.
 
     Raises:
-        ValueError: they are no integers, or others than 0–20 at a valid residue.
+        ValueError: residue types are not integers, or not 0–20 at a valid residue.
     """
     check_arrays(Tensor, aatype=aatype, mask=mask)
     check_residue_types(aatype, integers_outside(aatype, residues.UNKNOWN_AATYPE, mask))
@@ -112,11 +112,11 @@ def torsion_angles_to_frames(
     Args:
         rigids: backbone frames, (*B, N), in Å.
         angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4.
-        aatype: 0–19, or 20 for an unknown residue, whose groups all lie on its backbone.
-        mask: 1 or True where a residue is valid, elsewhere aatype may hold anything; None for everywhere.
+        aatype: 0–19, or 20 for an unknown residue, whose groups all have the backbone frame's origin.
+        mask: 1 or True where a residue is valid; elsewhere aatype may be any integer. None if all are valid.
 
     Raises:
-        ValueError: residue types that `check_aatype` refuses.
+        ValueError: residue types that `check_aatype` rejects.
     """
     check_aatype(aatype, mask)
     dtype = at_least_float32(rigids.translation.dtype, angles.dtype)
@@ -137,12 +137,12 @@ def torsion_angles_to_frames(
 def frames_to_atom14(
     frames: Rigid, aatype: Int[Tensor, "*B N"], *, mask: Shaped[Tensor, "*B N"] | None = None
 ) -> Float[Tensor, "*B N 14 3"]:
-    """Atoms in the frames of their rigid groups, (*B, N, 8), in the frames' unit of Å (Alg. 24, line 11).
+    """Atom positions in Å from frames of the rigid groups, (*B, N, 8), in Å (Alg. 24, line 11).
 
-    Slots without an atom are zero. Where the mask is 0, aatype may hold anything; None for a mask of ones.
+    Slots without an atom are zero. Where the mask is 0, aatype may be any integer; None means a mask of ones.
 
     Raises:
-        ValueError: frames that do not fit aatype, or residue types that `check_aatype` refuses.
+        ValueError: frames that do not fit aatype, or residue types that `check_aatype` rejects.
     """
     check_shape("frames.translation", frames.translation, (*aatype.shape, residues.NUM_GROUP, 3), "aatype")
     check_aatype(aatype, mask)
@@ -159,12 +159,13 @@ def frames_to_atom14(
 def atom14_to_atom37(
     atom14: Shaped[Tensor, "*B N 14 *D"], aatype: Int[Tensor, "*B N"], *, mask: Shaped[Tensor, "*B N"] | None = None
 ) -> Shaped[Tensor, "*B N 37 *D"]:
-    """Positions, masks or the like per atom, from slots by residue to slots by name; absent atoms are zero.
+    """Converts per-atom arrays from 14 slots by residue type to 37 slots by atom name; absent atoms become zero.
 
-    Where the mask of residues is 0, aatype may hold anything; None for a mask of ones.
+    Arrays may be positions or masks. Where the mask of residues is 0, aatype may be any integer; None means a mask of
+    ones.
 
     Raises:
-        ValueError: atoms that do not fit aatype, or residue types that `check_aatype` refuses.
+        ValueError: atoms that do not fit aatype, or residue types that `check_aatype` rejects.
     """
     check_arrays(Tensor, atom14=atom14, aatype=aatype)
     check_per_atom("atom14", atom14, 14, aatype)
@@ -175,10 +176,10 @@ def atom14_to_atom37(
 def atom37_to_atom14(
     atom37: Shaped[Tensor, "*B N 37 *D"], aatype: Int[Tensor, "*B N"], *, mask: Shaped[Tensor, "*B N"] | None = None
 ) -> Shaped[Tensor, "*B N 14 *D"]:
-    """The way back; what belongs to no atom of the residue type is dropped.
+    """Inverse of `atom14_to_atom37`. Drops the slots of atoms that the residue type does not have.
 
     Raises:
-        ValueError: atoms that do not fit aatype, or residue types that `check_aatype` refuses.
+        ValueError: atoms that do not fit aatype, or residue types that `check_aatype` rejects.
     """
     check_arrays(Tensor, atom37=atom37, aatype=aatype)
     check_per_atom("atom37", atom37, 37, aatype)
@@ -194,10 +195,10 @@ def atom37_to_frames(
     Args:
         atom37: positions in Å.
         atom37_mask: 1 where an atom is known.
-        aatype: 0–19, or 20 for an unknown residue, which has a backbone and a ψ.
+        aatype: 0–19, or 20 for an unknown residue, which has a backbone frame and a ψ frame.
 
     Raises:
-        ValueError: atoms or a mask that do not fit aatype, or residue types that `check_aatype` refuses.
+        ValueError: atoms or a mask that do not fit aatype, or residue types that `check_aatype` rejects.
     """
     check_shape("atom37", atom37, (*aatype.shape, 37, 3), "aatype")
     check_shape("atom37_mask", atom37_mask, (*aatype.shape, 37), "aatype")
@@ -230,11 +231,11 @@ def atom37_to_torsion_angles(
         atom37: positions in Å.
         atom37_mask: 1 where an atom is known.
         aatype: 0–19, or 20 for an unknown residue, which has no χ.
-        bonded: 1 where a residue is bonded to the one before it in the array, without which it has no pre-ω and no φ;
-            None for all but the first, as in AlphaFold.
+        bonded: 1 where a residue is bonded to the previous one in the array; the others have no pre-ω and no φ. None
+            if all but the first are bonded, as in AlphaFold.
 
     Raises:
-        ValueError: atoms or masks that do not fit aatype, or residue types that `check_aatype` refuses.
+        ValueError: atoms or masks that do not fit aatype, or residue types that `check_aatype` rejects.
     """
     check_shape("atom37", atom37, (*aatype.shape, 37, 3), "aatype")
     check_shape("atom37_mask", atom37_mask, (*aatype.shape, 37), "aatype")
@@ -271,7 +272,7 @@ def _gather(
 
 
 def _pick(atoms: Shaped[Tensor, "*B N A D"], index: Int[Tensor, "*B N G K"]) -> list[Shaped[Tensor, "*B N G D"]]:
-    """The K atoms that each group names."""
+    """The K atoms of each group, by index."""
     return [take(atoms, index[..., k, None], -2) for k in range(index.shape[-1])]
 
 

@@ -29,15 +29,15 @@ from ipa_torch.side_chains import MultiRigidSidechain, check_aatype, frames_to_a
 
 @by_name
 class StructureModuleOutput(NamedTuple):
-    """What every layer predicts, layers stacked first; the last is the prediction.
+    """Predictions of all layers, stacked along the first axis; the last one is the module's prediction.
 
     Attributes:
         rigids: backbone frames, (L, *B, N), translations in Å.
         frames: the eight rigid groups, (L, *B, N, 8), in Å.
         angles: unit (sin, cos) of pre-ω, φ, ψ, χ1–χ4.
-        unnormalized_angles: the same before normalisation.
+        unnormalized_angles: the same vectors before normalisation.
         atom14: positions in Å; zero where the residue has no such atom.
-        act: the single representation.
+        act: single representation.
     """
 
     rigids: Rigid
@@ -58,7 +58,7 @@ class FoldIteration(Module):
         self.config = c = config
         width = c.num_channel
         final: Initializer = "zeros" if c.ipa.zero_init else "linear"
-        within = replace(c.ipa, frame_unit=None)  # a structure module divides the caller's frames itself
+        within = replace(c.ipa, frame_unit=None)  # the structure module has scaled the frames
         self.invariant_point_attention = InvariantPointAttention(within, implementation=implementation)
         self.attention_layer_norm = LayerNorm(width)
         for i in range(c.num_layer_in_transition):
@@ -81,15 +81,15 @@ class FoldIteration(Module):
         *,
         update_mask: Shaped[Tensor, "*B N"] | None = None,
     ) -> tuple[Float[Tensor, "*B N c_s"], Rigid, Float[Tensor, "*B N 7 2"], Float[Tensor, "*B N 7 2"]]:
-        """The next activations and frames, unit torsion angles and the same before normalisation.
+        """Updated activations and frames, and torsion angles as unit vectors and before normalisation.
 
         Args:
             act: single representation, normalised.
             pair: pair representation, normalised.
-            rigids: backbone frames, (*B, N), in units of position_scale.
-            initial_act: the single representation that the module began with, normalised.
+            rigids: backbone frames, (*B, N), in units of config.position_scale Å.
+            initial_act: single representation at the module's start, normalised.
             mask: 1 or True where a residue is valid.
-            update_mask: 1 or True where a residue's frame may change; None for everywhere.
+            update_mask: 1 or True where a residue's frame may change; None if all may.
         """
         act = act + self.invariant_point_attention(act, pair, rigids, mask)  # line 6
         act = self.attention_layer_norm(self._dropout(act))  # line 7
@@ -115,7 +115,7 @@ class FoldIteration(Module):
 
 
 class QuatRigid(Module):
-    """The six numbers of a backbone update, under AlphaFold-Multimer's name."""
+    """Projection to the six numbers of a backbone update, with AlphaFold-Multimer's parameter name."""
 
     def __init__(self, num_channel: int, *, initializer: Initializer = "zeros") -> None:
         super().__init__()
@@ -127,14 +127,14 @@ class QuatRigid(Module):
 
 
 class StructureModule(Module):
-    """From representations to frames, torsions and atoms, layer by layer (Alg. 20).
+    """Predicts frames, torsions and atoms from representations, layer by layer (Alg. 20).
 
-    Submodules carry AlphaFold's haiku names, so its published parameters load by a rule. Frames stay in at least
-    float32, under autocast too. Gradients of rotations stop between layers. Dropout acts in training mode.
+    Submodules have AlphaFold's haiku names, so its published parameters convert by a rule. Frames stay in at least
+    float32, also under autocast. No gradient passes through rotations between layers. Dropout acts in training mode.
 
     Args:
-        config: the widths and forms; see `StructureModuleConfig`.
-        implementation: of the attention, see `point_attention`.
+        config: widths and variants; see `StructureModuleConfig`.
+        implementation: implementation of the attention; see `point_attention`.
     """
 
     def __init__(self, config: StructureModuleConfig, *, implementation: Implementation | None = None) -> None:
@@ -163,13 +163,13 @@ class StructureModule(Module):
         Args:
             single: single representation.
             pair: pair representation.
-            aatype: 0–19 in AlphaFold's order, or 20 for unknown; anything where the mask is 0.
+            aatype: 0–19 in AlphaFold's order, or 20 for unknown; any integer where the mask is 0.
             mask: 1 or True where a residue is valid; valid residues ignore all others.
-            rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, all at the origin.
-            update_mask: 1 or True where a residue's frame may change, elsewhere it stays; None for everywhere.
+            rigids: backbone frames to start from, (*B, N), in Å; None for AlphaFold's start, the identity for all.
+            update_mask: 1 or True where a residue's frame may change; None if all may.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other, or an aatype not among 0–20.
+            ValueError: shapes do not fit the config or each other, or aatype is not 0–20 at a valid residue.
         """
         c = self.config
         check_arrays(Tensor, single=single, pair=pair, aatype=aatype, mask=mask, update_mask=update_mask)
@@ -180,7 +180,7 @@ class StructureModule(Module):
         initial_act = self.single_layer_norm(single)  # line 1
         pair = self.pair_layer_norm(pair)  # line 2
         act = self.initial_projection(initial_act)  # line 3, in the parameters' dtype
-        dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # whatever the start frames' is
+        dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # independent of the initial frames' dtype
         act = act.to(single.dtype)
         if rigids is None:
             rigids = Rigid.identity(aatype.shape, dtype=dtype, device=single.device)
@@ -198,5 +198,5 @@ class StructureModule(Module):
         atom14 = frames_to_atom14(frames, aatype, mask=mask)
         return StructureModuleOutput(rigids, frames, angles, unnormalized_angles, atom14, act)
 
-    if TYPE_CHECKING:  # nn.Module's own returns anything
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward

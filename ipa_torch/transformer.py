@@ -1,4 +1,4 @@
-"""Blocks of attention and transition, and a transformer of them whose frames move from layer to layer."""
+"""Blocks of attention and transition, and a transformer of such blocks that updates frames after each."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ipa_torch.values import integers_outside
 
 @by_name
 class IPATransformerOutput(NamedTuple):
-    """What the last layer predicts.
+    """Predictions of the last layer.
 
     Attributes:
-        act: the single representation.
-        rigids: the residues' frames, (*B, N), in the unit of those that came in.
+        act: single representation.
+        rigids: frames of the residues, (*B, N), in the unit of the input frames.
         points: a point per residue in the global frame; None where config.predict_points is False.
     """
 
@@ -39,11 +39,11 @@ class IPATransformerOutput(NamedTuple):
 class IPABlock(Module):
     """Attention and transition, each with a residual connection and a layer norm (Suppl. Alg. 20, lines 6–9).
 
-    With the parameters' names of AlphaFold's fold iteration. Invariant: moving all frames alike changes nothing.
+    Parameters have the names of AlphaFold's fold iteration. Invariant: moving all frames alike changes no output.
 
     Args:
-        config: the widths and forms; see `IPABlockConfig`.
-        implementation: of the attention, see `point_attention`.
+        config: widths and variants; see `IPABlockConfig`.
+        implementation: implementation of the attention; see `point_attention`.
     """
 
     def __init__(self, config: IPABlockConfig, *, implementation: Implementation | None = None) -> None:
@@ -68,7 +68,7 @@ class IPABlock(Module):
         rigids: Rigid,
         mask: Shaped[Tensor, "*B N"] | None = None,
     ) -> Float[Tensor, "*B N c_s"]:
-        """The next activations, in their dtype.
+        """Updated activations, in their dtype.
 
         Args:
             act: single representation.
@@ -77,7 +77,7 @@ class IPABlock(Module):
             mask: 1 or True where a residue is valid.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other.
+            ValueError: shapes do not fit the config or each other.
         """
         check_arrays(Tensor, act=act, pair=pair, mask=mask)
         check_floating(act=act)
@@ -92,7 +92,7 @@ class IPABlock(Module):
         act = F.dropout(act, c.transition_dropout, self.training)
         return transition_layer_norm(act) if c.post_norm else act
 
-    if TYPE_CHECKING:  # nn.Module's own returns anything
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
 
     def _transition_layers(self) -> list[nn.Module]:
@@ -100,13 +100,13 @@ class IPABlock(Module):
 
 
 class IPATransformer(Module):
-    """Blocks with weights of their own, after each of which every residue's frame moves.
+    """Blocks with separate weights, each followed by an update of all frames.
 
-    Equivariant: where the frames that come in are moved alike, those that come out move with them.
+    Equivariant: if all input frames are moved alike, the output frames move with them.
 
     Args:
-        config: the widths and forms; see `IPATransformerConfig`.
-        implementation: of the attention, see `point_attention`.
+        config: widths and variants; see `IPATransformerConfig`.
+        implementation: implementation of the attention; see `point_attention`.
     """
 
     def __init__(self, config: IPATransformerConfig, *, implementation: Implementation | None = None) -> None:
@@ -131,17 +131,17 @@ class IPATransformer(Module):
         rigids: Rigid | None = None,
         mask: Shaped[Tensor, "*B N"] | None = None,
     ) -> IPATransformerOutput:
-        """The last layer's activations, frames and, if the config says so, points.
+        """Activations, frames and, with config.predict_points, points of the last layer.
 
         Args:
-            single: single representation, or tokens where config.num_token is a number.
+            single: single representation, or integer tokens if config.num_token is not None.
             pair: pair representation; None where config.ipa.pair_channel is None.
-            rigids: frames to start from, (*B, N); None for the identity everywhere.
+            rigids: initial frames, (*B, N); None for the identity.
             mask: 1 or True where a residue is valid; valid residues ignore all others in every layer.
 
         Raises:
-            ValueError: shapes that do not fit the config or each other; tokens that are no integers, or outside the
-                vocabulary where the mask is 1 (told on CPU and in no trace).
+            ValueError: shapes do not fit the config or each other, or tokens are not integers or are outside the
+                vocabulary where the mask is 1. Values are checked only on CPU, outside traces.
         """
         c = self.config
         check_arrays(Tensor, single=single, pair=pair, mask=mask)
@@ -153,7 +153,7 @@ class IPATransformer(Module):
                 check_shape("mask", mask, single.shape, "single")
             check_tokens(c, single, integers_outside(single, c.num_token - 1, mask))
         act = single if c.num_token is None else self.token_embedding(single)
-        dtype = at_least_float32(act.dtype)  # whatever the start frames' is
+        dtype = at_least_float32(act.dtype)  # independent of the initial frames' dtype
         if rigids is None:
             rigids = Rigid.identity(act.shape[:-1], dtype=dtype, device=act.device)
         rigids = rigids.astype(dtype)
@@ -164,7 +164,7 @@ class IPATransformer(Module):
         points = rigids.apply(self.predicted_points(act)) if c.predict_points else None
         return IPATransformerOutput(act, rigids, points)
 
-    if TYPE_CHECKING:  # nn.Module's own returns anything
+    if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
 
     def _moved(self, step: Float[Tensor, "*B N 6"], rigids: Rigid, frozen: Rigid) -> Rigid:

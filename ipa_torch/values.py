@@ -1,4 +1,4 @@
-"""Values that can be looked at before the computation runs: on CPU, and in no trace or transform."""
+"""Array values that can be read before the computation runs: on CPU, outside traces and transforms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def at_hand(*arrays: Tensor | None) -> bool:
-    """True where the values of all these are known here and now, but for `torch.func`'s transforms."""
+    """True if the values of all these tensors can be read now. Does not detect `torch.func`'s transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     plain = (Tensor, nn.Parameter)  # tensors of other classes may have no values
@@ -16,7 +16,7 @@ def at_hand(*arrays: Tensor | None) -> bool:
 
 
 def integers_outside(x: Int[Tensor, "..."], most: int, mask: Shaped[Tensor, "..."] | None = None) -> list[int]:
-    """The numbers of x that are not from 0 to most where the mask is 1; none if values are not at hand."""
+    """Numbers in x outside 0 to `most` where the mask is 1; an empty list if the values cannot be read."""
     if not at_hand(x, mask):
         return []
     values = x.long()
@@ -24,5 +24,5 @@ def integers_outside(x: Int[Tensor, "..."], most: int, mask: Shaped[Tensor, "...
     outside = outside if mask is None else outside & (mask != 0)
     try:
         return values.expand_as(outside)[outside].tolist() if bool(outside.any()) else []
-    except RuntimeError:  # under vmap, or of tensors without values
+    except RuntimeError:  # under vmap, or for tensors without values
         return []

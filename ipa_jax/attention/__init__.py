@@ -20,10 +20,14 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "streamed": streamed.point_attention,
     "fused": fused.point_attention,
 }
-"""Every implementation by name: each takes what `point_attention` does, but the name, and refuses what it cannot do."""
+"""Implementations by name.
+
+Each takes the arguments of `point_attention` except `implementation`, and raises for what it does not support.
+"""
 
 STREAMED_FROM = 96
-"""Residues from which implementation=None streams. Below, the reference is as fast or faster and its memory small."""
+"""Number of residues from which implementation=None streams. Below it, the reference is as fast or faster, in little
+memory."""
 
 
 def point_attention(
@@ -44,7 +48,7 @@ def point_attention(
 ) -> tuple[Any, ...]:
     """Attention over residues and their points (Jumper et al. 2021, Suppl. Alg. 22, lines 4 and 7–10).
 
-    Runs in the widest of the inputs' dtypes and at least in float32, whatever they are.
+    Computes in the widest of the inputs' dtypes, and in at least float32.
 
     Args:
         q: scalar queries, not yet scaled by 1/√C.
@@ -53,22 +57,25 @@ def point_attention(
         q_points: query points in the global frame, in the unit the point weights were trained for.
         k_points: key points in the global frame.
         v_points: value points in the global frame.
-        pair: pair representation, which gives a logit bias and is itself attended to; None for none.
-        pair_bias_weight: its projection to one bias per head (the bias's own bias cancels in the softmax).
-        point_weights: w_h ≥ 0, that is softplus(γ_h), not yet scaled by √(2/9P).
+        pair: pair representation, which biases the logits and is averaged into o_pair; None to attend without it.
+        pair_bias_weight: weight that projects the pair to one bias per head. The projection's own bias would cancel in
+            the softmax.
+        point_weights: w_h = softplus(γ_h) ≥ 0, not yet scaled by √(2/9P).
         mask: 1 or True where a residue is valid. A valid query ignores masked keys; a masked query attends to all.
-            A constant: its gradient is zero, that of a float mask too.
-        implementation: one of `IMPLEMENTATIONS`; None chooses as `choose_implementation` says.
-        block_size: query rows at a time, for implementations that work in blocks; None for a size that suits N.
+            It is a constant: the gradient to a float mask is zero.
+        implementation: one of `IMPLEMENTATIONS`; for None see `choose_implementation`.
+        block_size: number of query rows computed at a time, for implementations that work in blocks; None for a size
+            that suits N.
         return_attention: also return the attention weights, (*B, H, N, N).
 
     Returns:
         o (*B, N, H, Cv); o_points (*B, N, H, Pv, 3) in the global frame; o_pair (*B, N, H, c_z), None without a
-        pair; and the attention if asked for. o and o_pair come in v's dtype, o_points in v_points'.
+        pair; and, with return_attention, the attention weights. o and o_pair have the dtype of v, o_points that of
+        v_points.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown implementation, or a block_size below 1.
-        NotImplementedError: the named implementation cannot do what is asked.
+        ValueError: shapes do not fit, the implementation is unknown, or block_size is below 1.
+        NotImplementedError: the implementation does not support these arguments, this device or this derivative.
     """
     check_point_attention_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
     attend = choose_implementation(implementation, q.shape[-3], block_size=block_size)
@@ -89,10 +96,10 @@ def point_attention(
 
 
 def check_implementation(implementation: str | None) -> None:
-    """The name is that of an implementation, or None to choose one.
+    """Checks that the argument is the name of an implementation, or None.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no implementation has this name.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
@@ -101,15 +108,16 @@ def check_implementation(implementation: str | None) -> None:
 def choose_implementation(
     implementation: Implementation | None, number: int, *, block_size: int | None = None
 ) -> Callable:
-    """The function that a name stands for, of so many residues.
+    """Attention function for an implementation's name and a number of residues.
 
-    None stands for "streamed" from `STREAMED_FROM` residues or with a block_size, else for "reference", as it does for
-    a symbolic length of `jax.export`.
-    Forward mode is the reference's alone, and asked for by its name. So is "fused": its kernels have not been measured
-    on a GPU yet.
+    None stands for "streamed" if block_size is given or there are at least `STREAMED_FROM` residues, else for
+    "reference". A symbolic number of residues in `jax.export` counts as small.
+
+    Only "reference" has forward-mode derivatives: name it where you need them. None never stands for "fused", whose
+    kernels have not been measured on a GPU yet.
 
     Raises:
-        ValueError: no implementation of that name.
+        ValueError: no implementation has this name.
     """
     check_implementation(implementation)
     streams = block_size is not None or (isinstance(number, int) and number >= STREAMED_FROM)

@@ -1,4 +1,4 @@
-"""Derivatives of functions with a backward of their own: in reverse mode; others are refused."""
+"""Limits functions that have their own backward rule to reverse-mode derivatives; forward mode raises an error."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ ONLY_REVERSE_MODE = (
 
 
 def in_reverse_mode_only(x: Array) -> Array:
-    """The array, whose tangents may be transposed but not computed."""
+    """The same array, through which reverse mode works and forward mode raises NotImplementedError."""
     return _checked.bind(x)
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
-    """Called where a tangent is computed: at once, or when JAX compiles."""
+    """Raises where a tangent would be computed: at once, or when JAX compiles."""
     raise NotImplementedError(ONLY_REVERSE_MODE)
 
 
 def _tangent_of_checked(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """Leaves the array itself, so that none is kept beside it for backward; the forward rules check once more."""
+    """JVP rule of the check. The primal is the array itself, so that backward holds no second copy of it.
+
+    The primal is then unchecked: the forward rules of the attention check it again.
+    """
     (x,), (tangent,) = primals, tangents
     return x, tangent if isinstance(tangent, ad.Zero) else _tangent.bind(tangent)
 
 
-# JAX itself refuses forward mode with a TypeError, where a tangent comes to a function with a backward rule of its own;
-# it comes here before.
+# JAX raises a TypeError where a tangent reaches a function with its own backward rule. The check raises first, with a
+# message that names the alternative.
 _checked, _tangent = Primitive("check_reverse_mode"), Primitive("tangent_in_reverse_mode")
 _checked.def_impl(lambda x: x)
 _checked.def_abstract_eval(lambda x: x)
@@ -47,7 +50,7 @@ mlir.register_lowering(_tangent, _refuse)
 
 
 def instantiate(x: Any) -> Any:
-    """A cotangent as an array, zeros where it is known to be zero; None where there is no output."""
+    """A cotangent as an array: zeros where JAX knows it to be zero; None where there is no output."""
     if not isinstance(x, jax.custom_derivatives.SymbolicZero):
         return x
     aval: Any = x.aval

@@ -1,7 +1,8 @@
-"""The streamed attention's function in GPU kernels that read the pair once, and once more backwards.
+"""The same attention as `streamed`, in GPU kernels that read the pair once forward and once backward.
 
-Pallas kernels do what touches the pair (see `ipa_jax.attention.kernels`), XLA the rest. Between them lie the logits of
-a chunk of query rows, in the GPU's cache; nothing else of N×N is held. Arithmetic is float32's.
+Pallas kernels (`ipa_jax.attention.kernels`) do the work that reads the pair; XLA does the rest. They exchange the
+logits of one chunk of query rows, which stay in the GPU's cache. Apart from the pair and its gradient, no N×N array is
+held. Arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ipa_jax.attention.rows import Blocks, RowGradients, Rows, einsum, gradients
 from ipa_jax.dtypes import varying_alike
 
 INTERPRETED = False
-"""True where Pallas interprets the kernels, on any device: a setting for tests."""
+"""If True, Pallas interprets the kernels, on any device. For tests only."""
 
 
 def point_attention(
@@ -45,15 +46,15 @@ def point_attention(
     Float[Array, "*B N H c_z"] | None,
     None,
 ]:
-    """Outputs; all arrays but `pair` in float32.
+    """Outputs o, o_points and o_pair, and None in place of the attention; all arrays but `pair` are float32.
 
     Raises:
-        NotImplementedError: the kernels cannot do this, and why.
+        NotImplementedError: the kernels do not support these arguments or this device; the message gives the reason.
     """
     if block_size is not None:
         raise NotImplementedError(f"implementation 'fused' has no blocks: leave block_size None, got {block_size}")
     if return_attention:
-        raise NotImplementedError("implementation 'fused' never holds the attention: implementation='streamed' does")
+        raise NotImplementedError("implementation 'fused' cannot return the attention; implementation='streamed' can")
     *batch, number, heads, channels = q.shape
     coordinates, values = 3 * q_points.shape[-2], v.shape[-1] + 3 * v_points.shape[-2]
     width = 0 if pair is None else pair.shape[-1]
@@ -63,7 +64,7 @@ def point_attention(
         raise NotImplementedError(f"implementation='fused': {reason}; implementation='streamed' has no such limit")
     operands = Operands.from_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
     size = next((max(1, chunk.rows // number_of_examples(batch)) for chunk in chunks(sizes)), 1)
-    if any(isinstance(length, int) and not length for length in batch):  # on which no kernel can be launched
+    if any(isinstance(length, int) and not length for length in batch):  # no kernel runs on an empty batch
         o = jnp.zeros_like(operands.values)
         o_pair = None if pair is None else jnp.zeros((*q.shape[:-1], width), q.dtype)
     else:
@@ -72,13 +73,13 @@ def point_attention(
 
 
 def _no_place_to_run() -> str | None:
-    """Why kernels cannot run here; None where they can."""
+    """Reason why the kernels cannot run here, or None if they can."""
     device = jax.default_backend()
     return None if INTERPRETED or device == "gpu" else f"a CUDA device was expected as JAX's default; got {device}"
 
 
 def _kernels() -> ModuleType:
-    """The kernels, with which Pallas is imported."""
+    """The module of the kernels, imported here because it imports Pallas."""
     return importlib.import_module("ipa_jax.attention.kernels")
 
 
@@ -90,7 +91,7 @@ def _attend(size: int, interpret: bool, operands: Operands) -> tuple[Any, Any, A
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend_by_rows(size: int, interpret: bool, operands: Operands) -> tuple[Any, Any, Any]:
-    """`_attend` of operands that vary alike."""
+    """`_attend` of operands that vary over the same axes of `jax.shard_map`."""
     heads, number, _ = operands.queries.shape
     zeros = partial(jnp.zeros_like, operands.values)
     room: tuple[Any, Any, Any] = (
@@ -118,7 +119,7 @@ def _attend_by_rows(size: int, interpret: bool, operands: Operands) -> tuple[Any
 
 def _attend_forward(size: int, interpret: bool, primals: Any) -> tuple[tuple[Any, Any, Any], Any]:
     operands = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
-    # Whether the pair wants a gradient, told by structure: residuals are arrays.
+    # Residuals hold arrays only, so a flag must be part of their structure: () if the pair needs a gradient, else None.
     wanted = () if primals.pair is not None and primals.pair.perturbed else None
     outputs = _attend_by_rows(size, interpret, jax.tree.map(in_reverse_mode_only, operands))
     return outputs, (operands, outputs, wanted)
@@ -149,7 +150,7 @@ def _attend_backward(size: int, interpret: bool, residuals: Any, cotangents: Any
                 operands, logits, d_weight, rows_d_o_pair, rows_lse, delta, d_pair, rows.start, interpret=interpret
             )
             d_bias = None if d_bias is None else d_bias + rows_d_bias
-        # Behind barriers, or XLA computes them anew in each of the many sums that read them.
+        # Without barriers XLA would compute these again in each of the many sums that read them.
         weight, distance2, d_logits = jax.lax.optimization_barrier((weight, distance2, d_logits))
         return RowGradients(weight, d_logits, distance2, rows_d_o, d_pair, d_bias)
 
@@ -161,7 +162,7 @@ _attend_by_rows.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 @jax.custom_jvp
 def _differentiated_once(x: Array) -> Array:
-    """The array, which has no derivative."""
+    """The same array, whose derivative raises NotImplementedError."""
     return x
 
 

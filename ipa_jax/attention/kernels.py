@@ -1,7 +1,7 @@
-"""Invariant point attention's kernels in Pallas: the pair is read once forwards, and once more and written backwards.
+"""Pallas kernels of invariant point attention: forward and backward each read the pair once.
 
-The twins of the kernels of the same names in Triton, with the same arithmetic: float32's. Products run on tensor cores
-in parts: TF32 in three products, and against a bfloat16 pair, which is exact as it is, in three of bfloat16.
+They do the same as the Triton kernels of the same names. Arithmetic has float32 precision. On tensor cores a float32
+product takes three TF32 products; with a bfloat16 pair, three bfloat16 products.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ipa_jax.attention.operands import Operands
 def attend_to_pair(
     operands: Operands, logits: Float[Array, "H b N"], start: Array, *, interpret: bool
 ) -> tuple[Float[Array, "H b N"], Float[Array, "H b"], Float[Array, "b H c_z"]]:
-    """The logits with the pair's bias, log Σ exp of each row, and o_pair. A program for one query."""
+    """The logits with the pair's bias added, log Σ exp of each row, and o_pair. One program per query."""
     pair: Any = operands.pair
     heads, size, number = logits.shape
     width, launch = pair.shape[-1], _tiles("attend_to_pair", pair)
@@ -85,9 +85,9 @@ def pair_gradients(
     *,
     interpret: bool,
 ) -> tuple[Float[Array, "H b N"], Float[Array, "H b N"], Float[Array, "N N c_z"] | None, Float[Array, "H c_z"]]:
-    """The gradient to the logits, the attention, the pair's gradient with these rows, and theirs to the bias.
+    """d_logits, the attention, d_pair with this chunk's rows written, and this chunk's part of d_bias.
 
-    `delta` is dO·o + dO_pair·o_pair of each query and head. A program for one query.
+    `delta` is dO·o + dO_pair·o_pair of each query and head. One program per query.
     """
     pair: Any = operands.pair
     heads, size, number = logits.shape
@@ -105,7 +105,7 @@ def pair_gradients(
         _padded(delta, 0),
     ]
     aliases = {1: 0, 2: 1}
-    if d_pair is not None:  # all of it, of which these rows are written
+    if d_pair is not None:  # the whole array, in which the kernel writes this chunk's rows
         outputs.append(jax.ShapeDtypeStruct(d_pair.shape, d_pair.dtype))
         aliases[len(arrays)] = len(outputs) - 1
         arrays.append(d_pair)
@@ -148,12 +148,12 @@ def _pair_gradients(start: Any, *references: Any, tile: int, with_d_pair: bool, 
 
 
 def _tiles(kernel: str, pair: Array) -> Tiles:
-    """The tiles of the kernel of that name in Triton."""
+    """Tile sizes, the same as for the Triton kernel of that name."""
     return tiles(kernel, Sizes(1, pair.shape[-2], MAX_HEADS, 1, 1, 1, pair.shape[-1]), pair.dtype.name)
 
 
 def _call(kernel: Callable, *, name: str, launch: Tiles, interpret: bool, **options: Any) -> Callable:
-    """A Pallas kernel; within, integers have 32 bits whatever JAX is told, for Pallas mixes none."""
+    """A Pallas kernel, run with JAX's 64-bit types disabled: Pallas cannot mix integers of 32 and 64 bits."""
 
     def call(*arrays: Array) -> tuple[Any, ...]:
         compiler = plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages)
@@ -165,18 +165,18 @@ def _call(kernel: Callable, *, name: str, launch: Tiles, interpret: bool, **opti
 
 
 def _first_row(start: Array) -> Array:
-    """The first row, as kernels take it."""
+    """The first row as the kernels need it: an int32 array of length 1."""
     return start.astype(jnp.int32)[None]
 
 
 def _keys(at: Array, tile: int, number: int) -> tuple[Any, Array]:
-    """The keys of one tile of a row, and which of them there are."""
+    """Slice of one tile's keys, and a mask that is True for keys below `number`."""
     first = at.astype(jnp.int32) * tile
     return pl.ds(first, tile), first + jnp.arange(tile, dtype=jnp.int32) < number
 
 
 def _padded(x: Array, axis: int) -> Array:
-    """The array with as many heads as a tile of a tensor core has."""
+    """The array with its axis of heads padded with zeros to `MAX_HEADS`, one tile of a tensor core."""
     return jnp.pad(x, [(0, MAX_HEADS - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
 
 
@@ -186,7 +186,7 @@ def _padded_bias(operands: Operands) -> Float[Array, "16 c_z"]:
 
 
 def _on_pair(x: Array, z: Array, interpret: bool) -> Array:
-    """x·z, of float32 numbers and a pair: with a bfloat16 pair in three parts of 8 bits each."""
+    """x·z for float32 x and a pair z. For a bfloat16 pair, x is split into three bfloat16 parts of 8 bits each."""
     if z.dtype == jnp.float32:
         return _dot(x, z, interpret)
     high, rest = _first_bits(x)
@@ -195,7 +195,7 @@ def _on_pair(x: Array, z: Array, interpret: bool) -> Array:
 
 
 def _to_pair(x: Array, y: Array, z: Array, interpret: bool) -> Array:
-    """xᵀ·y, to the precision that the gradient of that pair keeps."""
+    """xᵀ·y, part of the gradient to the pair z, as precise as z's dtype can store."""
     if z.dtype == jnp.float32:
         return _dot(x.T, y, interpret)
     (high, low), (right, rest) = _first_bits(x), _first_bits(y)
@@ -204,13 +204,13 @@ def _to_pair(x: Array, y: Array, z: Array, interpret: bool) -> Array:
 
 
 def _first_bits(x: Array) -> tuple[Array, Array]:
-    """The bfloat16 number next to a float32 one, and what is left."""
+    """The nearest bfloat16 number to a float32 one, and the remainder in float32."""
     high = x.astype(jnp.bfloat16)
     return high, x - high.astype(jnp.float32)
 
 
 def _dot(x: Array, y: Array, interpret: bool) -> Array:
-    """On tensor cores, of float32 numbers in three products of TF32."""
+    """x·y on tensor cores; for float32 numbers three TF32 products."""
     precision: Any = Precision.HIGHEST if interpret else DotAlgorithmPreset.TF32_TF32_F32_X3
     if x.dtype != jnp.float32:
         precision = None

@@ -1,4 +1,4 @@
-"""The operands of the implementations that work in blocks: scaled, heads first, values and their points together."""
+"""Operands of the implementations that work in blocks: scaled, with heads first, and points joined to values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipa_jax.attention.derivatives import in_reverse_mode_only
 
 
 class Operands(NamedTuple):
-    """Operands of one example; of all of them, with batch axes first.
+    """Operands of one example, or of all examples with batch axes first.
 
     Logits are queries·keys − ½ weights·|query_points − key_points|² + pair·bias.
     """
@@ -26,7 +26,7 @@ class Operands(NamedTuple):
     key_points: Float[Array, "H N 3P"]
     weights: Float[Array, " H"]
     pair: Float[Array, "N N c_z"] | None
-    """In any dtype."""
+    """May have another dtype than the other fields."""
     bias: Float[Array, "c_z H"] | None
     mask: Float[Array, " N"]
 
@@ -44,7 +44,7 @@ class Operands(NamedTuple):
         point_weights: Float[Array, " H"],
         mask: Float[Array, "*B N"] | None,
     ) -> Operands:
-        """The operands of what `point_attention` takes."""
+        """Converts the arguments of `point_attention`."""
         temperature = math.sqrt(1 / (2 if pair is None else 3))
         return cls(
             queries=_heads_first(q * (temperature / math.sqrt(q.shape[-1]))),
@@ -62,7 +62,7 @@ class Operands(NamedTuple):
 def unpack(
     o: Float[Array, "*B H N C"], v: Float[Array, "*B N H Cv"], v_points: Float[Array, "*B N H Pv 3"]
 ) -> tuple[Float[Array, "*B N H Cv"], Float[Array, "*B N H Pv 3"]]:
-    """The values' part of an output and the points' part, in their shapes."""
+    """Splits an output into o and o_points, in the shapes of v and v_points."""
     o = jnp.swapaxes(o, -2, -3)
     return o[..., : v.shape[-1]], o[..., v.shape[-1] :].reshape(v_points.shape)
 
@@ -76,15 +76,15 @@ def _flat(points: Float[Array, "*B N H P 3"]) -> Float[Array, "*B N H 3P"]:
 
 
 def number_of_examples(batch: Sequence[Any]) -> int:
-    """The product of the batch axes, at least 1; an axis whose length `jax.export` leaves open counts as 1."""
+    """The product of the batch axes, at least 1. An axis of symbolic length in `jax.export` counts as 1."""
     return max(1, math.prod(length for length in batch if isinstance(length, int)))
 
 
 def over_batch(attend: Callable, operands: Operands, axes: int) -> tuple[Any, Any, Any]:
-    """One example's function on all of them.
+    """Applies the attention of one example to all examples.
 
     Raises:
-        NotImplementedError: it is asked for a forward-mode derivative; under `jax.jit` this raises when JAX compiles.
+        NotImplementedError: a forward-mode derivative is computed; under `jax.jit` it is raised when JAX compiles.
     """
     batched = jax.tree.map(lambda _: 0, operands)._replace(weights=None, bias=None)
     for _ in range(axes):

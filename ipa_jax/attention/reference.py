@@ -1,4 +1,4 @@
-"""Algorithm 22, lines 4 and 7–10, literally: every N×N×… intermediate exists (Jumper et al. 2021)."""
+"""Algorithm 22, lines 4 and 7–10, as published (Jumper et al. 2021): holds all N×N×… intermediates in memory."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def point_attention(
     Float[Array, "*B N H c_z"] | None,
     Float[Array, "*B H N N"] | None,
 ]:
-    """Outputs, and attention weights if asked for; all arrays but `pair` in one dtype of at least float32.
+    """Outputs o, o_points, o_pair, and the attention or None. All arrays but `pair` have one dtype, at least float32.
 
     Raises:
-        NotImplementedError: there are no blocks, and a block_size is given.
+        NotImplementedError: block_size is given, but this implementation has no blocks.
     """
     if block_size is not None:
         raise NotImplementedError(f"implementation 'reference' has no blocks: leave block_size None, got {block_size}")
@@ -61,10 +61,11 @@ def attention_logits(
     point_weights: Float[Array, " H"],
     mask: Float[Array, "*B N"] | None = None,
 ) -> Float[Array, "*B H N N"]:
-    """Line 7 before its softmax: √(1/T)·(q·k/√C + b − ½·w·√(2/9P)·Σ|q⃗ − k⃗|²), masked keys at −1e5.
+    """Line 7 before the softmax: √(1/T)·(q·k/√C + b − ½·w·√(2/9P)·Σ|q⃗ − k⃗|²), with 1e5 subtracted at masked keys.
 
-    A masked query is left alone: it attends to all keys, which is what AlphaFold's −1e5·(1 − m_i·m_j) means
-    in exact arithmetic, without the bits that adding a constant to a whole row would cost.
+    T is the number of terms: 3, or 2 without a pair. The logits of a masked query stay as they are: it attends to all
+    keys. In exact arithmetic AlphaFold's −1e5·(1 − m_i·m_j) gives the same attention, since it adds a constant to such
+    a row; in floating point that constant would cost bits.
     """
     scalar = jnp.einsum("...ihc,...jhc->...hij", q, k, precision=Precision.HIGHEST) / math.sqrt(q.shape[-1])
     q_points, k_points = (jnp.swapaxes(x, -3, -4) for x in (q_points, k_points))

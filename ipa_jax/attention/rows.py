@@ -1,4 +1,4 @@
-"""Blocks of query rows: their part of the pair, their logits, their attention and the gradients that they add up to."""
+"""Blocks of query rows: their rows of the pair, their logits and attention, and gradients summed over them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Array, Float
 from ipa_jax.attention.operands import Operands
 
 BLOCK_BYTES = 4 << 20
-"""Bytes of the pair in one block; between 2 and 8 MB the optimum is flat, where a block stays in cache."""
+"""Bytes of the pair in one block. All sizes from 2 to 8 MB are about as fast, since a block stays in cache."""
 
 LANES = 8
-"""XLA's products on CPU run at their full rate where the last axis of their output is a multiple of this."""
+"""Matrix products of XLA on CPU reach full speed if the last axis of their output is a multiple of this."""
 
 
 class Blocks:
-    """One example's operands as its blocks need them: what is the keys' turned once, with the residues last."""
+    """One example's operands as its blocks need them: arrays of keys are transposed once, with residues last."""
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
@@ -28,13 +28,16 @@ class Blocks:
         self.key_points = _turned(operands.key_points)
 
     def rows(self, block_size: int) -> Array:
-        """First rows of the blocks; one that would reach over the end starts earlier, and comes first."""
+        """First rows of the blocks, all of block_size rows.
+
+        If block_size does not divide N, the last block starts early enough to be whole, and is computed first.
+        """
         number = self.operands.queries.shape[1]
         starts = list(range(0, number - block_size + 1, block_size))
         return jnp.asarray(([number - block_size] if number % block_size else []) + starts)
 
     def pair_rows(self, rows: Rows) -> Float[Array, "b N c_z"] | None:
-        """The pair of the rows, in the dtype of the arithmetic."""
+        """These rows of the pair, in the dtype of the arithmetic."""
         pair = self.operands.pair
         return None if pair is None else rows.read(pair, 0).astype(self.operands.queries.dtype)
 
@@ -49,7 +52,7 @@ class Blocks:
         return jnp.transpose(einsum("ihc,ijc->ijh", padded, pair_rows)[..., :heads], (2, 0, 1))
 
     def beside_bias(self, rows: Float[Array, "b H c_z"]) -> Float[Array, "b 2H c_z"]:
-        """[W_bᵀ; rows] of each query; rows alone without a bias."""
+        """[W_bᵀ; rows] of each query, or rows alone without a bias."""
         if self.operands.bias is None:
             return rows
         return jnp.concatenate([jnp.broadcast_to(self.operands.bias.T, rows.shape), rows], 1)
@@ -57,7 +60,7 @@ class Blocks:
     def logits(
         self, rows: Rows, bias_logits: Float[Array, "H b N"] | None
     ) -> tuple[Float[Array, "H b N"], Float[Array, "H b N"]]:
-        """The rows' logits, and squared distances."""
+        """The rows' logits, and the sums of their squared distances."""
         operands = self.operands
         logits = einsum("hic,hcj->hij", rows.read(operands.queries, 1), self.keys)
         distance2: Any = sum(offset * offset for offset in self.offsets(rows))
@@ -70,12 +73,12 @@ class Blocks:
     def attention(
         self, rows: Rows, bias_logits: Float[Array, "H b N"] | None
     ) -> tuple[Float[Array, "H b N"], Float[Array, "H b N"]]:
-        """Softmax of the rows' logits, and squared distances."""
+        """Softmax of the rows' logits, and the sums of their squared distances."""
         logits, distance2 = self.logits(rows, bias_logits)
         return jax.nn.softmax(logits, -1), distance2
 
     def offsets(self, rows: Rows) -> list[Float[Array, "H b N"]]:
-        """Differences q − k, one coordinate of one point after the other."""
+        """Differences q − k, one array per coordinate of each point."""
         points = rows.read(self.operands.query_points, 1)
         return [points[..., i, None] - self.key_points[:, i, None] for i in range(points.shape[-1])]
 
@@ -87,40 +90,40 @@ class Rows(NamedTuple):
     size: int
 
     def read(self, x: Array, axis: int) -> Array:
-        """The rows of an array."""
+        """These rows of an array."""
         return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis)
 
     def write(self, x: Array, rows: Array, axis: int) -> Array:
-        """The array with these rows."""
+        """The array with these rows replaced."""
         return jax.lax.dynamic_update_slice_in_dim(x, rows, self.start, axis)
 
     def fresh(self, number: int, dtype: Any) -> Float[Array, " b"]:
-        """1 for rows that no later block computes again: the last block comes first, and reaches back to its size."""
+        """0 for rows that a later block computes again, else 1 (see `Blocks.rows`)."""
         whole = number // self.size * self.size
         again = (self.start % self.size != 0) & (self.start + jnp.arange(self.size) < whole)
         return 1 - again.astype(dtype)
 
 
 class RowGradients(NamedTuple):
-    """What the rows of one block have to do with all gradients."""
+    """Results for one block of rows, from which `gradients_by_rows` sums the gradients to all operands."""
 
     weight: Float[Array, "H b N"]
     d_logits: Float[Array, "H b N"]
     distance2: Float[Array, "H b N"]
     d_o: Float[Array, "H b Cv"]
     d_pair: Float[Array, "N N c_z"] | None
-    """The pair's gradient from all rows so far, these among them; None where it is not wanted."""
+    """Gradient to the pair from all rows up to and including these; None if it is not needed."""
     d_bias: Float[Array, "H c_z"] | None
-    """The bias's gradient from all rows so far."""
+    """Gradient to the bias from all rows up to and including these."""
 
 
 def gradients_by_rows(
     blocks: Blocks, size: int, wanted: Any, block: Callable[[Rows, Operands], RowGradients]
 ) -> tuple[Operands]:
-    """Gradients to all operands, block by block of so many rows; to the pair only where `wanted` is not None."""
+    """Gradients to all operands, computed in blocks of `size` rows. If `wanted` is None, that to the pair is zero."""
     operands = blocks.operands
     room = jax.tree.map(jnp.zeros_like, operands)
-    # Sums over blocks are kept with the residues last, as the products that they add up come out.
+    # These sums over blocks have residues last, as the products that are added to them.
     room = room._replace(
         keys=_turned(room.keys),
         values=_turned(room.values),
@@ -160,7 +163,7 @@ def gradients_by_rows(
 def _point_gradients(
     blocks: Blocks, rows: Rows, d_logits: Float[Array, "H b N"]
 ) -> tuple[Float[Array, "H b 3P"], Float[Array, "H 3P N"]]:
-    """To query points and key points, by ∂L/∂q = −w·(q − k)."""
+    """Gradients to query points and key points, from ∂L/∂q = −w·(q − k)."""
     moved = [d_logits * offset for offset in blocks.offsets(rows)]
     weights = blocks.operands.weights[:, None, None]
     d_queries = jnp.stack([jnp.sum(x, -1) for x in moved], -1)
@@ -169,7 +172,7 @@ def _point_gradients(
 
 
 def einsum(subscripts: str, *arrays: Array) -> Array:
-    """The sum of products in full precision, whatever the default."""
+    """`jnp.einsum` in full precision, whatever JAX's default is."""
     return jnp.einsum(subscripts, *arrays, precision=Precision.HIGHEST)
 
 

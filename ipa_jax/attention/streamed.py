@@ -1,10 +1,12 @@
-"""The reference's function, a block of query rows at a time: nothing of N×N but the pair, its gradient and a block.
+"""The same attention as the reference, computed one block of query rows at a time.
 
-Softmax runs over whole rows, so nothing is approximated; backward computes each block's attention anew. Squared
-distances lose nothing to cancellation: they are sums of squared differences.
+Apart from the pair and its gradient, no N×N array is held. Softmax runs over whole rows, so nothing is approximated.
+Backward computes each block's attention again.
 
-Forward mode is refused: the reference has it. So does it have derivatives of derivatives; in reverse mode this one has
-them too, but they hold as much in memory as the reference.
+Squared distances do not suffer from cancellation: they are sums of squared differences.
+
+Forward mode raises an error: use the reference. Derivatives of derivatives work in reverse mode, but take as much
+memory as with the reference.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ def point_attention(
     Float[Array, "*B N H c_z"] | None,
     Float[Array, "*B H N N"] | None,
 ]:
-    """Outputs, and attention weights if asked for; all arrays but `pair` in one dtype of at least float32.
+    """Outputs o, o_points, o_pair, and the attention or None. All arrays but `pair` have one dtype, at least float32.
 
     Raises:
-        ValueError: a block_size below 1.
+        ValueError: block_size is below 1.
     """
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, or None for a size that suits N; got {block_size}")
@@ -66,14 +68,14 @@ def point_attention(
 def _attend(block_size: int, with_attention: bool, operands: Operands) -> tuple[Any, Any, Any]:
     """One example's o (H, N, Cv); o_pair (N, H, c_z) and attention (H, N, N), or None.
 
-    Compiled as a whole, outside `jax.jit` too: there `jax.shard_map` knows no symbolic zeros.
+    Always compiled: outside `jax.jit`, `jax.shard_map` does not support symbolic zeros.
     """
     return _attend_by_rows(block_size, with_attention, varying_alike(operands))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend_by_rows(block_size: int, with_attention: bool, operands: Operands) -> tuple[Any, Any, Any]:
-    """`_attend` of operands that vary alike."""
+    """`_attend` of operands that vary over the same axes of `jax.shard_map`."""
     heads, number, _ = operands.queries.shape
     zeros = partial(jnp.zeros_like, operands.values)
     room: tuple[Any, Any, Any] = (
@@ -100,7 +102,7 @@ def _attend_by_rows(block_size: int, with_attention: bool, operands: Operands) -
 
 def _attend_forward(block_size: int, with_attention: bool, primals: Any) -> tuple[tuple[Any, Any, Any], Any]:
     operands = jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
-    # Whether the pair wants a gradient, told by structure: residuals are arrays.
+    # Residuals hold arrays only, so a flag must be part of their structure: () if the pair needs a gradient, else None.
     wanted = () if primals.pair is not None and primals.pair.perturbed else None
     outputs = _attend_by_rows(block_size, with_attention, jax.tree.map(in_reverse_mode_only, operands))
     return outputs, (operands, wanted)
@@ -122,21 +124,21 @@ def _attend_backward(block_size: int, with_attention: bool, residuals: Any, cota
         if pair_rows is None:
             weight, distance2 = blocks.attention(rows, None)
         else:
-            # [W_bᵀ; dO_pair] of each row against its pair: the bias and what the softmax is told, in one product.
+            # One product of [W_bᵀ; dO_pair] with each row's pair gives the bias and the gradient to the attention.
             on_pair = blocks.beside_bias(rows.read(d_o_pair, 0) * fresh[:, None, None])
             both = jnp.transpose(einsum("ihc,ijc->ijh", on_pair, pair_rows), (2, 0, 1))
             d_weight += both[-len(d_weight) :]
             weight, distance2 = blocks.attention(rows, None if operands.bias is None else both[: len(d_weight)])
         if d_attention is not None:
             d_weight += rows.read(d_attention, 1) * fresh[:, None]
-        # Behind barriers, or XLA computes them anew in each of the many sums that read them.
+        # Without barriers XLA would compute these again in each of the many sums that read them.
         weight, distance2 = jax.lax.optimization_barrier((weight, distance2))
         d_logits = jax.lax.optimization_barrier(weight * (d_weight - jnp.sum(weight * d_weight, -1, keepdims=True)))
         d_pair, d_bias = gradients.pair, gradients.bias
         if pair_rows is not None and d_bias is not None:
             d_bias += jnp.sum(einsum("hij,ijc->ihc", d_logits, pair_rows), 0)
         if pair_rows is not None and d_pair is not None:
-            # [dL; P]ᵀ [W_bᵀ; dO_pair], again in one.
+            # [dL; P]ᵀ [W_bᵀ; dO_pair], again in one product; L: logits, P: attention.
             to_pair = [jnp.transpose(x, (1, 2, 0)) for x in ([] if d_bias is None else [d_logits]) + [weight]]
             rows_d_pair = einsum("ijh,ihc->ijc", jnp.concatenate(to_pair, -1), on_pair)
             d_pair = rows.write(d_pair, rows_d_pair.astype(d_pair.dtype), 0)

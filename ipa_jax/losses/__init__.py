@@ -65,7 +65,7 @@ __all__ = [
 
 @by_name
 class StructureModuleLoss(NamedTuple):
-    """The weighted sum, and its terms before weighting; `fape` is the last layer's."""
+    """The weighted sum and its unweighted terms. `fape` is the backbone's error in the last layer."""
 
     loss: Float[Array, "*B"]
     backbone: Float[Array, "*B"]
@@ -83,7 +83,7 @@ TERMS: dict[str, Callable[[Comparison], dict[str, Array]]] = {
     "angle_norm": angle_norm_term,
     "violation": violation_term,
 }
-"""What is summed, by its field of `StructureModuleLoss`; each returns that field and any that is reported beside it."""
+"""Terms of the loss by field of `StructureModuleLoss`. Each returns that field, and any further field that it fills."""
 
 
 def structure_module_loss(
@@ -100,15 +100,15 @@ def structure_module_loss(
     """All losses on the structure module, weighted as in AlphaFold (Suppl. eq. 7; without pLDDT).
 
     Args:
-        output: of the structure module.
-        target: the true structure, see `structure_target`, taken in the prediction's dtype; its ambiguous atoms are
-            renamed here.
+        output: predictions of the structure module.
+        target: the true structure, see `structure_target`. It is converted to the prediction's dtype, and its ambiguous
+            atoms are renamed.
         use_clamped_fape: as in `backbone_loss`.
-        sidechain_weight: of the side chains' FAPE, 1 minus it of the backbone's.
-        chi_weight: of the torsions' error.
-        angle_norm_weight: of their vectors' lengths.
-        violation_weight: of structural violations; AlphaFold's is 0 in initial training and 1 in fine-tuning.
-        chunk_size: frames or residues at a time, in every quadratic term.
+        sidechain_weight: weight of the side chains' FAPE; the backbone's weight is 1 minus this.
+        chi_weight: weight of the error of torsions.
+        angle_norm_weight: weight of the error of torsion vectors' lengths.
+        violation_weight: weight of structural violations; AlphaFold's is 0 in initial training and 1 in fine-tuning.
+        chunk_size: frames or residues computed at a time in every quadratic term; None for all at once.
 
     Raises:
         ValueError: shapes that do not fit each other, or a chunk_size below 1.

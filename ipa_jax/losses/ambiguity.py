@@ -1,4 +1,4 @@
-"""True atoms and frames under the names that fit a prediction best (Jumper et al. 2021, Suppl. Alg. 26)."""
+"""Renames ambiguous true atoms and frames to fit a prediction best (Jumper et al. 2021, Suppl. Alg. 26)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ipa_jax.side_chains import check_aatype, lookup
 
 @by_name
 class RenamedAtoms(NamedTuple):
-    """A true structure under the atom names that fit a prediction better."""
+    """A true structure with its ambiguous atoms named to fit a prediction better."""
 
     atom14: Float[Array, "*B N 14 3"]
     mask: Shaped[Array, "*B N 14"]
@@ -38,14 +38,14 @@ def rename_ambiguous_atoms(
 ) -> RenamedAtoms:
     """Names the true atoms so that distances to unambiguous atoms fit the prediction best (Suppl. Alg. 26).
 
-    The choice passes no gradient. Memory is 56·N² numbers, or 56·N·chunk_size.
+    No gradient passes through the choice. Memory is 56·N² numbers, or 56·N·chunk_size.
 
     Args:
         predicted_atom14: Å.
         true_atom14: Å.
         mask: 1 or True where an atom of the true structure is known.
         aatype: residue types, 0 to 20.
-        chunk_size: residues at a time.
+        chunk_size: residues computed at a time; None for all at once.
 
     Raises:
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
@@ -94,13 +94,13 @@ def rename_ambiguous_frames(
     *,
     mask: Shaped[Array, "*B N"] | None = None,
 ) -> Rigid:
-    """True frames (*B, N, 8) under the other naming of their atoms, where it is better (Suppl. Alg. 26 line 7).
+    """True frames (*B, N, 8), with alternative names of their atoms where these are better (Suppl. Alg. 26 line 7).
 
-    The frame of the last χ of such a residue then points the other way round its x-axis. Where the mask is 0, aatype
-    may hold anything; None for a mask of ones.
+    In such a residue, the frame of the last χ is turned by π about its x-axis. Where the mask is 0, aatype may be any
+    integer; None means a mask of ones.
 
     Raises:
-        ValueError: residue types that are none of 0–20.
+        ValueError: residue types outside 0–20 where the mask is 1.
     """
     check_aatype(aatype, mask)
     turned = lookup(residues.GROUP_IS_AMBIGUOUS, aatype) & alternative_is_better.astype(bool)[..., None]

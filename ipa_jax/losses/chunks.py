@@ -1,4 +1,4 @@
-"""Functions over the rows of arrays, a chunk of rows at a time, so that memory is linear in the chunk."""
+"""Functions over the rows of arrays, computed in chunks, so that memory is linear in the chunk size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array
 def by_rows(
     function: Callable[..., tuple[Array, ...]], rows: Sequence[Array], chunk_size: int | None
 ) -> tuple[Array, ...]:
-    """function(*rows), arrays with their rows first, on chunks of rows whose intermediates backward computes anew."""
+    """Calls function(*rows), arrays with rows first, on chunks of rows. Backward computes intermediates again."""
     if chunk_size is None:
         return function(*rows)
     if chunk_size < 1:

@@ -28,7 +28,7 @@ def frame_aligned_point_error(
     epsilon: float = LossConfig.fape_epsilon,
     chunk_size: int | None = None,
 ) -> Float[Array, "*B"]:
-    """Mean distance between the points as each pair of frames sees them (Suppl. Alg. 28, computeFAPE).
+    """Mean error of points, in the local coordinates of every frame (Suppl. Alg. 28, computeFAPE).
 
     Args:
         predicted_frames: (*B, F), Å.
@@ -38,10 +38,11 @@ def frame_aligned_point_error(
         target_points: global frame, Å.
         points_mask: 1 or True where a point counts.
         length_scale: Å, the unit of the result.
-        clamp_distance: Å, beyond which errors count as this much and pass no gradient; None for no clamp.
+        clamp_distance: Å; larger errors count as this much and pass no gradient. None for no clamp.
         pair_mask: 1 or True where a point counts in a frame.
         epsilon: added to squared distances in Å² and to the number of pairs.
-        chunk_size: frames at a time; memory is then linear in points × chunk_size, backward as well.
+        chunk_size: frames computed at a time; memory is then linear in points × chunk_size, also in backward. None for
+            all at once.
 
     Raises:
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
@@ -94,20 +95,21 @@ def backbone_loss(
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """FAPE of each layer's backbone frames and their Cα (Suppl. Alg. 20 line 17, and 1.11.5).
 
-    With `chain_id`, the error within chains plus the error between them, as in AlphaFold-Multimer, whose paper clamps
-    the latter at 30 Å and whose published configuration at 1000 Å.
+    With `chain_id`, the error within chains plus the error between chains, as in AlphaFold-Multimer. Its paper clamps
+    the latter at 30 Å, its published configuration at 1000 Å.
 
     Args:
         predicted_frames: (L, *B, N), the trajectory, Å.
         target_frames: (*B, N), Å.
         mask: 1 or True where the target's backbone is known.
-        use_clamped_fape: weight of the clamped error, 1 minus it of the unclamped one; within chains if there are some.
+        use_clamped_fape: weight of the clamped error; the unclamped error's weight is 1 minus this. With chain_id, it
+            applies within chains only.
         clamp_distance: Å.
         length_scale: Å, the unit of the result.
-        chain_id: equal where residues lie in one chain.
+        chain_id: equal numbers for residues of one chain.
         interface_clamp_distance: Å, between chains.
         interface_length_scale: Å, the unit between chains.
-        chunk_size: frames at a time, as in `frame_aligned_point_error`.
+        chunk_size: as in `frame_aligned_point_error`.
 
     Returns:
         The mean over layers, which is the loss, and the last layer's error.
@@ -157,11 +159,10 @@ def sidechain_loss(
 ) -> Float[Array, "*B"]:
     """FAPE of all atoms in all rigid groups of the last layer (Suppl. Alg. 20 line 28).
 
-    The target's ambiguous atoms and frames should be renamed before: `rename_ambiguous_atoms`,
-    `rename_ambiguous_frames`.
+    Rename the target's ambiguous atoms and frames first, with `rename_ambiguous_atoms` and `rename_ambiguous_frames`.
 
-    Unknown residues (aatype 20) whose backbone is known count with the frame that `torsion_angles_to_frames` gives
-    their backbone. AlphaFold differs there: its frames of unknown residues have rotations of zeros.
+    An unknown residue (aatype 20) with a known backbone counts with its backbone frame, as `torsion_angles_to_frames`
+    returns it. AlphaFold differs: its frames of unknown residues have rotation matrices of zeros.
 
     Args:
         predicted_frames: (*B, N, 8), Å.
@@ -172,7 +173,7 @@ def sidechain_loss(
         atom14_mask: 1 or True where an atom of the target is known.
         clamp_distance: Å.
         length_scale: Å, the unit of the result.
-        chunk_size: frames at a time, as in `frame_aligned_point_error`.
+        chunk_size: as in `frame_aligned_point_error`.
 
     Raises:
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
@@ -226,7 +227,7 @@ def sidechain_term(compared: Comparison) -> dict[str, Array]:
 def _local(
     rotation: Float[Array, "F *B 3 3"], translation: Float[Array, "F *B 3"], points: Float[Array, "*B P 3"]
 ) -> Float[Array, "F *B P 3"]:
-    """Every point in every frame."""
+    """Every point in the local coordinates of every frame."""
     return Rigid(rotation[..., None, :, :], translation[..., None, :]).apply_inverse(points[None])
 
 

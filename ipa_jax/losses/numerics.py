@@ -21,11 +21,11 @@ def distances(ones: Float[Array, "*B A 3"], others: Float[Array, "*B C 3"]) -> F
 def masked_mean(
     value: Float[Array, "*B *N"], weight: Float[Array, "*B *N"], axes: int | tuple[int, ...], *, repeats: int = 1
 ) -> Float[Array, "*B"]:
-    """The mean of what was summed `repeats` times under the same weights."""
+    """Weighted mean of values that are each a sum of `repeats` terms."""
     return jnp.sum(weight * value, axes) / (repeats * jnp.sum(weight, axes) + LossConfig.mean_epsilon)
 
 
 def merge_axes(x: Shaped[Array, "*B N A *C"], axis: int) -> Shaped[Array, "*B N*A *C"]:
-    """The axis, counted from the end, and the next one as one."""
+    """Merges an axis, counted from the end, with the next one."""
     shape, first = x.shape, x.ndim + axis
     return x.reshape(*shape[:first], shape[first] * shape[first + 1], *shape[first + 2 :])

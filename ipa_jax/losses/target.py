@@ -1,4 +1,4 @@
-"""The true structure as the losses need it, and a prediction beside it."""
+"""The true structure as the losses need it, and a prediction to compare with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StructureTarget(NamedTuple):
 
     aatype: Int[Array, "*B N"]
     mask: Shaped[Array, "*B N"]
-    """The residue is part of the sequence and not padding, be it resolved or not."""
+    """1 or True where the residue is part of the sequence, resolved or not; 0 for padding."""
     residue_index: Shaped[Array, "*B N"]
     group_frames: Rigid
     """(*B, N, 8); the first is the backbone's."""
@@ -42,15 +42,15 @@ def structure_target(
     *,
     chain_id: Shaped[Array, "*B N"] | None = None,
 ) -> StructureTarget:
-    """The true structure as the losses need it, from its atoms (`ipa_bridge.Structure` has them).
+    """Computes what the losses need from the atoms of the true structure (`ipa_bridge.Structure` has them).
 
     Args:
-        atom37: positions in Å; anything where an atom is missing.
+        atom37: positions in Å; any value where an atom is missing.
         atom37_mask: 1 or True where an atom is known.
         aatype: residue types, 0 to 20.
-        mask: 1 or True where a residue is part of the sequence and not padding, be it resolved or not.
-        residue_index: residues next to each other are bonded where it grows by 1.
-        chain_id: numbers, equal where residues lie in one chain, for AlphaFold-Multimer's losses; None for one chain.
+        mask: 1 or True where a residue is part of the sequence, resolved or not; 0 for padding.
+        residue_index: consecutive residues are bonded where this increases by 1.
+        chain_id: equal numbers for residues of one chain, for AlphaFold-Multimer's losses; None for one chain.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -63,7 +63,7 @@ def structure_target(
     if chain_id is not None:
         check_shape("chain_id", chain_id, residue, "mask")
     check_aatype(aatype, mask)
-    # A structure's arrays are numpy's, in a width that JAX may not have.
+    # A `Structure` holds numpy arrays, whose dtypes may be wider than JAX's.
     atom37, atom37_mask, aatype, mask, residue_index = (
         jnp.asarray(x) for x in (atom37, atom37_mask, aatype, mask, residue_index)
     )
@@ -86,13 +86,13 @@ def structure_target(
 
 
 class Comparison(NamedTuple):
-    """A prediction beside its target, as the terms of the sum take them.
+    """A prediction and its target, the input of every term of the loss.
 
     Attributes:
-        output: of the structure module.
-        target: in the prediction's dtype, its ambiguous atoms and frames under the names that fit the prediction best.
+        output: predictions of the structure module.
+        target: true structure, in the prediction's dtype, with ambiguous atoms and frames renamed to fit it best.
         use_clamped_fape: as in `backbone_loss`.
-        chunk_size: frames or residues at a time, in every quadratic term.
+        chunk_size: frames or residues computed at a time in every quadratic term; None for all at once.
     """
 
     output: StructureModuleOutput

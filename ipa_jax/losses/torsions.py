@@ -1,4 +1,4 @@
-"""The side chains' torsions and the lengths of their vectors (Jumper et al. 2021, Suppl. Alg. 27)."""
+"""Losses on side-chain torsions and on the lengths of torsion vectors (Jumper et al. 2021, Suppl. Alg. 27)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def supervised_chi_loss(
     chi_mask: Shaped[Array, "*B N 4"],
     aatype: Int[Array, "*B N"],
 ) -> Float[Array, "*B"]:
-    """Mean squared error of side-chain torsions under the better of their names (Suppl. Alg. 27, lines 1–3).
+    """Mean squared error of side-chain torsions, under the better of two atom namings (Suppl. Alg. 27, lines 1–3).
 
     Args:
         angles: every layer's torsions as unit vectors (sin, cos), pre-ω, φ, ψ, χ1–χ4.
@@ -48,10 +48,10 @@ def angle_norm_loss(
     *,
     epsilon: float = LossConfig.angle_norm_epsilon,
 ) -> Float[Array, "*B"]:
-    """How far the torsions' vectors are from length 1 before they are made so (Suppl. Alg. 27, line 4).
+    """Mean deviation of torsion vectors from length 1 before normalisation (Suppl. Alg. 27, line 4).
 
     Args:
-        unnormalized_angles: every layer's.
+        unnormalized_angles: every layer's torsions as (sin, cos) before normalisation.
         mask: 1 or True where a residue is valid.
         epsilon: added to squared lengths.
 

@@ -22,7 +22,7 @@ from ipa_jax.side_chains import check_aatype, lookup
 
 @by_name
 class BondViolations(NamedTuple):
-    """Peptide bonds: mean losses of C–N (Å) and of the cosines of CA–C–N and C–N–CA; each residue's own."""
+    """Peptide bonds: mean losses of C–N (Å) and of the cosines of CA–C–N and C–N–CA; then values per residue."""
 
     c_n_loss: Float[Array, "*B"]
     ca_c_n_loss: Float[Array, "*B"]
@@ -33,7 +33,7 @@ class BondViolations(NamedTuple):
 
 @by_name
 class ClashViolations(NamedTuple):
-    """Overlaps between residues: the mean over pairs of atoms, each atom's sum (Å), and whether it has any."""
+    """Overlaps between residues: mean over pairs of atoms (Å), sum per atom (Å), True for atoms with an overlap."""
 
     loss: Float[Array, "*B"]
     loss_per_atom: Float[Array, "*B N 14"]
@@ -42,7 +42,7 @@ class ClashViolations(NamedTuple):
 
 @by_name
 class WithinResidueViolations(NamedTuple):
-    """Distances within residues out of their bounds: each atom's sum (Å), and whether it has any."""
+    """Distances within residues outside their bounds: sum per atom (Å), True for atoms with a violation."""
 
     loss_per_atom: Float[Array, "*B N 14"]
     violation_per_atom: Bool[Array, "*B N 14"]
@@ -50,7 +50,7 @@ class WithinResidueViolations(NamedTuple):
 
 @by_name
 class StructuralViolations(NamedTuple):
-    """All violations of a structure, and which residues have any."""
+    """All violations of a structure; `per_residue` is True for residues with any."""
 
     bonds: BondViolations
     clashes: ClashViolations
@@ -60,7 +60,7 @@ class StructuralViolations(NamedTuple):
 
 @by_name
 class ViolationMetrics(NamedTuple):
-    """Fractions of neighbours whose Cα lie too far apart, and of residues with a violation of each kind."""
+    """Fraction of sequence neighbours with Cα too far apart, and fractions of residues with each kind of violation."""
 
     extreme_ca_ca_distance: Float[Array, "*B"]
     between_residue_bond: Float[Array, "*B"]
@@ -78,17 +78,17 @@ def between_residue_bond_loss(
     chain_id: Shaped[Array, "*B N"] | None = None,
     tolerance_factor: float = LossConfig.tolerance_factor,
 ) -> BondViolations:
-    """Lengths and angles of the bonds between neighbours (Suppl. 1.9.11, eq. 44–45).
+    """Violations of lengths and angles of the bonds between sequence neighbours (Suppl. 1.9.11, eq. 44–45).
 
-    As in AlphaFold, `loss_per_residue` is not masked: it counts gaps and padding as well.
+    As in AlphaFold, `loss_per_residue` is not masked: it includes gaps and padding.
 
     Args:
         atom14: Å.
         mask: 1 or True where an atom exists.
-        residue_index: residues next to each other are bonded where it grows by 1.
+        residue_index: consecutive residues are bonded where this increases by 1.
         aatype: residue types, 0 to 20; the bond to proline is longer.
-        chain_id: equal where residues lie in one chain; there are no bonds between chains.
-        tolerance_factor: standard deviations that are no violation.
+        chain_id: equal numbers for residues of one chain; there are no bonds between chains.
+        tolerance_factor: number of standard deviations allowed.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -149,17 +149,18 @@ def between_residue_clash_loss(
 ) -> ClashViolations:
     """Overlaps of van der Waals spheres of atoms in different residues (Suppl. 1.9.11, eq. 46).
 
-    The peptide bond is none, nor is a disulfide bridge. As in AlphaFold, residues differ where their index does,
-    also between chains, and the slot of cysteine's sulfur is excused with itself whatever the residue types.
+    Peptide bonds and disulfide bridges do not count. As in AlphaFold, residues with equal residue_index count as one
+    residue, even in different chains. Two atoms in cysteine's slot for sulfur never clash, whatever the residue types.
 
     Args:
         atom14: Å.
         mask: 1 or True where an atom exists.
-        residue_index: bonded residues differ by 1.
+        residue_index: residues are bonded where this differs by 1.
         aatype: residue types, 0 to 20.
-        chain_id: equal where residues lie in one chain; there are no bonds between chains.
-        overlap_tolerance: Å.
-        chunk_size: residues at a time; memory is then linear in atoms × chunk_size, backward as well.
+        chain_id: equal numbers for residues of one chain; there are no bonds between chains.
+        overlap_tolerance: allowed overlap, Å.
+        chunk_size: residues computed at a time; memory is then linear in atoms × chunk_size, also in backward. None for
+            all at once.
 
     Raises:
         ValueError: shapes that do not fit each other, or a chunk_size below 1.
@@ -191,7 +192,7 @@ def between_residue_clash_loss(
     ranks = {-3: [atom14], -2: [mask, radius], -1: [residue_index] if chain_id is None else [residue_index, chain_id]}
     rows = [jnp.moveaxis(x, axis, 0) for axis, arrays in ranks.items() for x in arrays]
     loss, weight, violation = (jnp.moveaxis(x, 0, -2) for x in by_rows(of_residues, rows, chunk_size))
-    # Each pair of atoms was met twice, once from either side.
+    # Each pair of atoms was counted twice, once for either atom.
     mean = 0.5 * jnp.sum(loss, (-1, -2)) / (LossConfig.violation_epsilon + 0.5 * jnp.sum(weight, (-1, -2)))
     return ClashViolations(mean, loss, violation)
 
@@ -204,14 +205,14 @@ def within_residue_violations(
     tolerance_factor: float = LossConfig.tolerance_factor,
     overlap_tolerance: float = LossConfig.overlap_tolerance,
 ) -> WithinResidueViolations:
-    """Distances between atoms of one residue against the literature's (Suppl. 1.9.11, eq. 46).
+    """Distances between atoms of one residue outside the bounds from the literature (Suppl. 1.9.11, eq. 46).
 
     Args:
         atom14: Å.
         mask: 1 or True where an atom exists.
         aatype: residue types, 0 to 20.
-        tolerance_factor: standard deviations that are no violation, for atoms one or two bonds apart.
-        overlap_tolerance: of van der Waals spheres, Å, for the others.
+        tolerance_factor: number of standard deviations allowed, for atoms one or two bonds apart.
+        overlap_tolerance: allowed overlap of van der Waals spheres, Å, for the others.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -239,13 +240,13 @@ def extreme_ca_ca_distance_violations(
     chain_id: Shaped[Array, "*B N"] | None = None,
     tolerance: float = LossConfig.ca_ca_tolerance,
 ) -> Float[Array, "*B"]:
-    """The fraction of neighbours whose Cα lie farther apart than a trans peptide bond allows.
+    """Fraction of sequence neighbours whose Cα are farther apart than a trans peptide bond allows.
 
     Args:
         atom14: Å.
         mask: 1 or True where an atom exists.
-        residue_index: residues next to each other are neighbours where it grows by 1.
-        chain_id: equal where residues lie in one chain; there are no neighbours between chains.
+        residue_index: consecutive residues are neighbours where this increases by 1.
+        chain_id: equal numbers for residues of one chain; there are no neighbours between chains.
         tolerance: Å.
 
     Raises:
@@ -271,16 +272,16 @@ def find_structural_violations(
     overlap_tolerance: float = LossConfig.overlap_tolerance,
     chunk_size: int | None = None,
 ) -> StructuralViolations:
-    """Bonds, clashes and distances within residues together (Suppl. 1.9.11).
+    """All violations: of bonds, by clashes, and of distances within residues (Suppl. 1.9.11).
 
     Args:
         atom14: Å.
-        mask: 1 or True where an atom exists (of the prediction: where the residue type has it).
+        mask: 1 or True where an atom exists (in a prediction: where the residue type has it).
         residue_index: as in `between_residue_bond_loss`.
         aatype: residue types, 0 to 20.
-        chain_id: equal where residues lie in one chain; None for a single one.
-        tolerance_factor: standard deviations that are no violation.
-        overlap_tolerance: of van der Waals spheres, Å.
+        chain_id: equal numbers for residues of one chain; None for a single chain.
+        tolerance_factor: number of standard deviations allowed.
+        overlap_tolerance: allowed overlap of van der Waals spheres, Å.
         chunk_size: as in `between_residue_clash_loss`.
 
     Raises:
@@ -306,11 +307,11 @@ def find_structural_violations(
 
 
 def structural_violation_loss(violations: StructuralViolations, mask: Shaped[Array, "*B N 14"]) -> Float[Array, "*B"]:
-    """The sum of the losses on bonds and angles and, per existing atom, of all others (Suppl. eq. 47).
+    """Losses on bonds and angles, plus all other losses divided by the number of atoms (Suppl. eq. 47).
 
     Args:
-        violations: of the prediction.
-        mask: 1 or True where an atom exists, as it was when they were found.
+        violations: violations of the prediction.
+        mask: 1 or True where an atom exists; the mask with which the violations were found.
     """
     bonds, clashes, within, _ = violations
     of_atoms = jnp.sum(clashes.loss_per_atom + within.loss_per_atom, (-1, -2))
@@ -327,15 +328,15 @@ def violation_metrics(
     *,
     chain_id: Shaped[Array, "*B N"] | None = None,
 ) -> ViolationMetrics:
-    """How much of a structure is violated.
+    """Fractions of a structure that have violations.
 
     Args:
-        violations: of the prediction.
+        violations: violations of the prediction.
         atom14: Å.
         atom14_mask: 1 or True where an atom exists.
         residue_index: as in `between_residue_bond_loss`.
         mask: 1 or True where a residue is valid.
-        chain_id: equal where residues lie in one chain.
+        chain_id: equal numbers for residues of one chain.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -370,13 +371,13 @@ def violation_term(compared: Comparison) -> dict[str, Array]:
 
 
 def _follows(residue_index: Shaped[Array, "*B N"], chain_id: Shaped[Array, "*B N"] | None) -> Bool[Array, "*B N-1"]:
-    """Each residue but the first continues the one before."""
+    """True for each residue but the first that is bonded to the previous one."""
     follows = residue_index[..., 1:] == residue_index[..., :-1] + 1
     return follows if chain_id is None else follows & (chain_id[..., 1:] == chain_id[..., :-1])
 
 
 def _to_both_neighbours(x: Shaped[Array, "*B N-1"]) -> tuple[Shaped[Array, "*B N"], Shaped[Array, "*B N"]]:
-    """What lies between neighbours, at the one before and at the one after."""
+    """Assigns values of neighbouring pairs to the first and to the second residue of each pair."""
     none = jnp.zeros_like(x, shape=(*x.shape[:-1], 1))
     return jnp.concatenate([x, none], -1), jnp.concatenate([none, x], -1)
 

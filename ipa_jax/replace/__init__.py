@@ -1,4 +1,4 @@
-"""Our attention inside AlphaFold: its structure module builds ours, with the same parameters under the same names."""
+"""Replaces AlphaFold's attention by ours, with the same parameters under the same names."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from ipa_jax.replace.verify import compare_with_original
 def replace_alphafold_ipa(*, implementation: Implementation | None = None, verify: bool = True) -> AlphaFoldReplacement:
     """Lets AlphaFold's structure modules, monomer and multimer, build our attention instead of their own.
 
-    As a function it holds until `.restore()`; as a context manager until the end of the block:
+    The replacement lasts until `.restore()` is called or, as a context manager, until the end of the block:
 
         with ipa_jax.replace_alphafold_ipa():
             result = model_runner.predict(features, random_seed=0)
 
-    Parameters keep their names and shapes, so that published ones go on loading; a fresh `init` draws other numbers of
-    the same distribution. What was traced before is another program: JAX's caches are cleared, here and when it is
-    undone, so that jitted functions are traced again when they are called next. Executables that were compiled ahead
-    of time stay what they are.
+    Parameters keep their names and shapes, so published ones still load. A fresh `init` draws other numbers from the
+    same distribution. JAX's caches are cleared, both here and at the end of the replacement, so that jitted functions
+    are traced again at their next call. Executables that were compiled ahead of time do not change.
 
     Args:
-        implementation: of the attention, see `point_attention`.
-        verify: compare with AlphaFold's own on random input of its sizes, in float32.
+        implementation: implementation of the attention; see `point_attention`.
+        verify: compare with AlphaFold's own attention on random input of its sizes, in float32.
 
     Raises:
-        ValueError: there is no `alphafold` package, or its attention computes something else than AlphaFold's; nothing
-            is replaced then.
+        ValueError: there is no `alphafold` package, or its attention computes another function than AlphaFold's.
+            Nothing is replaced then.
     """
     check_implementation(implementation)
     ours, rows = {}, []
@@ -51,10 +50,10 @@ def replace_alphafold_ipa(*, implementation: Implementation | None = None, verif
 
 
 class AlphaFoldReplacement:
-    """AlphaFold's attentions are ours until `restore` is called, or the `with` block ends that this was made for.
+    """A replacement of AlphaFold's attentions. It ends with `restore`, or with the `with` block that uses it.
 
     Attributes:
-        report: what was replaced, and how far before and after are apart.
+        report: what was replaced, and how far outputs before and after differ.
     """
 
     def __init__(
@@ -65,9 +64,7 @@ class AlphaFoldReplacement:
 
     def __enter__(self) -> ReplacementReport:
         if not self._before:
-            raise ValueError(
-                "a replacement that holds was expected; this one is undone: call replace_alphafold_ipa again"
-            )
+            raise ValueError("an active replacement was expected; this one is undone: call replace_alphafold_ipa again")
         return self.report
 
     def __exit__(
@@ -79,16 +76,16 @@ class AlphaFoldReplacement:
         return str(self.report)
 
     def restore(self) -> None:
-        """Gives AlphaFold back the attentions that it had before; the second time it does nothing.
+        """Gives AlphaFold back the attentions that it had before; a second call does nothing.
 
         Raises:
-            ValueError: somebody has put another attention there since; nothing is changed then.
+            ValueError: another attention was installed since; nothing is changed then.
         """
         for module in self._before:
             if module.InvariantPointAttention is not self._installed[module]:
                 raise ValueError(
-                    f"{module.__name__}: the attention that was put there was expected; there is another one since "
-                    f"({module.InvariantPointAttention!r}): undo that first"
+                    f"{module.__name__}: the attention that this replacement installed was expected; it was replaced "
+                    f"since by {module.InvariantPointAttention!r}: undo that first"
                 )
         for module, attention in self._before.items():
             module.InvariantPointAttention = attention  # type: ignore[attr-defined]

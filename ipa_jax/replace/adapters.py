@@ -1,4 +1,4 @@
-"""What AlphaFold's attention becomes: ours, with the constructor and the call of its own."""
+"""Adapters: our attention with the constructor and the call of AlphaFold's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ipa_jax.rigid import Rigid
 
 
 def replaced_class(original: Any, preset: IPAConfig, implementation: Implementation | None) -> Any:
-    """Our attention with the constructor and the call of AlphaFold's own, which is `original`."""
+    """Our attention with the constructor and the call of AlphaFold's, which is `original`."""
 
     class Replacement(InvariantPointAttention):
-        """Our attention, called as AlphaFold calls its own."""
+        """Our attention, built and called as AlphaFold builds and calls its own."""
 
         ipa_twins_original = original
 
@@ -32,14 +32,14 @@ def replaced_class(original: Any, preset: IPAConfig, implementation: Implementat
                 preset,
                 **_widths(config),
                 norm_epsilon=dist_epsilon,
-                frame_unit=None,  # AlphaFold's own affair
+                frame_unit=None,  # AlphaFold has scaled its frames
                 zero_init=bool(global_config.zero_init),
             )
             super().__init__(ours, implementation=implementation, name=name)
 
     def attend(self: Any, single: Array, pair: Array, mask: Array, rigids: Rigid) -> Any:
         self.config = replace(self.config, pair_channel=pair.shape[-1])
-        single = single.astype(jnp.promote_types(single.dtype, rigids.translation.dtype))  # in which theirs returns
+        single = single.astype(jnp.promote_types(single.dtype, rigids.translation.dtype))  # AlphaFold's output dtype
         return InvariantPointAttention.__call__(self, single, pair, rigids, mask[..., 0])
 
     class Monomer(Replacement):
@@ -56,11 +56,11 @@ def replaced_class(original: Any, preset: IPAConfig, implementation: Implementat
 
 
 def original_class(attention: Any) -> Any:
-    """The class that AlphaFold defines, or had before it was replaced."""
+    """AlphaFold's own class, also if it was replaced."""
     return getattr(attention, "ipa_twins_original", attention)
 
 
 def _widths(config: Any) -> dict[str, Any]:
-    """What AlphaFold's config of a structure module and ours call alike."""
+    """Fields that have the same name in AlphaFold's config of a structure module and in `IPAConfig`."""
     fields = ("num_channel", "num_head", "num_scalar_qk", "num_scalar_v", "num_point_qk", "num_point_v")
     return {field: getattr(config, field) for field in fields}

@@ -1,4 +1,4 @@
-"""Where AlphaFold has its attentions."""
+"""Finds AlphaFold's modules that define attentions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SYSTEMS = {
     "alphafold.model.folding": IPAConfig.alphafold2(),
     "alphafold.model.folding_multimer": IPAConfig.alphafold_multimer(),
 }
-"""By module of DeepMind's package and ColabFold's, AlphaFold's attention in it."""
+"""Attention that each module of DeepMind's or ColabFold's package defines."""
 
 
 def find_attentions() -> dict[str, tuple[ModuleType, IPAConfig]]:
-    """By name, AlphaFold's modules that define attentions, and which attention each defines.
+    """AlphaFold's modules that define attentions, each with its attention's config, by module name.
 
     Raises:
         ValueError: there is no `alphafold` package, or it cannot be imported.
@@ -24,7 +24,7 @@ def find_attentions() -> dict[str, tuple[ModuleType, IPAConfig]]:
     try:
         modules = {name: importlib.import_module(name) for name in SYSTEMS if _exists(name)}
     except ImportError as broken:
-        raise ValueError(f"AlphaFold's package could not be imported as it is installed: {broken}") from broken
+        raise ValueError(f"AlphaFold's package is installed but cannot be imported: {broken}") from broken
     if not modules:
         raise ValueError(
             f"DeepMind's or ColabFold's package alphafold was expected, with {' or '.join(SYSTEMS)}; neither can be "

@@ -1,4 +1,4 @@
-"""AlphaFold's attention before and after it is replaced, on random input: how far outputs are apart."""
+"""Compares the outputs of AlphaFold's attention before and after it is replaced, on random input."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ipa_bridge.weights import Weights
 
 
 def compare_with_original(where: str, original: Any, replacement: Any, config: IPAConfig) -> float:
-    """How far the attention is from AlphaFold's own, in epsilons.
+    """Largest difference from AlphaFold's outputs over their largest value, in epsilons of float32.
 
     Raises:
-        ValueError: further than rounding explains, or it cannot be run.
+        ValueError: outputs differ more than rounding explains, or the attention cannot be run.
     """
     rng = np.random.default_rng(0)
     frames = random_frames(rng, (RESIDUES,), spread=1.5)
@@ -41,7 +41,7 @@ def compare_with_original(where: str, original: Any, replacement: Any, config: I
         transformed: Any = hk.without_apply_rng(hk.transform(forward))
         return np.asarray(jax.jit(transformed.apply)(params, *arrays), np.float64)[valid]
 
-    # Multimer's geometry asserts float32, which its own float64 constants break where x64 is on.
+    # Multimer's geometry asserts float32. With x64 on, its own constants are float64 and fail that.
     try:
         with (
             jax.enable_x64(False),
@@ -51,8 +51,8 @@ def compare_with_original(where: str, original: Any, replacement: Any, config: I
             expected, actual = run(original), run(replacement)
     except Exception as error:
         raise ValueError(
-            f"{where}: its InvariantPointAttention was run on random input, to compare before and after, and said "
-            f"{type(error).__name__}: {error}; pass verify=False to replace it unseen"
+            f"{where}: its InvariantPointAttention could not be compared before and after on random input: "
+            f"{type(error).__name__}: {error}; pass verify=False to replace it without comparison"
         ) from error
     apart = float(np.abs(actual - expected).max() / np.abs(expected).max() / np.finfo(np.float32).eps)
     explained = bound("out", "float32")
@@ -66,7 +66,7 @@ def compare_with_original(where: str, original: Any, replacement: Any, config: I
 
 
 def _alphafold_frames(where: str, layout: Layout, rotation: Array, translation: Array) -> Any:
-    """What AlphaFold's attention is called with."""
+    """The frames in the class that AlphaFold's attention takes."""
     package = where.rpartition(".")[0]
     if layout == "monomer":
         quat_affine = importlib.import_module(f"{package}.quat_affine")

@@ -1,4 +1,4 @@
-"""Derivatives of operators with a backward of their own: first ones in reverse mode; others are refused."""
+"""Limits operators that have their own backward to first derivatives in reverse mode; others raise an error."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ONLY_REVERSE_MODE = (
 
 
 def wants_gradients(inputs: Sequence[Any]) -> bool:
-    """True where backward will be asked for a gradient to any of these."""
+    """True if any of these inputs needs a gradient."""
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def without_derivative(operator: Callable) -> Any:
-    """An operator as an autograd function that has no derivative of its own, and says so."""
+    """Wraps an operator in an autograd function whose own derivative raises NotImplementedError."""
 
     class Once(torch.autograd.Function):
         generate_vmap_rule = True
@@ -40,7 +40,7 @@ def without_derivative(operator: Callable) -> Any:
 
 
 def one_by_one(operator: Callable, info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple]:
-    """An operator under vmap: its examples one after the other, for each is large and none need be copied."""
+    """Rule for `vmap` of an operator: runs the examples, which are large, one after the other without copying them."""
     each = [
         operator(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
         for i in range(info.batch_size)

@@ -1,7 +1,7 @@
-"""The streamed attention's function in GPU kernels that read the pair once, and once more backwards.
+"""The same attention as `streamed`, in GPU kernels that read the pair once forward and once backward.
 
-Between kernels lie the logits of a chunk of query rows, in the GPU's cache; nothing else of N×N is held. Arithmetic is
-float32's (see `ipa_torch.attention.kernels`).
+The kernels (`ipa_torch.attention.kernels`) exchange the logits of one chunk of query rows, which stay in the GPU's
+cache. Apart from the pair and its gradient, no N×N array is held. Arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from ipa_torch.attention.derivatives import one_by_one, wants_gradients, without
 from ipa_torch.attention.operands import Operands, unpack
 
 OLDEST_TRITON = (3, 6)
-"""The first version that the kernels were tried with."""
+"""Oldest version that the kernels were tested with."""
 
 
 def _installed_triton() -> tuple[int, ...] | None:
-    """Triton's version without importing it, which loads a compiler; None where there is none."""
+    """Triton's version, or None if it is not installed. Does not import Triton, which would load a compiler."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:
         return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
-    except (importlib.metadata.PackageNotFoundError, ValueError):  # a build of one's own, which is taken for new
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # a local build, assumed to be new enough
         return OLDEST_TRITON
 
 
 _TRITON = _installed_triton()
 
 INTERPRETED = False
-"""True where Triton interprets the kernels, on any device: a setting for tests, which set TRITON_INTERPRET=1 too."""
+"""If True, Triton interprets the kernels, on any device. For tests only, which also set TRITON_INTERPRET=1."""
 
 
 def point_attention(
@@ -62,15 +62,15 @@ def point_attention(
     Float[Tensor, "*B N H c_z"] | None,
     None,
 ]:
-    """Outputs; all tensors but `pair` in float32.
+    """Outputs o, o_points and o_pair, and None in place of the attention; all tensors but `pair` are float32.
 
     Raises:
-        NotImplementedError: the kernels cannot do this, and why.
+        NotImplementedError: the kernels do not support these arguments or this device; the message gives the reason.
     """
     if block_size is not None:
         raise NotImplementedError(f"implementation 'fused' has no blocks: leave block_size None, got {block_size}")
     if return_attention:
-        raise NotImplementedError("implementation 'fused' never holds the attention: implementation='streamed' does")
+        raise NotImplementedError("implementation 'fused' cannot return the attention; implementation='streamed' can")
     operands = Operands.from_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
     reason = unsupported(_sizes(operands), _name(q), None if pair is None else _name(pair))
     reason = reason or _no_place_to_run(q.device.type)
@@ -78,30 +78,30 @@ def point_attention(
         raise NotImplementedError(f"implementation='fused': {reason}; implementation='streamed' has no such limit")
     if wants_gradients(operands) or not torch.compiler.is_compiling():
         o, o_pair, _ = _Attend.apply(*operands)
-    else:  # Dynamo has no place for an autograd function without gradients.
+    else:  # Dynamo cannot trace an autograd function if no input needs a gradient.
         o, o_pair, _ = _attend(*operands)
     return *unpack(o, v, v_points), None if pair is None else o_pair.reshape(*v.shape[:-1], pair.shape[-1]), None
 
 
 def _no_place_to_run(device: str) -> str | None:
-    """Why kernels cannot run on a device; None where they can."""
+    """Reason why the kernels cannot run on a device, or None if they can."""
     if _TRITON is None:
-        return "the package triton was expected, which is not installed"
+        return "the package triton is needed and is not installed"
     if _TRITON < OLDEST_TRITON:
         oldest, got = (".".join(map(str, x)) for x in (OLDEST_TRITON, _TRITON))
-        return f"triton {oldest} or later was expected, as PyTorch 2.11 brings it; got {got}"
+        return f"triton {oldest} or later was expected, as PyTorch 2.11 installs it; got {got}"
     if device != "cuda" and not INTERPRETED:
         return f"tensors on a CUDA device were expected; got {device}"
     return None
 
 
 def _kernels() -> ModuleType:
-    """The kernels, with which Triton is imported."""
+    """The module of the kernels, imported here because it imports Triton."""
     return importlib.import_module("ipa_torch.attention.kernels")
 
 
 class _Attend(torch.autograd.Function):
-    """The fused core with its derivative, which has none of its own; nor is there a forward mode."""
+    """The fused attention with its first derivative in reverse mode; it has no other derivatives."""
 
     generate_vmap_rule = True
 
@@ -112,13 +112,13 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Backward needs the inputs, and the outputs to take sums over rows from them."""
+        """Saves inputs and outputs for backward, which computes sums over rows from the outputs."""
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        """First derivatives, of what needs one."""
+        """Gradients to the inputs that need one, None for the others."""
         wanted = Operands(*ctx.needs_input_grad)
         differentiate = _attend_backward if torch.compiler.is_compiling() else _AttendBackward.apply
         gradients = (*differentiate(*cotangents[:2], *ctx.saved_tensors, wanted.pair), None)
@@ -137,7 +137,7 @@ def _attend(
     bias: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums o (B, H, N, Cv), o_pair (B, N, H, c_z), empty without a pair, and log Σ exp of the logits (B, H, N).
+    """Outputs o (B, H, N, Cv), o_pair (B, N, H, c_z) or empty without a pair, and log Σ exp of the logits (B, H, N).
 
     Takes the fields of `Operands`.
     """
@@ -173,7 +173,7 @@ def _attend_backward(
     log_sum: Tensor,
     with_d_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to the first eight inputs of `_attend`, empty where there is no such input or none is wanted."""
+    """Gradients to the first eight inputs of `_attend`, empty where the input is None or needs no gradient."""
     operands = Operands(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
     gradients = _gradients(operands, with_d_pair)
     d_queries, d_keys, d_values, d_query_points, d_key_points, d_weights, d_pair, d_bias = gradients
@@ -213,12 +213,12 @@ def _attend_backward(
 
 
 def _most_queries(sizes: Sizes) -> int:
-    """Queries of the largest chunk."""
+    """Number of queries in the largest chunk."""
     return max((chunk.examples * chunk.rows for chunk in chunks(sizes)), default=0)
 
 
 def _room(sizes: Sizes) -> int:
-    """Length of the memory for a chunk's logits, which the next chunk's take too."""
+    """Number of elements in a buffer for one chunk's logits; all chunks reuse it."""
     return _most_queries(sizes) * sizes.heads * stride(sizes)
 
 
@@ -229,14 +229,14 @@ def _sizes(operands: Operands) -> Sizes:
 
 
 def _arrays(operands: Operands) -> dict[str, Tensor | None]:
-    """The kernels' arguments that are the same for all of them, contiguous."""
+    """Arguments that all kernels share, as contiguous tensors."""
     by_head = operands._replace(bias=None if operands.bias is None else operands.bias.T)
     unused = dict.fromkeys(("d_o", "d_attention"))
     return {**unused, **{name: None if x is None else x.contiguous() for name, x in by_head._asdict().items()}}
 
 
 def _launch(operands: Operands, sizes: Sizes, *, backward: bool = False, d_pair: bool = False) -> Callable:
-    """The function that launches a kernel, of a name, with arrays, on a chunk."""
+    """Function that launches a kernel, given its name, its arrays and a chunk."""
     return partial(
         _kernels().run,
         sizes=sizes,
@@ -253,7 +253,7 @@ def _name(x: Tensor) -> str:
 
 
 def _outputs(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what `_attend` returns."""
+    """Allocates the outputs of `_attend`."""
     queries, values, pair = operands.queries, operands.values, operands.pair
     examples, heads, number, _ = queries.shape
     return (
@@ -266,7 +266,7 @@ def _outputs(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
 def _gradients(
     operands: Operands, with_d_pair: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for what `_attend_backward` returns; zero where chunks add to it."""
+    """Allocates the outputs of `_attend_backward`; zeros where chunks add to them."""
     queries, pair, bias = operands.queries, operands.pair, operands.bias
     return (
         queries.new_empty(queries.shape),

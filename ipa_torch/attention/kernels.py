@@ -1,15 +1,15 @@
-"""Invariant point attention's kernels in Triton: the pair is read once forwards, and once more and written backwards.
+"""Triton kernels of invariant point attention: forward and backward each read the pair once.
 
-Logits L = q·k − ½ w·|q⃗ − k⃗|² + mask + z·b (Jumper et al. 2021, Suppl. Alg. 22, line 7) of a chunk of query rows lie
-between kernels, in the GPU's cache; of the pair and its gradient every program takes one row, with all heads at once.
+The kernels exchange the logits L = q·k − ½ w·|q⃗ − k⃗|² + mask + z·b (Jumper et al. 2021, Suppl. Alg. 22, line 7) of
+one chunk of query rows, which stay in the GPU's cache. A program that reads the pair handles one row, with all heads.
 
-A chunk is `examples` whole examples from `example`, or `rows` query rows from `row` of one. Arrays are contiguous:
-queries, keys (B, H, N, C) and points (B, H, N, 3P), scaled as for the streamed attention; values (B, H, N, V); pair
-(B, N, N, c_z); bias (H, c_z); mask (B, N); and of a chunk (examples, H, rows, stride), where rows are as long as a
-multiple of any tile, so that they are read without masks. All but the pair are float32.
+A chunk is `examples` whole examples from index `example`, or `rows` query rows of one example from index `row`. Arrays
+are contiguous, and float32 except the pair: queries, keys (B, H, N, C) and points (B, H, N, 3P), scaled as in
+`operands`; values (B, H, N, V); pair (B, N, N, c_z); bias (H, c_z); mask (B, N). Arrays of one chunk are (examples, H,
+rows, stride), where stride is N rounded up to a multiple of every tile, so that their keys need no mask.
 
-Arithmetic is float32's. Products run on tensor cores in parts: TF32 in three products (`tf32x3`), and against a
-bfloat16 pair, which is exact as it is, in three of bfloat16. Distances are sums of squared differences.
+Arithmetic has float32 precision. On tensor cores a float32 product takes three TF32 products (`tf32x3`); with a
+bfloat16 pair, three bfloat16 products. Distances are sums of squared differences.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton.language as tl
 from ipa_bridge.tiling import Chunk, Sizes, Tiles, grid, stride, tiles
 
 _UNSPECIALIZED = ("example", "row", "rows", "number")
-"""Arguments of which no kernel has a version of its own for some values."""
+"""Arguments for whose values Triton must compile no special versions."""
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -54,7 +54,7 @@ def logits(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """All logits but the pair's; backwards also dO·Vᵀ. A program for (keys, rows, example and head)."""
+    """Logits without the pair's bias; backward also dO·Vᵀ. Grid: (tiles of keys, tiles of rows, examples × heads)."""
     j = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(2)
@@ -104,7 +104,7 @@ def attend_to_pair(
     KEYS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Adds the pair's bias to the logits in place; log Σ exp of each row, and o_pair. A program for one query."""
+    """Adds the pair's bias to the logits in place; also writes each row's log Σ exp and o_pair. Grid: (queries,)."""
     h, c = tl.arange(0, 16), tl.arange(0, WIDTH)
     has_head = (h < HEADS)[:, None]
     at_row, query, at_head, first = _of_query(example, row, rows, number, stride, h, HEADS)
@@ -149,7 +149,7 @@ def attend(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Sums of values under the softmax of finished logits. A program for (rows, example and head)."""
+    """Sums of values weighted by the softmax of the finished logits. Grid: (tiles of rows, examples × heads)."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
     whole = (example * HEADS + part).to(tl.int64) * number
@@ -191,9 +191,9 @@ def pair_gradients(
     KEYS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Logits become their gradient and dO·Vᵀ the attention, in place; the pair's gradient, and each row's to the bias.
+    """Gradients to logits and pair, each query's part of the gradient to the bias, and the attention. Grid: (queries,).
 
-    `delta` is dO·o + dO_pair·o_pair of each query and head. A program for one query.
+    The first overwrites the logits, the last dO·Vᵀ. `delta` is dO·o + dO_pair·o_pair of each query and head.
     """
     h, c = tl.arange(0, 16), tl.arange(0, WIDTH)
     has_head = (h < HEADS)[:, None]
@@ -252,9 +252,9 @@ def query_gradients(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """To queries and their points, and each query's part of that to the point weights.
+    """Gradients to queries and their points, and each query's part of the gradient to the point weights.
 
-    A program for (rows, example and head).
+    Grid: (tiles of rows, examples × heads).
     """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -311,7 +311,7 @@ def key_gradients(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Adds to the gradients of keys, their points and values. A program for (keys, example and head)."""
+    """Adds to the gradients to keys, their points and values. Grid: (tiles of keys, examples × heads)."""
     j = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     part = tl.program_id(1)
     whole = (example * HEADS + part).to(tl.int64) * number
@@ -344,7 +344,7 @@ def key_gradients(
 
 @triton.jit
 def _of_query(example, row, rows, number, stride, h, HEADS: tl.constexpr):
-    """Of a program for one query of the chunk: its logits, its number, its heads' numbers and its first pair."""
+    """Indices of this program's query: its logits by head, then itself in (B, N), in (B, H, N) and in (B, N, N)."""
     within, i = tl.program_id(0) // rows, tl.program_id(0) % rows
     at_row = ((within * HEADS + h).to(tl.int64) * rows + i)[:, None] * stride
     query = (example + within).to(tl.int64) * number + row + i
@@ -354,7 +354,7 @@ def _of_query(example, row, rows, number, stride, h, HEADS: tl.constexpr):
 
 @triton.jit
 def _on_pair(x, z, INTERPRETED: tl.constexpr):
-    """x·z, of float32 numbers and a pair: with a bfloat16 pair in three parts of 8 bits each."""
+    """x·z for float32 x and a pair z. For a bfloat16 pair, x is split into three bfloat16 parts of 8 bits each."""
     if z.dtype == tl.float32:
         out = tl.dot(x, z, input_precision="tf32x3")
     else:
@@ -368,7 +368,7 @@ def _on_pair(x, z, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _to_pair(x, y, z, INTERPRETED: tl.constexpr):
-    """xᵀ·y, to the precision that the gradient of that pair keeps."""
+    """xᵀ·y, part of the gradient to the pair z, as precise as z's dtype can store."""
     if z.dtype == tl.float32:
         out = tl.dot(tl.trans(x), y, input_precision="tf32x3")
     else:
@@ -382,14 +382,14 @@ def _to_pair(x, y, z, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _first_bits(x):
-    """The bfloat16 number next to a float32 one, and what is left."""
+    """The nearest bfloat16 number to a float32 one, and the remainder in float32."""
     high = x.to(tl.bfloat16)
     return high, x - high.to(tl.float32)
 
 
 @triton.jit
 def _operand(x, INTERPRETED: tl.constexpr):
-    """The interpreter has no product of bfloat16 numbers."""
+    """x, in float32 under the interpreter, which cannot multiply bfloat16 numbers."""
     if INTERPRETED:
         x = x.to(tl.float32)
     return x
@@ -414,7 +414,7 @@ def compiler_options(tile: Tiles) -> dict[str, Any]:
 def constants(
     kernel: str, sizes: Sizes, *, pair_dtype: str | None, has_mask: bool, backward: bool, d_pair: bool, interpret: bool
 ) -> dict[str, Any]:
-    """What a kernel is compiled for, by argument."""
+    """Compile-time arguments of a kernel, by name."""
     tile = tiles(kernel, sizes, pair_dtype)
     known = {
         "HEADS": sizes.heads,
@@ -437,11 +437,11 @@ def constants(
 
 
 def run(kernel: str, arrays: Mapping[str, Any], sizes: Sizes, chunk: Chunk, **options: Any) -> None:
-    """Launches a kernel on a chunk; of the arrays, by name, it takes those that it has arguments for."""
+    """Launches a kernel on a chunk, with those of the named arrays that are among its arguments."""
     known = {**arrays, **chunk._asdict(), "number": sizes.number, "stride": stride(sizes)}
     tile = tiles(kernel, sizes, options["pair_dtype"])
     function = KERNELS[kernel]
-    if isinstance(function, triton.JITFunction) == options["interpret"]:  # bfloat16 would come out wrong
+    if isinstance(function, triton.JITFunction) == options["interpret"]:  # else wrong bfloat16 results
         raise NotImplementedError("implementation='fused': only tests set TRITON_INTERPRET=1; unset it")
     compiled_for = constants(kernel, sizes, **options)
     given = {name: known[name] for name in function.arg_names if name not in compiled_for}

@@ -1,4 +1,4 @@
-"""The operands of the implementations that work in blocks: scaled, heads first, values and their points together."""
+"""Operands of the implementations that work in blocks: scaled, with heads first, and points joined to values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """Operands of all examples, batch axes as one.
+    """Operands of all examples, with the batch axes flattened into one.
 
     Logits are queries·keys − ½ weights·|query_points − key_points|² + pair·bias.
     """
@@ -23,7 +23,7 @@ class Operands(NamedTuple):
     key_points: Float[Tensor, "B H N 3P"]
     weights: Float[Tensor, " H"]
     pair: Float[Tensor, "B N N c_z"] | None
-    """In any dtype."""
+    """May have another dtype than the other fields."""
     bias: Float[Tensor, "c_z H"] | None
     mask: Float[Tensor, "B N"] | None
 
@@ -41,7 +41,7 @@ class Operands(NamedTuple):
         point_weights: Float[Tensor, " H"],
         mask: Float[Tensor, "*B N"] | None,
     ) -> Operands:
-        """The operands of what `point_attention` takes."""
+        """Converts the arguments of `point_attention`."""
         *batch, number, _, _ = q.shape
         temperature = math.sqrt(1 / (2 if pair is None else 3))
         queries = _heads_first(q * (temperature / math.sqrt(q.shape[-1])))
@@ -76,7 +76,7 @@ class Operands(NamedTuple):
 def unpack(
     o: Float[Tensor, "B H N C"], v: Float[Tensor, "*B N H Cv"], v_points: Float[Tensor, "*B N H Pv 3"]
 ) -> tuple[Float[Tensor, "*B N H Cv"], Float[Tensor, "*B N H Pv 3"]]:
-    """The values' part of an output and the points' part, in their shapes."""
+    """Splits an output into o and o_points, in the shapes of v and v_points."""
     o = o.transpose(1, 2).reshape(*v.shape[:-1], o.shape[-1])
     return o[..., : v.shape[-1]], o[..., v.shape[-1] :].unflatten(-1, v_points.shape[-2:])
 

@@ -1,4 +1,4 @@
-"""Blocks of query rows: their part of the pair, their logits and their attention."""
+"""Blocks of query rows: their rows of the pair, their logits and attention."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ipa_bridge.tiling import default_block_size
 from ipa_torch.attention.operands import Operands
 
 BLOCK_BYTES = 6 << 20
-"""Bytes of the pair in one block; between 4 and 8 MB the optimum is flat, where a block stays in cache."""
+"""Bytes of the pair in one block. All sizes from 4 to 8 MB are about as fast, since a block stays in cache."""
 
 SMALLEST_WEIGHT = 1e-30
-"""Attention weights below are zero: subnormal numbers slow a CPU's products threefold and add nothing."""
+"""Smaller attention weights become zero: they add nothing, and subnormal numbers slow products on CPU threefold."""
 
 
 class Blocks:
-    """One example's operands as its blocks need them, and memory that the blocks share."""
+    """One example's operands as its blocks need them, and buffers that the blocks share."""
 
     def __init__(self, operands: Operands) -> None:
         self.queries, self.keys, self.values, self.query_points, self.key_points = operands[:5]
@@ -41,7 +41,7 @@ class Blocks:
             self.wide_right = torch.cat([self.wide_keys, one, length2[1]], -1).transpose(1, 2).contiguous()
 
     def rows(self, block_size: int) -> list[slice]:
-        """The blocks' query rows; 0 for the default."""
+        """Query rows of each block; block_size 0 means the default."""
         number, width = self.queries.shape[1], 0 if self.pair is None else self.pair.shape[-1]
         on_gpu = self.queries.device.type == "cuda"
         block_size = block_size or default_block_size(
@@ -50,14 +50,14 @@ class Blocks:
         return [slice(start, min(start + block_size, number)) for start in range(0, number, block_size)]
 
     def scratch(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Memory that blocks use one after the other."""
+        """Buffer that one block after the other reuses."""
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
             self.buffers[name] = self.queries.new_empty(size)
         return self.buffers[name][:size].view(shape)
 
     def pair_rows(self, rows: slice) -> Tensor | None:
-        """The pair of the rows, in the dtype of the arithmetic."""
+        """These rows of the pair, in the dtype of the arithmetic."""
         return None if self.pair is None else self.pair[rows].to(self.queries.dtype)
 
     def bias_logits(self, pair_rows: Tensor | None) -> Tensor | None:
@@ -70,7 +70,7 @@ class Blocks:
         return logits.transpose(0, 1)
 
     def beside_bias(self, rows: Tensor) -> Tensor:
-        """[W_bᵀ; rows] of each query, (b, 2H, c_z); rows alone without a bias."""
+        """[W_bᵀ; rows] of each query, (b, 2H, c_z), or rows alone without a bias."""
         rows = rows.to(self.queries.dtype)
         return rows if self.bias is None else torch.cat([self.bias.expand(len(rows), -1, -1), rows], 1)
 
@@ -97,6 +97,6 @@ class Blocks:
         return torch.threshold_(weight, SMALLEST_WEIGHT, 0.0)
 
     def offsets(self, rows: slice) -> Iterator[Tensor]:
-        """Differences q − k, one coordinate of one point after the other, (H, b, N)."""
+        """Differences q − k, one tensor (H, b, N) per coordinate of each point."""
         for q, k in zip(self.query_points[:, rows].unbind(-1), self.key_points.unbind(-1), strict=True):
             yield q[:, :, None] - k[:, None, :]

@@ -1,11 +1,13 @@
-"""The reference's function, a block of query rows at a time: nothing of N×N but the pair, its gradient and a block.
+"""The same attention as the reference, computed one block of query rows at a time.
 
-Softmax runs over whole rows, so nothing is approximated; backward computes each block's attention anew. Squared
-distances lose nothing to cancellation: they are sums of squared differences, or on CPU in float32 the usual product
-|q|² + |k|² − 2 q·k in float64, which has the bits to spare and is a matrix product.
+Apart from the pair and its gradient, no N×N array is held. Softmax runs over whole rows, so nothing is approximated.
+Backward computes each block's attention again.
+
+Squared distances do not suffer from cancellation: they are sums of squared differences. For float32 inputs on
+CPU they are |q|² + |k|² − 2 q·k in float64, a matrix product with precision to spare.
 
 Forward and backward are each an opaque operator (for `torch.compile` and `torch.export`) inside an autograd function
-(for `torch.func.grad` and `vmap`). Forward-mode and higher derivatives are refused: the reference has them.
+(for `torch.func.grad` and `vmap`). Forward-mode and higher derivatives raise an error: use the reference.
 """
 
 from __future__ import annotations
@@ -42,10 +44,10 @@ def point_attention(
     Float[Tensor, "*B N H c_z"] | None,
     Float[Tensor, "*B H N N"] | None,
 ]:
-    """Outputs, and attention weights if asked for; all tensors but `pair` in one dtype of at least float32.
+    """Outputs o, o_points, o_pair, and the attention or None. All tensors but `pair` have one dtype, at least float32.
 
     Raises:
-        ValueError: a block_size below 1.
+        ValueError: block_size is below 1.
     """
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, or None for a size that suits N; got {block_size}")
@@ -55,7 +57,7 @@ def point_attention(
         o, o_pair, attention = _EagerAttend.apply(*inputs)
     elif wants_gradients(operands):
         o, o_pair, attention = _Attend.apply(*inputs)
-    else:  # Dynamo has no place for an autograd function without gradients.
+    else:  # Dynamo cannot trace an autograd function if no input needs a gradient.
         o, o_pair, attention = _attend(*inputs)
     *batch, number, heads, _ = v.shape
     return (
@@ -66,7 +68,7 @@ def point_attention(
 
 
 class _Attend(torch.autograd.Function):
-    """The streamed core with its derivative."""
+    """The streamed attention with its first derivative."""
 
     generate_vmap_rule = True
 
@@ -77,13 +79,13 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """What backward needs are the inputs alone."""
+        """Saves the inputs, which are all that backward needs."""
         *operands, ctx.block_size, ctx.with_attention = inputs
         ctx.save_for_backward(*operands)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        """First derivatives, of what needs one."""
+        """Gradients to the inputs that need one, None for the others."""
         *operands, _, _ = ctx.needs_input_grad
         wanted = Operands(*operands)
         options = (ctx.block_size, ctx.with_attention, wanted.pair)
@@ -94,11 +96,11 @@ class _Attend(torch.autograd.Function):
 
 
 class _EagerAttend(_Attend):
-    """The same, with a word to who wants forward mode; under `torch.compile` there is no place for one."""
+    """`_Attend` with an error for forward mode; `torch.compile` does not support a jvp rule."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """There is none."""
+        """Raises NotImplementedError."""
         raise NotImplementedError(ONLY_REVERSE_MODE)
 
 
@@ -116,9 +118,9 @@ def _attend(
     block_size: int,
     with_attention: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums o (B, H, N, Cv), o_pair (B, N, H, c_z) and attention (B, H, N, N), the last two empty where there is none.
+    """Outputs o (B, H, N, Cv), o_pair (B, N, H, c_z) and attention (B, H, N, N); the last two may be empty.
 
-    Takes the fields of `Operands`, and block_size 0 for the default.
+    Takes the fields of `Operands`. A block_size of 0 means the default.
     """
     operands = Operands(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
     o, o_pair, attention = _outputs(operands, with_attention)
@@ -153,7 +155,7 @@ def _attend_backward(
     with_attention: bool,
     with_d_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to the first eight inputs of `_attend`, empty where there is no such input or none is wanted."""
+    """Gradients to the first eight inputs of `_attend`, empty where the input is None or needs no gradient."""
     operands = Operands(queries, keys, values, query_points, key_points, weights, pair, bias, mask)
     gradients = _gradients(operands, with_d_pair)
     d_queries, d_keys, d_values, d_query_points, d_key_points, d_weights, d_pair, d_bias = gradients
@@ -191,7 +193,7 @@ def _attend_backward(
 
 
 def _products_with_pair(blocks: Blocks, pair_rows: Tensor, d_o_pair: Tensor) -> tuple[Tensor, Tensor]:
-    """[W_bᵀ; dO_pair] of each row, and its products with the row's pair: the bias and what the softmax is told."""
+    """[W_bᵀ; dO_pair] of each row, and its product with the row's pair: the bias and the attention's gradient."""
     on_pair = blocks.beside_bias(d_o_pair)
     both = blocks.scratch("both", (len(on_pair), on_pair.shape[1], pair_rows.shape[1]))
     torch.bmm(on_pair, pair_rows.transpose(1, 2), out=both)
@@ -201,7 +203,10 @@ def _products_with_pair(blocks: Blocks, pair_rows: Tensor, d_o_pair: Tensor) -> 
 def _write_pair_gradient(
     d_pair: Tensor, on_pair: Tensor, both: Tensor, weight: Tensor, d_logits: Tensor | None
 ) -> None:
-    """[dL; P]ᵀ [W_bᵀ; dO_pair] of each row, again in one product; dL is None without a bias. Overwrites `both`."""
+    """Writes [dL; P]ᵀ [W_bᵀ; dO_pair] of each row (L: logits, P: attention), in one product that overwrites `both`.
+
+    dL is None without a bias.
+    """
     heads = len(weight)
     if d_logits is not None:
         both[:heads] = d_logits
@@ -214,7 +219,7 @@ def _write_pair_gradient(
 
 
 class _PointGradients:
-    """Gradients to points and their weights, summed over blocks, in the arithmetic of the distances."""
+    """Gradients to points and point weights, summed over blocks, with the same arithmetic as the distances."""
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
@@ -227,7 +232,7 @@ class _PointGradients:
         self.by_weight = blocks.weights.new_zeros(blocks.weights.shape)
 
     def add(self, rows: slice, d_logits: Tensor) -> None:
-        """Adds those of one block, by ∂L/∂q = −w·(q − k)."""
+        """Adds the gradients of one block, from ∂L/∂q = −w·(q − k)."""
         if self.blocks.in_float64:
             wide = d_logits.double()
             self.by_query[:, rows] = torch.bmm(wide, self.keys)
@@ -240,7 +245,7 @@ class _PointGradients:
             self.by_weight -= 0.5 * torch.sum(moved * offset, (1, 2))
 
     def into(self, d_queries: Tensor, d_keys: Tensor, d_weights: Tensor) -> None:
-        """Writes the gradients to points and adds those to weights."""
+        """Writes the gradients to points, and adds the gradient to the point weights."""
         weights = self.blocks.weights[:, None, None]
         if not self.blocks.in_float64:
             d_queries.copy_(weights * self.by_query)
@@ -257,7 +262,7 @@ class _PointGradients:
 
 
 def _outputs(operands: Operands, with_attention: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what `_attend` returns."""
+    """Allocates the outputs of `_attend`."""
     queries, pair = operands.queries, operands.pair
     examples, heads, number, _ = queries.shape
     return (
@@ -270,7 +275,7 @@ def _outputs(operands: Operands, with_attention: bool) -> tuple[Tensor, Tensor, 
 def _gradients(
     operands: Operands, with_d_pair: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for what `_attend_backward` returns; zero where blocks add to it."""
+    """Allocates the outputs of `_attend_backward`; zeros where blocks add to them."""
     queries, pair, bias = operands.queries, operands.pair, operands.bias
     return (
         torch.empty_like(queries),

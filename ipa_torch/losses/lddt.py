@@ -21,16 +21,16 @@ def lddt(
     cutoff: float = LossConfig.lddt_cutoff,
     per_residue: bool = False,
 ) -> Float[Tensor, "*B"] | Float[Tensor, "*B N"]:
-    """Local distance difference test of one point per residue, without its checks of stereochemistry; 0 to 1.
+    """Local distance difference test of one point per residue, from 0 to 1, without checks of stereochemistry.
 
-    A residue without neighbours, masked ones too, scores 1. There is no gradient.
+    A residue with no other within the cutoff scores 1, and so does a masked residue. No gradient passes.
 
     Args:
-        predicted: Å, as a rule Cα.
-        true: Å.
+        predicted: positions in Å, usually of Cα.
+        true: positions in Å.
         mask: 1 or True where the true point is known.
-        cutoff: Å, how far apart the true points of a pair may lie to count.
-        per_residue: each residue's score instead of all pairs' together.
+        cutoff: Å; a pair counts if its true points are less than this apart.
+        per_residue: return each residue's score instead of one score over all pairs.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -47,7 +47,7 @@ def lddt(
     limits = LossConfig.lddt_thresholds
     score = sum((error < limit).to(dtype) for limit in limits) / len(limits)
     axes = (-1,) if per_residue else (-1, -2)
-    # In AlphaFold's order: pLDDT's bins are so narrow that the last bit decides.
+    # Operations in AlphaFold's order, because the last bit of a score can decide its bin in pLDDT.
     epsilon = LossConfig.lddt_epsilon
     return 1 / (epsilon + torch.sum(weight, axes)) * (epsilon + torch.sum(weight * score, axes))
 
@@ -62,14 +62,14 @@ def plddt_loss(
     min_resolution: float = LossConfig.min_resolution,
     max_resolution: float = LossConfig.max_resolution,
 ) -> Float[Tensor, "*B"]:
-    """Cross entropy of the predicted against the actual Cα lDDT (Suppl. 1.9.6, eq. 40–41, and Alg. 29).
+    """Cross entropy between predicted and actual Cα lDDT (Suppl. 1.9.6, eq. 40–41, and Alg. 29).
 
     Args:
-        logits: of equal bins between 0 and 1; AlphaFold has 50.
+        logits: logits of equal bins between 0 and 1; AlphaFold has 50.
         predicted_ca: Å.
         true_ca: Å.
         mask: 1 or True where the true Cα is known.
-        resolution: of the experiment, Å; the loss is 0 out of the limits (NMR and distillation count as 0 Å).
+        resolution: resolution of the experiment, Å. Outside the limits the loss is 0; NMR and distillation are 0 Å.
         min_resolution: Å.
         max_resolution: Å.
 

@@ -22,10 +22,10 @@ def distances(ones: Float[Tensor, "*B A 3"], others: Float[Tensor, "*B C 3"]) ->
 def masked_mean(
     value: Float[Tensor, "*B *N"], weight: Float[Tensor, "*B *N"], axes: int | tuple[int, ...], *, repeats: int = 1
 ) -> Float[Tensor, "*B"]:
-    """The mean of what was summed `repeats` times under the same weights."""
+    """Weighted mean of values that are each a sum of `repeats` terms."""
     return torch.sum(weight * value, axes) / (repeats * torch.sum(weight, axes) + LossConfig.mean_epsilon)
 
 
 def merge_axes(x: Shaped[Tensor, "*B N A *C"], axis: int) -> Shaped[Tensor, "*B N*A *C"]:
-    """The axis, counted from the end, and the next one as one."""
+    """Merges an axis, counted from the end, with the next one."""
     return x.flatten(axis, axis + 1)

@@ -1,4 +1,4 @@
-"""The true structure as the losses need it, and a prediction beside it."""
+"""The true structure as the losses need it, and a prediction to compare with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StructureTarget(NamedTuple):
 
     aatype: Int[Tensor, "*B N"]
     mask: Shaped[Tensor, "*B N"]
-    """The residue is part of the sequence and not padding, be it resolved or not."""
+    """1 or True where the residue is part of the sequence, resolved or not; 0 for padding."""
     residue_index: Shaped[Tensor, "*B N"]
     group_frames: Rigid
     """(*B, N, 8); the first is the backbone's."""
@@ -45,15 +45,15 @@ def structure_target(
     *,
     chain_id: Shaped[Tensor, "*B N"] | None = None,
 ) -> StructureTarget:
-    """The true structure as the losses need it, from its atoms (`ipa_bridge.Structure` has them).
+    """Computes what the losses need from the atoms of the true structure (`ipa_bridge.Structure` has them).
 
     Args:
-        atom37: positions in Å; anything where an atom is missing.
+        atom37: positions in Å; any value where an atom is missing.
         atom37_mask: 1 or True where an atom is known.
         aatype: residue types, 0 to 20.
-        mask: 1 or True where a residue is part of the sequence and not padding, be it resolved or not.
-        residue_index: residues next to each other are bonded where it grows by 1.
-        chain_id: numbers, equal where residues lie in one chain, for AlphaFold-Multimer's losses; None for one chain.
+        mask: 1 or True where a residue is part of the sequence, resolved or not; 0 for padding.
+        residue_index: consecutive residues are bonded where this increases by 1.
+        chain_id: equal numbers for residues of one chain, for AlphaFold-Multimer's losses; None for one chain.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -84,13 +84,13 @@ def structure_target(
 
 
 class Comparison(NamedTuple):
-    """A prediction beside its target, as the terms of the sum take them.
+    """A prediction and its target, the input of every term of the loss.
 
     Attributes:
-        output: of the structure module.
-        target: in the prediction's dtype, its ambiguous atoms and frames under the names that fit the prediction best.
+        output: predictions of the structure module.
+        target: true structure, in the prediction's dtype, with ambiguous atoms and frames renamed to fit it best.
         use_clamped_fape: as in `backbone_loss`.
-        chunk_size: frames or residues at a time, in every quadratic term.
+        chunk_size: frames or residues computed at a time in every quadratic term; None for all at once.
     """
 
     output: StructureModuleOutput
@@ -100,7 +100,7 @@ class Comparison(NamedTuple):
 
 
 def _collate(batch: Sequence[StructureTarget], *, collate_fn_map: Any = None) -> StructureTarget:
-    """Targets of one length as a batch, where all have a chain_id or none has."""
+    """Batch of targets of one length, of which all have a chain_id or none has."""
     without_chains = [target.chain_id is None for target in batch]
     if any(without_chains) and not all(without_chains):
         raise ValueError(
@@ -113,5 +113,5 @@ def _collate(batch: Sequence[StructureTarget], *, collate_fn_map: Any = None) ->
     return StructureTarget._make(fields)
 
 
-# torch.utils.data.default_collate, and with it DataLoader, refuses None, which chain_id may be.
+# torch.utils.data.default_collate, and so DataLoader, does not accept None, which chain_id may be.
 default_collate_fn_map[StructureTarget] = _collate

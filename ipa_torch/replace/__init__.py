@@ -1,8 +1,7 @@
-"""Our attention inside other people's PyTorch models: their layers, parameters and calls, computed as ours is.
+"""Replaces the attention in PyTorch models of other projects by ours, with their layers, parameters and calls.
 
-A layer stays the object that it is, with its parameters, buffers and hooks; only its class becomes a subclass of its
-own whose `forward` is ours. Nothing of another package is imported: layers are known by the names and shapes of their
-parameters.
+A layer stays the same object, with its parameters, buffers and hooks. Only its class becomes a subclass of its own with
+our `forward`. No other package is imported: layers are recognised by the names and shapes of their parameters.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _NAMES_IN_OLD_PICKLES = {
     "_Settings": Settings,
     "_Argument": Argument,
 }
-"""Names in this module by which replaced layers were pickled while it was one file; they must stay importable."""
+"""Names that earlier pickles of replaced layers refer to in this module; they must stay importable."""
 globals().update(_NAMES_IN_OLD_PICKLES)
 
 
@@ -44,29 +43,30 @@ def replace_ipa(
     """Lets every invariant point attention in a model compute as ours does.
 
     Layers of OpenFold 1 and 2 (monomer and multimer), ESMFold, FrameDiff and its family, and the package
-    `invariant-point-attention` are known by their parameters. Each keeps its call, its conventions and its
-    parameters, the same tensors: optimisers, hooks, `state_dict()`, device and dtype are as before, and a checkpoint
-    saved after is one saved before. `restore_ipa` undoes it. Replacing again changes the implementation.
+    `invariant-point-attention` are recognised by their parameters. Each keeps its call, its conventions and its
+    parameter tensors. Optimisers, hooks, `state_dict()`, device and dtype stay as they are, and checkpoints saved
+    before and after are interchangeable. `restore_ipa` undoes the replacement. Replacing again changes the
+    implementation.
 
-    Hooks on the layer, forward and backward, on its projections and on any parameter's tensor are called as before.
-    What our attention does not call as the layer did cannot have any, nor give way to another module: the pair's bias
-    (only its weight is read), `down_z` (called on the sum over the pair), `softmax` and its like. The call raises then.
-    Arguments beyond single, pair, frames and mask must have the values at which they change nothing, else the call
-    raises. Epsilon is what it is at the swap. Second derivatives and forward mode want `implementation="reference"`.
+    Hooks on the layer (forward and backward), on its projections and on any parameter's tensor are called as before.
+    Some submodules are not called as the layer called them: the pair's bias (only its weight is read), `down_z` (called
+    on the sum over the pair), `softmax` and the like. If one of these has hooks or was exchanged, the call raises. It
+    also raises if an argument beyond single, pair, frames and mask has a value with an effect. Later changes of the
+    layer's epsilon have no effect. Second derivatives and forward mode need `implementation="reference"`.
 
     Args:
-        model: any module, an attention itself too.
-        implementation: of the attention, see `point_attention`.
-        verify: compare each layer with what it was, outputs and gradients, on random input, in its dtype and on its
-            device. Its output projection is another one there, so that neither a zero nor a large bias hides anything.
-            The reference is the layer in float64, or in float32 where it cannot run in that.
+        model: any module, also an attention itself.
+        implementation: implementation of the attention; see `point_attention`.
+        verify: compare outputs and gradients of each layer before and after, on random input, in its dtype and on its
+            device. The comparison uses a random output projection, so that neither zero weights nor a large bias hide a
+            difference. The reference is the layer in float64, or in float32 where it cannot run in float64.
 
     Returns:
-        What was replaced and how far before and after are apart, and what looked like an attention and was left alone.
+        Report of the layers replaced and how far they differ before and after, and of similar layers left alone.
 
     Raises:
-        ValueError: there is no layer to replace, or one computes something else than it did or cannot be compared; the
-            model is untouched then.
+        ValueError: there is no layer to replace, or a layer would compute another function or cannot be compared. The
+            model is unchanged then.
     """
     check_implementation(implementation)
     found = find_attentions(model)
@@ -98,18 +98,18 @@ def replace_ipa(
 
 
 def restore_ipa(model: nn.Module) -> list[str]:
-    """Undoes `replace_ipa`; the paths of the layers that are their own again.
+    """Undoes `replace_ipa` and returns the paths of the restored layers.
 
     Raises:
-        ValueError: a layer was changed further since (a class or a forward on top, as sharding, parametrisation and
-            hooks that move it put there), which has to be undone first; nothing is restored then.
+        ValueError: the class or the forward of a layer was changed after `replace_ipa`, for example by sharding,
+            parametrisation or hooks that move it. Nothing is restored then: undo that change first.
     """
     replaced = {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
     for path, module in replaced.items():
         if not is_as_replaced(module) or "forward" in vars(module):
             raise ValueError(
-                f"{path or 'the model itself'}: a layer as replace_ipa left it was expected; it is a "
-                f"{type(module).__name__} with a class or a forward on top: undo that first"
+                f"{path or 'the model itself'}: the layer's class or forward was changed after replace_ipa; it is a "
+                f"{type(module).__name__} now: undo that first"
             )
     for module in replaced.values():
         module.__class__ = original_class(module)

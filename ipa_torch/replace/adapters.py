@@ -1,4 +1,4 @@
-"""What another system's attention becomes: the same object, whose class is a subclass of its own with our forward."""
+"""Adapters: the class of a replaced layer is a subclass of its own class with our forward."""
 
 from __future__ import annotations
 
@@ -30,48 +30,48 @@ class Argument(NamedTuple):
 
     name: str
     default: Any
-    """`inspect.Parameter.empty` where there is none."""
+    """`inspect.Parameter.empty` if there is none."""
     by_name_only: bool
     neutral: tuple[Any, ...] = ()
-    """The one value that it must have; empty if it may have any."""
+    """Holds the only value allowed; empty if any value is."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a replaced layer computes, and how."""
+    """Config, arguments and implementation of a replaced layer."""
 
     config: IPAConfig
     takes: tuple[Argument, ...]
     implementation: Implementation | None = None
     untouched: tuple[tuple[str, type], ...] = ()
-    """Submodules that our attention does not call, or not as the layer called them, and the classes that they had."""
+    """Paths and classes of submodules that our attention does not call as the layer did. They must not change."""
     points: str = ""
-    """Where in a point projection its linear layer lies."""
+    """Path of the linear layer within a point projection; empty if the projection is that layer."""
 
 
 class Adapter(nn.Module):
-    """What all replaced layers have; the class of one is a subclass of this and of its own.
+    """Base class of adapters. The class of a replaced layer inherits from an adapter and from the layer's own class.
 
-    Its names start with `_ipa_twins`, so that they hide no attribute of a layer. Pickles refer to its subclasses, to
-    `Settings`, `Argument` and `empty_layer` by their names in this module: they have to stay importable from it.
+    Attribute names start with `_ipa_twins`, so that they hide no attribute of a layer. Pickles refer to the subclasses,
+    `Settings`, `Argument` and `empty_layer` by their names in this module: they must stay importable from it.
     """
 
     _ipa_twins: Settings
     _ipa_twins_classes: tuple[Any, Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles know the two classes, for nobody can import the one made of them."""
+        """Copies and pickles refer to the two base classes, because the combined class cannot be imported."""
         reduced = cast(tuple, super().__reduce_ex__(protocol))
-        if not is_as_replaced(self):  # somebody made another class of it
+        if not is_as_replaced(self):  # its class was changed since
             return reduced
         return empty_layer, self._ipa_twins_classes, *reduced[2:]
 
 
 class OpenFoldAdapter(Adapter):
-    """A layer of OpenFold, ESMFold, FrameDiff or their kin, called with its rigids."""
+    """Adapter of layers of OpenFold, ESMFold, FrameDiff and related systems, called with their own rigids."""
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        """The update of the single representation. `z` may come as the only entry of the list, as theirs does."""
+        """The update of the single representation. `z` may be the only entry of `_z_reference_list` instead."""
         given = _bind_arguments(self, arguments, named)
         pairs = given.get("_z_reference_list")
         z = pairs[0] if given["z"] is None and pairs and len(pairs) == 1 else given["z"]
@@ -79,7 +79,7 @@ class OpenFoldAdapter(Adapter):
 
 
 def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor | None) -> Tensor:
-    """The forward of OpenFold's kin; frames, mask and pair may have fewer batch axes than the single representation."""
+    """The forward of `OpenFoldAdapter`. Frames, mask and pair may have fewer batch axes than s."""
     settings: Settings = layer._ipa_twins
     _check_untouched(layer)
     if z is None:
@@ -90,14 +90,14 @@ def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor | None
     z, mask = z.expand(*batch, *z.shape[-2:]), None if mask is None else mask.expand(batch)
     projections, rigids = _place_points(_openfold_projections(layer, settings, s), z, rigids, mask)
     o, o_points, o_pair = _attend(settings, projections, z, mask, layer.linear_b, layer.head_weights)
-    if settings.config.pair_value_channel is not None:  # linear, and weights sum to 1: as good after the sum
+    if settings.config.pair_value_channel is not None:  # linear, and weights sum to 1: may follow the sum
         o_pair = layer.down_z(o_pair.to(z.dtype)).to(o_pair.dtype)
     read = features(settings.config, o, rigids.apply_inverse(o_points), o_pair)
     return layer.linear_out(read.to(z.dtype))
 
 
 class LucidrainsAdapter(Adapter):
-    """The package `invariant-point-attention`: row-vector frames, and masked residues that attend to all alike."""
+    """Adapter of the package `invariant-point-attention`: row-vector frames; masked queries weight all keys equally."""
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
         """The update of the single representation."""
@@ -141,17 +141,17 @@ def replaced_class(adapter: Any, original: Any) -> Any:
 
 
 def empty_layer(adapter: Any, original: Any) -> Any:
-    """An empty layer of that class, for a copy."""
+    """A replaced layer without attributes, which copies and pickles then fill."""
     return object.__new__(replaced_class(adapter, original))
 
 
 def original_class(attention: Any) -> Any:
-    """The class that a layer has, or had before it was replaced."""
+    """The class of a layer before it was replaced, or its class if it was not."""
     return attention._ipa_twins_classes[1] if isinstance(attention, Adapter) else type(attention)
 
 
 def is_as_replaced(attention: Adapter) -> bool:
-    """True unless somebody has put a class on top since."""
+    """True unless the class of a replaced layer was changed since."""
     return type(attention) is replaced_class(*attention._ipa_twins_classes)
 
 
@@ -170,11 +170,11 @@ def _openfold_projections(layer: Any, settings: Settings, s: Tensor) -> Projecti
 
 
 def _bind_arguments(layer: Adapter, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by the names that the layer's own forward has for them.
+    """Arguments of a call, by their names in the layer's own forward.
 
     Raises:
-        TypeError: it would not take them.
-        ValueError: one that must have the value at which it changes nothing has another.
+        TypeError: the layer's own forward would not accept them.
+        ValueError: an argument that our attention does not have is not at its neutral value.
     """
     takes = layer._ipa_twins.takes
     in_order = [argument for argument in takes if not argument.by_name_only]
@@ -193,49 +193,52 @@ def _bind_arguments(layer: Adapter, arguments: tuple[Any, ...], named: dict[str,
             given[name] = argument.default
         if argument.neutral and not is_neutral(given[name], argument.neutral[0]):
             raise ValueError(
-                f"{name}={argument.neutral[0]} was expected, at which it changes nothing, since our attention has no "
-                f"such argument; got a {type(given[name]).__name__}: call restore_ipa to use it"
+                f"{name}={argument.neutral[0]} was expected, since our attention has no such argument; got a "
+                f"{type(given[name]).__name__}: call restore_ipa to use it"
             )
     return given
 
 
 def is_neutral(value: Any, neutral: Any) -> bool:
-    """True for the value at which an argument or attribute changes nothing."""
+    """True if the value is the neutral one, at which the argument or attribute has no effect."""
     return value is neutral or (isinstance(value, bool | int | float | str) and value == neutral)
 
 
 def _check_untouched(layer: Any) -> None:
-    """Modules that are not called as they were must be what they were, with nothing on them that a call would do."""
+    """Raises if a submodule that is not called as before was exchanged, or has hooks that only its call would run."""
     for path, kind in layer._ipa_twins.untouched:
         if problem := alteration(layer.get_submodule(path), kind):
             raise NotImplementedError(
-                f"{path} {problem}, which would not be seen: our attention does not call it as the layer's own did; "
-                "call restore_ipa before it is changed"
+                f"{path} {problem}, which would have no effect: our attention does not call it as the layer did; call "
+                "restore_ipa before you change it"
             )
 
 
 def alteration(module: Any, kind: type[Any]) -> str:
-    """The reason why a module would not do what its class does, or none."""
+    """Reason why a module's call differs from its class's forward; empty if it does not."""
     if module.__class__ is not kind:
         return f"is a {type(module).__name__} where a {kind.__name__} was"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has backward hooks"
-    return "has a forward of its own" if "forward" in vars(module) else ""
+    return "has a forward set on the object" if "forward" in vars(module) else ""
 
 
 def _project_points(projection: Any, settings: Settings, s: Tensor) -> Tensor:
-    """A projection to local points, outside of autocast; in OpenFold 2 in a module that would place them too."""
+    """Projects to local points without autocast.
+
+    In OpenFold 2 the linear layer is inside a module that also moves the points to the global frame.
+    """
     linear = getattr(projection, settings.points) if settings.points else projection
     with without_autocast(s.device.type):
         return linear(s.to(linear.weight.dtype) if hasattr(linear, "weight") else s)
 
 
 def _rotation_and_translation(r: Any) -> tuple[Tensor, Tensor]:
-    """Rotation matrices and translations of OpenFold's `Rigid` or its multimer's `Rigid3Array`, or of their like."""
+    """Rotation matrices and translations of OpenFold's `Rigid`, its multimer's `Rigid3Array` or similar classes."""
     if hasattr(r, "get_rots"):
-        rotations = r.get_rots()  # in tFold's the matrices themselves
+        rotations = r.get_rots()  # tFold returns the matrices themselves
         return rotations if isinstance(rotations, Tensor) else rotations.get_rot_mats(), r.get_trans()
     return tuple(x if isinstance(x, Tensor) else x.to_tensor() for x in (r.rotation, r.translation))  # type: ignore[return-value]
 
@@ -259,7 +262,7 @@ def _attend(
     linear: nn.Linear | None,
     gamma: Tensor,
 ) -> tuple[Any, ...]:
-    """Lines 4 and 7–10."""
+    """Lines 4 and 7–10 of Alg. 22."""
     point_weights = F.softplus(gamma.to(at_least_float32(gamma.dtype)))
     return point_attention(
         *projections,

@@ -1,6 +1,6 @@
-"""Whose layer an attention in a model is, by the names and shapes of its parameters, and whether ours can replace it.
+"""Recognises attentions in a model by the names and shapes of their parameters, and checks if ours can replace them.
 
-A system more is an adapter and a row of `SYSTEMS`, whose key is a dialect of `ipa_bridge.weights.dialects`.
+To support another system, add an adapter and a row of `SYSTEMS`. Keys are dialects of `ipa_bridge.weights.dialects`.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from ipa_torch.replace.adapters import (
 
 
 class System(NamedTuple):
-    """What is to be known of a system's layers: one row of `SYSTEMS`."""
+    """Properties of a system's layers: one row of `SYSTEMS`."""
 
     adapter: type[Adapter]
     takes: tuple[str, ...]
-    """The arguments of its forward that are ours too."""
+    """Names of the arguments of its forward that our attention also has."""
     inputs: Callable[..., dict[str, Any]]
-    """Makes these arguments of single, pair, rotation, translation, mask and a function that makes the rigids."""
+    """Makes these arguments from single, pair, rotation, translation, mask and a function that makes rigids."""
     bias: str
-    """The submodule that projects the pair to one number a head."""
+    """Submodule that projects the pair to one bias per head."""
     output: str
-    """The submodule that reads the features."""
+    """Submodule of the output projection."""
     pair_values: str = ""
-    """The submodule, where it has one, that narrows the pair's channels; our attention calls it on the sum over it."""
+    """Submodule that narrows the pair's channels, if any. Our attention calls it on the sum over the pair."""
     epsilon: str = "eps"
-    """The attribute in which its published class holds the epsilon of lengths; one of `_EPSILONS`."""
+    """Attribute of its published class with the epsilon of lengths; one of `_EPSILONS`."""
     points: str = ""
-    """Where in a point projection its linear layer lies."""
+    """Path of the linear layer within a point projection; empty if the projection is that layer."""
     norm_forms: Mapping[str, tuple[NormForm, ...]] = {}
-    """By layout, the forms of lengths that its versions compute; the comparison finds which one a layer does."""
+    """Norm forms of its versions, by layout. The comparison finds which of them a layer computes."""
     flags: tuple[str, ...] = ()
-    """Arguments of some versions that change how the layer computes, but not what."""
+    """Arguments of some versions that change how the layer computes, but not its result."""
     neutral_arguments: Mapping[str, Any] = {}
-    """Arguments of some versions, and the value at which each changes nothing."""
+    """Arguments of some versions, with the neutral value at which each has no effect."""
     neutral_attributes: Mapping[str, Any] = {}
-    """Attributes of some versions, and the value at which each changes nothing."""
+    """Attributes of some versions, with the neutral value at which each has no effect."""
 
 
 _EPSILONS = ("eps", "config.epsilon")
@@ -63,7 +63,7 @@ _EPSILONS = ("eps", "config.epsilon")
 
 
 def _openfold(**options: Any) -> System:
-    """The row of a system of OpenFold's kin."""
+    """A row of `SYSTEMS` for a system related to OpenFold."""
     return System(
         OpenFoldAdapter,
         takes=("s", "z", "r", "mask"),
@@ -84,14 +84,14 @@ def _openfold(**options: Any) -> System:
 SYSTEMS = {
     "openfold": _openfold(
         points="linear",
-        norm_forms={"multimer": ("clamp", "add")},  # OpenFold 2 has a class of each
+        norm_forms={"multimer": ("clamp", "add")},  # OpenFold 2 has a class for each
     ),
     "openfold_v1": _openfold(),
     "esmfold": _openfold(epsilon="config.epsilon"),
     "frameflow": _openfold(
         neutral_arguments={
             "attention_mask": None,  # MultiFlow's
-            "z_factor_1": None,  # FlashIPA's, of its flash mode
+            "z_factor_1": None,  # FlashIPA's, for its flash mode
             "z_factor_2": None,
         },
         neutral_attributes={"dropout_prob": 0, "use_flash_attn": False},  # MultiFlow's and FlashIPA's
@@ -111,9 +111,9 @@ SYSTEMS = {
         output="to_out",
     ),
 }
-"""By dialect, the systems whose layers can be replaced, and what of theirs has no effect. All else is refused.
+"""Systems whose layers can be replaced, by dialect. Layers whose forward takes other arguments are left alone.
 
-Parameters without effect are in the dialect itself.
+Parameters without effect are listed in the dialect.
 """
 
 
@@ -127,20 +127,20 @@ class Recognised:
     system: System
     settings: Settings
     infinity: float
-    """What it subtracts from the logits of masked keys; 0 for a layer that fills them."""
+    """Number that it subtracts from the logits of masked keys; 0 for a layer that overwrites them instead."""
     unused: tuple[str, ...] = ()
-    """Parameters that no forward reads."""
+    """Parameters that neither its forward nor ours reads."""
     callers: tuple[type, ...] = ()
-    """Classes of the modules that it lies in, the innermost first."""
+    """Classes of the modules that contain it, the innermost first."""
 
     @property
     def original(self) -> Any:
-        """The class that it has, or had before it was replaced."""
+        """Its class, or its class before it was replaced."""
         return original_class(self.module)
 
     @property
     def replacement(self) -> Any:
-        """The class that it gets."""
+        """The class of the replaced layer."""
         return replaced_class(cast(Any, self.system.adapter), self.original)
 
     @property
@@ -150,12 +150,12 @@ class Recognised:
 
     @property
     def where(self) -> str:
-        """Its path as error messages name it."""
+        """Its path for error messages."""
         return self.path or "the model itself"
 
 
 def find_attentions(model: nn.Module) -> dict[str, Recognised | str]:
-    """By path, every attention that can be replaced, and for what looks like one the reason why it cannot."""
+    """Attentions that can be replaced, by path, and for similar modules the reason why they cannot."""
     shapes = {name: tuple(x.shape) for name, x in model.named_parameters(remove_duplicate=False)}
     found: dict[str, Recognised | str] = {}
     seen: set[int] = set()
@@ -172,23 +172,23 @@ def find_attentions(model: nn.Module) -> dict[str, Recognised | str]:
                 found[candidate.root] = layer
             found.setdefault(candidate.root, layer)
             seen |= {id(module)} if isinstance(layer, Recognised) else set()
-    # Ends of names that only such an attention has.
+    # Endings of parameter names that only such attentions have.
     ends = re.compile(r"(?<![^.])(head_weights|point_weights|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$")
     likely = {path for path, module in model.named_modules() if "pointattention" in type(module).__name__.lower()}
     likely |= {name.removesuffix(end[0]).removesuffix(".") for name in shapes if (end := ends.search(name))}
     for path in sorted(likely):
         if not any(_within(path, other) or _within(other, path) for other in found):
-            found[path] = "its parameters have the names of no system that is known here"
+            found[path] = "its parameters do not have the names of any supported system"
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     return {path: found[path] for path in paths if path in found}
 
 
 _MIN_INFINITY = 1e4
-"""What a layer that hides masked keys by subtracting a number must subtract at least: ours hides them altogether."""
+"""Smallest number that a layer may subtract from the logits of masked keys, so that their weights vanish as in ours."""
 
 
 def _holds_epsilon_as_its_system_does(found: Found, model: nn.Module) -> bool:
-    """True if a layer holds its epsilon where that system's class does: two systems have the same parameters."""
+    """True if a layer holds its epsilon where the system's class does: two systems have equal parameter names."""
     name = found.dialect.name
     return name in SYSTEMS and _attribute_at(model.get_submodule(found.root), SYSTEMS[name].epsilon) is not None
 
@@ -200,7 +200,7 @@ def _attribute_at(module: Any, path: str) -> Any:
 
 
 def _classes_around(model: nn.Module, path: str) -> tuple[type, ...]:
-    """The classes of the modules around one, the innermost first."""
+    """Classes of the modules that contain the one at `path`, the innermost first."""
     steps = path.split(".") if path else []
     return tuple(type(model.get_submodule(".".join(steps[:n]))) for n in reversed(range(len(steps))))
 
@@ -210,10 +210,10 @@ def _within(inner: str, outer: str) -> bool:
 
 
 def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) -> Recognised | str:
-    """A layer that can be replaced, or why it cannot."""
+    """A layer that can be replaced, or the reason why it cannot."""
     title = found.dialect.title
     if found.dialect.name not in SYSTEMS:
-        return "it is this project's own"
+        return "it is this project's own attention"
     system, names = SYSTEMS[found.dialect.name], found.names(shapes)
     try:
         config = cast(IPAConfig, found.infer(shapes))
@@ -226,32 +226,32 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
     strange = {name for name in expected if name in names and shapes[names[name]] != expected[name]}
     strange |= set(expected) ^ set(names)
     if strange:
-        return f"its parameters are not {title}'s: missing, misshapen or of another are {', '.join(sorted(strange))}"
+        names_of_strange = ", ".join(sorted(strange))
+        return f"its parameters are not {title}'s: missing, unexpected or of another shape are {names_of_strange}"
     if config.pair_channel is None and all(form.pair_required for form in found.dialect.forms.values()):
-        return f"it has no {system.bias}, and {title}'s attention without a pair is not known here"
+        return f"it has no {system.bias}, and {title}'s attention without a pair is not supported"
     if isinstance(module, Adapter) and not is_as_replaced(module):
-        return f"a class was put on top of it since it was replaced: {type(module).__name__}"
+        return f"its class was changed to {type(module).__name__} after it was replaced"
     replaced = [path for path, x in module.named_modules() if "forward" in vars(x)]
     if replaced:
-        where = replaced[0] or "itself"
-        return f"the forward of {where} was replaced on that very object, as hooks that move layers between devices do"
+        where = replaced[0] or "the layer"
+        return f"{where} has a forward set on the object, as hooks that move layers between devices do"
     takes = _arguments_taken(system, original_class(module))
     if isinstance(takes, str):
         return takes
     for name, neutral in system.neutral_attributes.items():
         if not is_neutral(value := getattr(module, name, neutral), neutral):
-            return f"its {name} is {value}, and only at {neutral} it computes what ours does"
+            return f"its {name} is {value}, and only at {neutral} does it compute what ours does"
     untouched = _untouched_submodules(module, system, {name.rpartition(".")[0] for name in expected}, unused)
     for path, kind in untouched:
         if problem := alteration(module.get_submodule(path), kind):
-            return f"its {path} {problem}, which would not be seen: ours does not call it as it is called there"
+            return f"its {path} {problem}, which would have no effect: ours does not call it as the layer does"
     infinity = getattr(module, "inf", getattr(getattr(module, "config", None), "inf", 0))
     if not isinstance(infinity, float | int) or 0 < infinity < _MIN_INFINITY:
-        return f"it hides masked keys by {infinity} only; ours hides them altogether"
+        return f"it subtracts only {infinity} from the logits of masked keys; at least {_MIN_INFINITY:g} is needed"
     epsilons = {float(x) for x in (_attribute_at(module, path) for path in _EPSILONS) if isinstance(x, float | int)}
     if len(epsilons) != 1:
-        told = f"tells {len(epsilons)} epsilons" if epsilons else "does not tell its epsilon"
-        return f"it {told}, as .eps or .config.epsilon"
+        return f"it has {len(epsilons) or 'no'} epsilons in .eps and .config.epsilon; one is needed"
     try:
         ours = replace(config, norm_epsilon=epsilons.pop())
     except ValueError as error:
@@ -261,14 +261,14 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
 
 
 def _arguments_taken(system: System, original: Any) -> tuple[Argument, ...] | str:
-    """The arguments of a layer's own forward, or why they are not those of its system."""
+    """The arguments of a layer's own forward, or the reason why they are not those of its system."""
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
     harmless = (*system.flags, *system.neutral_arguments)
     plain = all(x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY) for x in parameters)
     if not plain or set(names) - set(harmless) != set(system.takes):
-        beside = f", beside them at most {', '.join(harmless)}" if harmless else ""
-        return f"its forward takes {', '.join(names)}, and not {', '.join(system.takes)}{beside}"
+        optional = f", optionally with {', '.join(harmless)}" if harmless else ""
+        return f"its forward takes {', '.join(names)}, and not {', '.join(system.takes)}{optional}"
     neutral = {name: (value,) for name, value in system.neutral_arguments.items()}
     return tuple(Argument(x.name, x.default, x.kind is x.KEYWORD_ONLY, neutral.get(x.name, ())) for x in parameters)
 
@@ -276,7 +276,7 @@ def _arguments_taken(system: System, original: Any) -> tuple[Argument, ...] | st
 def _untouched_submodules(
     module: nn.Module, system: System, with_parameters: Iterable[str], unused: Iterable[str]
 ) -> tuple[tuple[str, type], ...]:
-    """Submodules that ours does not call as the layer does, but for those that its own forward does not call either."""
+    """Submodules that ours does not call as the layer does, except those that the layer does not call either."""
     differently = (system.bias, system.pair_values)
     called = set(with_parameters) - set(differently)
     ignored = {name.rpartition(".")[0] for name in unused}

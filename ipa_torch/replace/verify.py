@@ -1,6 +1,6 @@
-"""A layer before and after it is replaced, on random input: how far outputs and gradients are apart.
+"""Compares outputs and gradients of a layer before and after it is replaced, on random input.
 
-The frames that it is called with are rigids of its own package, whose class is looked for around the layer.
+The layer is called with rigids of its own package, whose class is searched for in the modules around the layer.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from ipa_torch.replace.recognise import Recognised
 
 
 def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
-    """A layer as it is to be replaced, and how far it is from what it was, in epsilons of its dtype.
+    """A layer with its settings for replacement, and how far outputs before and after differ, in epsilons of its dtype.
 
-    The reference is what it was, run in wider arithmetic. If that cannot be, the difference holds the errors of both:
-    bounds are twice as wide then, and its own error, which nobody can measure, is taken to be as large as ours.
+    The reference is the original layer in wider arithmetic. If it cannot run in that, the difference contains the
+    errors of both layers: bounds are then twice as wide, and the original's error is assumed to be as large as ours.
 
     Raises:
-        ValueError: further than rounding explains, or it cannot be told.
+        ValueError: the difference is larger than rounding explains, or the layer cannot be run.
     """
     device, dtype = layer.module.get_submodule(layer.system.output).weight.device, layer.dtype
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES or device.type == "meta":
         raise ValueError(
             f"{layer.where}: floating-point parameters on a device were expected, to compare before and after; they "
-            f"are {dtype} on {device}: pass verify=False to replace it unseen"
+            f"are {dtype} on {device}: pass verify=False to replace it without comparison"
         )
     try:
         with _full_precision():
@@ -57,18 +57,18 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
                 own = _errors(_run(layer, layer.original, dtype, batch=batch), truth)
             else:
                 own = _own_errors(layer, after, batch)
-            if not all(map(math.isfinite, own.values())):  # float16 cannot hold what hides masked keys
+            if not all(map(math.isfinite, own.values())):  # float16 cannot store the number subtracted at masked keys
                 nobody = {x: _run(layer, layer.original, x, batch=batch, masked=False) for x in (wide, dtype)}
                 own = _errors(nobody[dtype], nobody[wide])
                 own["masked"] = own["out"]
     except Exception as error:
         raise ValueError(
-            f"{layer.where}: it was run on random input, to compare before and after, and said {type(error).__name__}: "
-            f"{error}; pass verify=False to replace it unseen"
+            f"{layer.where}: the layer could not be compared before and after on random input: "
+            f"{type(error).__name__}: {error}; pass verify=False to replace it without comparison"
         ) from error
     sides = 1 if wider or dtype is torch.float64 else 2
     eps = torch.finfo(dtype).eps
-    # Subtracting a large number from all logits of a masked row has rounded them, in the truth too.
+    # Some layers subtract a large number from all logits of a masked row, which rounds them, also in the reference.
     rounded = layer.infinity * torch.finfo(wide).eps / eps
     parts = {
         "outputs": ("out", bound("out", name)),
@@ -76,11 +76,11 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
         "gradients to the single representation": ("to_single", bound("gradient", name)),
         "gradients to the pair representation": ("to_pair", bound("gradient", name)),
     }
-    wrong = "outputs in training are others" if _apart(training.out, truth.out) else ""
+    wrong = "outputs in training mode differ from those in evaluation mode" if _apart(training.out, truth.out) else ""
     errors = _errors(after, truth)
     for what, (part, within) in parts.items():
         now = errors[part] / eps
-        explained = sides * max(within, 2 * own[part] / eps)  # large weights put the layer itself off
+        explained = sides * max(within, 2 * own[part] / eps)  # large weights increase the layer's own error
         if not (wrong or now <= explained):
             wrong = f"{what} are {now:.3g} eps of {name} apart on random input, where rounding explains {explained:.3g}"
     if wrong:
@@ -92,7 +92,7 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
 
 
 def _reference(layer: Recognised) -> tuple[torch.dtype, tuple[int, ...], _Run]:
-    """The widest arithmetic that a layer runs in as it is, the batch axes that it takes, and what it computes."""
+    """The widest dtype that the original layer runs in, the batch axes that it accepts, and its results."""
     device = layer.module.get_submodule(layer.system.output).weight.device
     dtypes = [torch.float64] if layer.dtype is torch.float64 else [torch.float64, torch.float32]
     if device.type == "mps":
@@ -107,7 +107,7 @@ def _reference(layer: Recognised) -> tuple[torch.dtype, tuple[int, ...], _Run]:
 
 
 def _with_nearest_norm(layer: Recognised, truth: _Run, dtype: torch.dtype, batch: tuple[int, ...]) -> Recognised:
-    """The layer with the form of lengths that it computes, of those that its system's versions do."""
+    """The layer with the norm form that fits its outputs best, among those of its system's versions."""
     config = layer.settings.config
     candidates = [
         replace(layer, settings=replace(layer.settings, config=replace(config, norm_form=form)))
@@ -119,7 +119,7 @@ def _with_nearest_norm(layer: Recognised, truth: _Run, dtype: torch.dtype, batch
 
 
 def _own_errors(layer: Recognised, after: _Run, batch: tuple[int, ...]) -> dict[str, float]:
-    """How far ours is from itself in float64, by rounding alone; zeros if it cannot run in that."""
+    """Rounding errors of our layer, measured against itself in float64; zeros if it cannot run in float64."""
     try:
         return _errors(after, _run(layer, layer.replacement, torch.float64, batch=batch))
     except Exception:
@@ -128,9 +128,9 @@ def _own_errors(layer: Recognised, after: _Run, batch: tuple[int, ...]) -> dict[
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Turns gradients on, and lower precision in float32 matrix products off; afterwards all is as before.
+    """Enables gradients and full precision of float32 matrix products; restores the previous settings afterwards.
 
-    PyTorch's newer switches make the older one raise, and the older one writes into the newer ones.
+    The older setting of precision raises if PyTorch's newer ones are in use, and changes them when it is set.
     """
     switches = [
         x.matmul
@@ -154,13 +154,13 @@ def _full_precision() -> Iterator[None]:
         if precision is not None:
             torch.set_float32_matmul_precision(precision)
         for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = "none"  # as the switch above it says
+            switch.fp32_precision = "none"  # follow the setting one level up
             if switch.fp32_precision != value:
                 switch.fp32_precision = value
 
 
 class _Run(NamedTuple):
-    """What a layer computes on random input, as float64 arrays."""
+    """Results of a layer on random input, as float64 arrays."""
 
     out: np.ndarray
     """Outputs of valid residues."""
@@ -181,7 +181,7 @@ def _run(
     training: bool = False,
     masked: bool = True,
 ) -> _Run:
-    """Runs a copy of a layer as a class, on random input that its own dtype can hold, in a dtype."""
+    """Runs a copy of a layer with the class `kind` in a dtype, on random input that the layer's own dtype can store."""
     config, system = layer.settings.config, layer.system
     copied = _bare_copy(layer.module, dtype).train(training)
     copied.__class__ = kind
@@ -202,7 +202,7 @@ def _run(
     draw(system.output)
     if config.pair_channel is not None and not cast(Any, copied.get_submodule(system.bias)).weight.any():
         draw(system.bias)
-    for name in layer.unused:  # so that it would show if they were used
+    for name in layer.unused:  # so that their use would change the results
         owner, _, leaf = name.rpartition(".")
         parameter = getattr(copied.get_submodule(owner), leaf)
         drawn = tensor(rng.standard_normal(tuple(parameter.shape)))
@@ -233,19 +233,19 @@ def _numpy(x: Tensor) -> np.ndarray:
 
 
 def _errors(run: _Run, truth: _Run) -> dict[str, float]:
-    """Of every part, how far one is from the other."""
+    """Relative error of each part of a run."""
     return {part: _apart(x, y) for part, x, y in zip(_Run._fields, run, truth, strict=True)}
 
 
 def _apart(actual: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference over the largest number."""
+    """The largest absolute difference over the largest expected magnitude."""
     largest = np.abs(expected).max(initial=0)
     difference = np.abs(actual - expected).max(initial=0)
     return float(difference / largest) if largest else float(difference)
 
 
 def _bare_copy(module: Any, dtype: torch.dtype) -> Any:
-    """The same modules without hooks, on the same numbers in that dtype, which are shared where it is theirs."""
+    """A copy of the modules without hooks, in another dtype. It shares tensors that have this dtype already."""
     copied = object.__new__(original_class(module))
     vars(copied).update(vars(module))
     for name, value in vars(module).items():
@@ -253,7 +253,7 @@ def _bare_copy(module: Any, dtype: torch.dtype) -> Any:
             vars(copied)[name] = type(value)()
 
     def plain(x: Tensor) -> Tensor:
-        """Those made in inference mode take no part in gradients elsewhere."""
+        """A clone of tensors made in inference mode, which autograd does not accept outside of it."""
         return x.clone() if x.is_inference() else x
 
     copied._parameters = {
@@ -268,15 +268,15 @@ def _bare_copy(module: Any, dtype: torch.dtype) -> Any:
 def _make_rigids(layer: Recognised, rotation: Tensor, translation: Tensor) -> Any:
     """The rigids that a layer's forward takes.
 
-    Their class is the one that its forward is annotated with, or else one of the usual name that lies beside the layer,
-    or beside a module that it lies in, which must make them to call it.
+    Their class is the annotation of forward's `r`. Without one, it is a class with a usual name in the Python file of
+    the layer, or of a module around the layer, since that module has to make rigids to call it.
     """
     kinds = _annotated_rigids(layer.original) or _rigids_beside((layer.original, *layer.callers))
     if not kinds:
         around = " or ".join(dict.fromkeys(x.__name__ for x in (layer.original, *layer.callers)))
         raise ValueError(
             f"a forward whose r is annotated with the class of its rigids, or a Rigid or Rigid3Array in the module "
-            f"that defines {around}, was expected; there is none"
+            f"that defines {around}, was expected; there is neither"
         )
     arrays = [kind for kind in kinds if not hasattr(kind, "get_rots") and hasattr(kind, "from_tensor_4x4")]
     if arrays and (layer.settings.config.layout == "multimer" or arrays == kinds):
@@ -285,7 +285,7 @@ def _make_rigids(layer: Recognised, rotation: Tensor, translation: Tensor) -> An
     rotations = vars(sys.modules[rigid.__module__]).get("Rotation")
     if rotations is None:
         raise ValueError(
-            f"a Rotation was expected in {rigid.__module__}, which {rigid.__name__} is made of; there is none"
+            f"a class Rotation was expected in {rigid.__module__}, to make a {rigid.__name__}; there is none"
         )
     return rigid(rotations(rot_mats=rotation, quats=None), translation)
 
@@ -294,7 +294,7 @@ def _annotated_rigids(original: Any) -> list[Any]:
     """The classes that a forward's `r` may be of, by its annotation."""
     try:
         annotation = inspect.signature(original.forward, eval_str=True).parameters["r"].annotation
-    except Exception:  # some name that only type checkers import
+    except Exception:  # a name that only type checkers import
         return []
     named = typing.get_args(annotation) or (annotation,)
     return [x for x in named if isinstance(x, type) and _is_rigid(x)]
@@ -305,7 +305,7 @@ def _is_rigid(kind: type) -> bool:
 
 
 def _rigids_beside(kinds: Iterable[type]) -> list[Any]:
-    """Classes called `Rigid` or `Rigid3Array` in the modules that define these, or in what those import as modules."""
+    """Classes named `Rigid` or `Rigid3Array` in the modules that define `kinds`, or in modules that those import."""
     names = [x.__module__ for kind in kinds for x in kind.__mro__]
     for name in dict.fromkeys(x for x in names if x in sys.modules):
         own = vars(sys.modules[name])

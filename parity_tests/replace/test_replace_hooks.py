@@ -64,7 +64,7 @@ def test_a_class_or_a_forward_on_top_must_go_first():
     layer.__class__ = type("Sharded", (ours,), {})
     with pytest.raises(ValueError, match=r"second: .* it is a Sharded"):
         ipa_torch.restore_ipa(model)
-    assert "since it was replaced: Sharded" in ipa_torch.replace_ipa(model, verify=False).left_alone["second"]
+    assert "changed to Sharded after it was replaced" in ipa_torch.replace_ipa(model, verify=False).left_alone["second"]
     assert isinstance(model["first"], ours)
     layer.__class__ = ours
     torch.nn.utils.parametrize.register_parametrization(layer, "head_weights", nn.Identity())
@@ -86,7 +86,7 @@ def test_hooks_are_called_or_the_call_raises():
     for of in ("linear_b", "down_z", "softmax", "dropout"):
         for register in registers:
             hook = getattr(layer.get_submodule(of), register)(lambda *_: None)
-            with pytest.raises(NotImplementedError, match=rf"{of} has (backward )?hooks, which would not be seen"):
+            with pytest.raises(NotImplementedError, match=rf"{of} has (backward )?hooks, which would have no effect"):
                 layer(*arguments)
             hook.remove()
         whole, part = layer.get_submodule(of), nn.Identity()
