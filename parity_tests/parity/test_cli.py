@@ -87,7 +87,7 @@ def test_untrained_weights_are_refused(tmp_path, capsys):
     name = "output_projection/weights"
     replace(weights, arrays={**weights.arrays, name: 0 * weights.arrays[name]}).save(tmp_path / "fresh.npz")
     said = refused(["--weights", str(tmp_path / "fresh.npz")], capsys)
-    assert "output_projection is zero, as an untrained model's" in said
+    assert "output_projection is zero, as in an untrained model" in said
 
 
 def test_a_preset_tells_the_norm_that_a_file_cannot(tmp_path):
@@ -132,8 +132,8 @@ def test_a_structure_module_layer_by_layer(capsys, structures_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--residues", "9"], "leave --residues out"),
-        (["--dtype", "bfloat16"], "compared in float32 and float64; got --dtype bfloat16"),
+        (["--residues", "9"], "leave out --residues"),
+        (["--dtype", "bfloat16"], "takes --dtype float32 or float64; got bfloat16"),
         (["--preset", "lucidrains"], "has the presets alphafold2, alphafold-multimer, esmfold; got lucidrains"),
     ],
 )
@@ -160,13 +160,13 @@ def test_one_framework_alone_is_said(capsys, monkeypatch):
     arguments = ["--residues", "9", "--preset", "lucidrains", "--require", "torch", "--quiet"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "torch only: the other framework, which judges float64 gradients, is not installed" in printed
+    assert "torch only: the other framework, the reference of float64 gradients, is not installed" in printed
     arguments = [*arguments, "--dtype", "float64", "--json"]
     assert cli.main(arguments) == 0
     assert not any("gradient" in row["stage"] for row in json.loads(capsys.readouterr().out)["comparisons"])
     arguments = ["--module", "structure-module", "--require", "torch", "--dtype", "float64", "--quiet", "--json"]
     assert cli.main([*arguments, "--preset", "esmfold", "--no-gradients"]) == 2
-    assert "nothing was compared: torch alone has nothing to be held against in float64" in capsys.readouterr().err
+    assert "nothing was compared: torch alone has no reference in float64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_one_framework_alone_is_said(capsys, monkeypatch):
     [
         (["--structure", "nowhere.pdb"], "no such file: nowhere.pdb"),
         (["--weights", "nowhere.npz"], "no such file: nowhere.npz"),
-        (["--structure", "x.pdb", "--residues", "9"], "--structure brings its own residues"),
+        (["--structure", "x.pdb", "--residues", "9"], "--structure has its own residues"),
         (["--residues", "many"], "must be a whole number; got 'many'"),
-        (["--residues", "1"], "must be at least 2, for a residue alone has only itself to see; got 1"),
+        (["--residues", "1"], "must be at least 2, so that residues can attend to each other; got 1"),
         (["--preset", "alphafold9"], "invalid choice"),
         (["--require", "jax,tensorflow"], "--require takes jax, torch or both, as jax,torch; got tensorflow"),
     ],
