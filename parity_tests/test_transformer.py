@@ -186,7 +186,7 @@ def test_their_transformer_is_ours_in_its_own_order(package, each, predict_point
                 assert np.abs(mine[name] - x).max() <= 1e-10 * scale, name
 
 
-def test_the_right_order_is_another_function_and_said_to_be():
+def test_the_equivariant_order_converts_only_as_an_allowed_loss():
     config = replace(TRANSFORMERS["original order"], original_composition_order=False)
     weights = Weights.random(config)
     with pytest.raises(ValueError, match="--allow-lossy composition_order"):

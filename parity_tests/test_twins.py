@@ -64,7 +64,7 @@ ONLY_IN_ONE = {
             "Recognised.where",
         )
     },
-    "attention.rows.LANES": "XLA's products on CPU want padded heads",
+    "attention.rows.LANES": "XLA's products on CPU need padded heads",
     "attention.rows.SMALLEST_WEIGHT": "subnormal numbers slow torch's products on CPU",
     "attention.rows.Blocks.scratch": "XLA finds memory itself",
     "attention.operands.Operands.example": "torch takes one example after the other, …",

@@ -84,7 +84,7 @@ def test_padding_changes_no_valid_row(run, dtype):
 def mirrored_coordinates(case: Case) -> Case:
     """Frames of the mirrored atoms: by Alg. 21, R → M·R·diag(1, 1, −1), t → M·t.
 
-    The frame's third axis is a cross product, which a mirror turns about.
+    The frame's third axis is a cross product, which a mirror inverts.
     """
     flip = np.diag([1.0, 1.0, -1.0])
     return replace(case, rotation=MIRROR @ case.rotation @ flip, translation=case.translation @ MIRROR)
