@@ -28,7 +28,7 @@ def torch_is_at_least(version: str) -> bool:
 
 def needs_torch(version: str) -> pytest.MarkDecorator:
     """Skips a test that an older PyTorch's Dynamo cannot trace (see docs/versions.md)."""
-    return pytest.mark.skipif(not torch_is_at_least(version), reason=f"wants the Dynamo of PyTorch {version}")
+    return pytest.mark.skipif(not torch_is_at_least(version), reason=f"needs the Dynamo of PyTorch {version}")
 
 
 class Jax:

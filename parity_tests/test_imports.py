@@ -64,7 +64,7 @@ import torch
 before = set(sys.modules)
 import ipa_torch
 compilers = {"torch._dynamo", "torch._inductor"}
-compilers |= {"sympy"} if torch.__version__ >= (2, 8) else set()  # whose own operators want it before
+compilers |= {"sympy"} if torch.__version__ >= (2, 8) else set()  # before 2.8 torch's own operators need it
 heavy = compilers & (set(sys.modules) - before)
 assert not heavy, heavy
 """

@@ -143,7 +143,7 @@ def test_to_quaternion_is_right_and_smooth_everywhere(framework):
 
 
 def test_gradient_of_to_quaternion(framework):
-    """Against central differences along rotations, where the quaternion is defined."""
+    """The gradient agrees with central differences along rotations, where the quaternion is defined."""
     rng = np.random.default_rng(5)
     rotation = random_rotations(rng, (20,))
     generator = np.cross(np.eye(3), rng.standard_normal(3))

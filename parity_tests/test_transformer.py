@@ -32,7 +32,7 @@ from ipa_parity.frameworks import installed_frameworks
     [*((name, (RESIDUES,)) for name in [*BLOCKS, *TRANSFORMERS]), ("post-norm", (2, 7)), ("plain", (2, 7))],
 )
 def test_the_twins_agree_outputs_and_gradients(name, shape):
-    """In float64, where no ReLU flips."""
+    """The comparison is in float64, where no ReLU flips."""
     if len(installed_frameworks()) < 2:
         pytest.skip("one of the frameworks is not installed")
     config = (BLOCKS | TRANSFORMERS)[name]
