@@ -1,4 +1,4 @@
-# Each target sets up what it needs; a machine with Python 3.11+, pip and make is enough.
+# Every target installs what it needs; Python 3.11+, pip and make are enough.
 PYTHON ?= python3
 comma := ,
 RESIDUES ?= 256 512 1024 2048 4096 8192
@@ -19,7 +19,7 @@ parity: .venv/.runtime
 test: .venv/.dev
 	$(PYTEST) -m 'not exhaustive'
 
-# What `test` leaves out, other sizes and combinations, compiled with XLA's optimisations: ten minutes more.
+# The sizes and combinations that `test` leaves out, compiled with XLA's optimisations: ten minutes more.
 test-all: .venv/.dev
 	XLA_FLAGS= $(PYTEST) -m exhaustive
 
@@ -33,7 +33,7 @@ bench: .venv/.bench
 	$(BIN)/python -m benchmarks --residues 64 128 256 512 1024
 	$(BIN)/python -m benchmarks --module structure-module --residues 512
 
-# Long: RESIDUES=1024 measures less. With PYTHON=python3 that interpreter's own packages are used, and nothing is installed.
+# Takes long; RESIDUES=1024 measures less. PYTHON=python3 uses the packages of that interpreter and installs nothing.
 gpu: $(if $(filter file,$(origin PYTHON)),.venv-gpu/.ready)
 	$(ON_GPU) -m pytest parity_tests/attention/test_fused_compiled.py -m gpu --require=gpu -W default; tested=$$?; \
 	$(ON_GPU) -m benchmarks.gpu --residues $(RESIDUES) --save gpu.json --plot gpu.png && exit $$tested
@@ -41,7 +41,7 @@ gpu: $(if $(filter file,$(origin PYTHON)),.venv-gpu/.ready)
 docs: .venv/.dev
 	$(BIN)/python docs/build_tutorial.py
 
-# The suite under the oldest and newest versions of Python, JAX and PyTorch: an hour and 30 GB, or 5 with CPU builds.
+# Runs the suite under the oldest and newest versions of Python, JAX and PyTorch: an hour and 30 GB (5 GB with CPU builds).
 compat: .venv/.compat
 	$(BIN)/nox
 
@@ -54,14 +54,14 @@ setup: .venv/.dev
 	$(PIP) install --constraint constraints.txt --editable '.[jax,torch,structures]'
 	touch $@
 
-# alphafold-colabfold imports colabfold-kernels without declaring it, and its declared requirements are more
-# than its folding code needs.
+# --no-deps because alphafold-colabfold declares more than its folding code needs; it imports colabfold-kernels
+# without declaring it.
 .venv/.dev: .venv/.runtime
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	$(PIP) install --constraint constraints.txt --no-deps alphafold-colabfold colabfold-kernels
 	touch $@
 
-# CUDA builds of torch and jax; torch pins its own Triton.
+# With CUDA builds of torch and jax. The pin of Triton is left out because torch requires its own version.
 .venv-gpu/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-gpu
 	grep -v '^triton==' constraints.txt > .venv-gpu/constraints.txt

@@ -1,9 +1,9 @@
-"""The suite under the oldest and the newest versions that users have: `make compat`.
+"""Runs the suite under the oldest and the newest versions that users have: `make compat`.
 
-Every pair of JAX and PyTorch gets an environment of its own, in `.nox`, with what
-`pip install '.[jax,torch,structures]'` installs there. The peers are not in it, and tests that want one are skipped:
-`make test` runs them. PyTorch's CUDA builds take 6 GB of disk a pair; where there is no GPU, `TORCH_INDEX` names an
-index of CPU builds.
+Every pair of JAX and PyTorch gets an environment of its own, in `.nox`, with the packages of
+`pip install '.[jax,torch,structures]'`. Other published implementations are not installed, and tests that need them are
+skipped; `make test` runs those. PyTorch's CUDA builds take 6 GB of disk a pair. On a machine without a GPU, set
+`TORCH_INDEX` to an index of CPU builds.
 """
 
 import json
@@ -32,9 +32,9 @@ PAIRS = {
     "newest-jax": ("3.12", "newest", "oldest"),
     "newest-torch": ("3.13", "oldest", "newest"),
     "newest": ("3.13", "newest", "newest"),
-    "between": ("3.12", "0.11.2", "2.11.0"),  # what a GPU machine had in November 2026
+    "between": ("3.12", "0.11.2", "2.11.0"),  # the versions of a GPU machine in November 2026
 }
-"""The Python, JAX and PyTorch of each session; `make test` has the pins of constraints.txt under any Python."""
+"""Versions of Python, JAX and PyTorch by session; `make test` uses the pins of constraints.txt under any Python."""
 
 
 def oldest(requirements: list[str]) -> list[str]:
@@ -43,19 +43,19 @@ def oldest(requirements: list[str]) -> list[str]:
 
 
 def requirements(jax: str, torch: str) -> list[str]:
-    """What to install for one pair: the declared floors, the newest, or a version."""
+    """Requirements of one pair: the lowest declared versions, the newest, or a given version."""
     pins = []
     if jax == torch == "oldest":
         needed = [
             x for x in DECLARED["dependencies"] if not x.startswith(("numpy", "ml_dtypes"))
-        ]  # JAX wants newer ones
+        ]  # JAX needs newer ones
         pins += oldest(needed + EXTRAS["structures"])
     for extra, version in (("jax", jax), ("torch", torch)):
         pins += [] if version == "newest" else oldest(EXTRAS[extra]) if version == "oldest" else [f"{extra}=={version}"]
     return pins
 
 
-if shutil.which("pyenv"):  # whose commands of other versions answer only if told
+if shutil.which("pyenv"):  # pyenv runs another version only if PYENV_VERSION lists it
     installed = subprocess.run(["pyenv", "versions", "--bare"], capture_output=True, text=True).stdout.split()
     wanted = {version for version, _, _ in PAIRS.values()}
     os.environ.setdefault("PYENV_VERSION", ":".join(x for x in installed if x.rpartition(".")[0] in wanted))
@@ -105,7 +105,7 @@ for _name, (_python, _, _) in PAIRS.items():
 
 @nox.session(venv_backend="none")
 def table(session: nox.Session) -> None:
-    """Prints what the pairs came to, for docs/versions.md."""
+    """Prints the results of all pairs as the table of docs/versions.md."""
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     columns = ("python", *SHOWN, "passed", "skipped", "failed", "minutes")
     print("| pair |", " | ".join(columns), "|")

@@ -1,1 +1,1 @@
-"""Speed side by side with published implementations; nothing is printed unless parity holds."""
+"""Speed and memory beside published implementations; no result is printed unless parity holds."""

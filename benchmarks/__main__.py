@@ -1,7 +1,7 @@
-"""Time and peak memory of our attention or structure module beside published ones, once parity holds.
+"""Time and peak memory of our attention or structure module beside published ones; parity is checked first.
 
-Times are taken in one process, all systems in turn, and compared turn by turn: machines are shared, and only
-neighbours in time are comparable. Memory is each call's peak above its inputs, in a process of its own.
+Times are measured in one process, all systems in turn, and compared turn by turn: on a shared machine only times
+measured right after each other are comparable. Memory is each call's peak above its inputs, in a process of its own.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from ipa_parity.attention.judge import judge
 from ipa_parity.attention.stages import RUNNERS
 
 HEADROOM = 1.1
-"""Of the memory that a call is known to need, before it is timed; beside as much as the others keep."""
+"""A call is timed only if this multiple of its measured memory, plus `KEPT`, is available."""
 
 KEPT = 3 << 30
-"""Bytes that allocators of other systems may hold on to."""
+"""Bytes that the allocators of other systems may still hold."""
 
 FEWEST_TURNS, LONG_ENOUGH = 3, 120.0
-"""After so many turns and seconds no more are taken."""
+"""Timing stops after this many turns once this many seconds have passed."""
 
 
 def main() -> int:
-    """Runs the gate, then measures; 1 if the gate fails."""
+    """Checks parity, then measures. Returns the exit status: 1 if parity fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--module", choices=MODULES, default="ipa")
     parser.add_argument("--residues", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--system", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--system", nargs="+", metavar="NAME", help="measure only these systems (default: all)")
     parser.add_argument("--direction", choices=DIRECTIONS, nargs="+", default=DIRECTIONS)
     parser.add_argument("--only", choices=["time", "memory"], help="measure one of the two")
     parser.add_argument("--json", action="store_true", help="print everything that was measured as JSON")
-    parser.add_argument("--save", metavar="FILE", help="write that JSON to a file too")
-    parser.add_argument("--plot", metavar="FILE", help="draw time and memory over residues")
+    parser.add_argument("--save", metavar="FILE", help="also write that JSON to this file")
+    parser.add_argument("--plot", metavar="FILE", help="plot time and memory over residues into this image file")
     args = parser.parse_args()
     systems = [s for s in MODULES[args.module] if args.system is None or s.name in args.system]
     if args.system and len(systems) < len(set(args.system)):
@@ -62,7 +62,7 @@ def main() -> int:
         for direction in args.direction:
             rows += measure(args.module, systems, residues, direction, args.repeats, args.only)
             report = {"module": args.module, "machine": machine, "rows": rows}
-            save(report, args.save)  # as it grows: the next may be more than the machine bears
+            save(report, args.save)  # after each step, because the next may exhaust the machine
     if args.plot:
         from benchmarks import plot
 
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def gate() -> Iterator[str]:
-    """Comparisons of either implementation that are out of their bounds."""
+    """Comparisons, of the streamed and the reference attention, that exceed their bounds."""
     for implementation in ("streamed", "reference"):
         runners = {name: partial(run, implementation=implementation) for name, run in RUNNERS.items()}
         for make in (CATALOGUE["alphafold2"], CATALOGUE["alphafold-multimer"]):
@@ -83,7 +83,7 @@ def gate() -> Iterator[str]:
 def measure(
     module: str, systems: list[System], residues: int, direction: str, repeats: int, only: str | None
 ) -> list[dict]:
-    """A row per system: bytes, seconds, and the ratios of both to the published system of its framework."""
+    """One row per system: bytes, seconds, and the ratios of both to the published system of its framework."""
     rows: list[dict[str, Any]] = [
         {"residues": residues, "direction": direction, "system": s.name, "framework": s.framework, "against": s.against}
         for s in systems
@@ -110,7 +110,7 @@ def measure(
 
 
 def time_all(rows: list[dict], systems: list[System], residues: int, direction: str, repeats: int) -> None:
-    """Adds every turn's seconds to the rows of systems that fit in memory."""
+    """Adds the seconds of every turn to the rows of systems that fit in memory."""
     inputs, calls = Inputs.draw(residues), {}
     for row, system in zip(rows, systems, strict=True):
         row["times"] = []

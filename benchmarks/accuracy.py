@@ -1,7 +1,7 @@
-"""The streamed attention's float32 error against the reference's, both held against the reference in float64.
+"""The float32 error of the streamed attention beside that of the reference; the truth is the reference in float64.
 
-`python -m benchmarks.accuracy --structure protein.pdb`: Euclidean errors of whole-module outputs and gradients over
-those of the values, in eps; a gradient's row is the one where streaming does worst by comparison.
+`python -m benchmarks.accuracy --structure protein.pdb` prints Euclidean errors of the whole module's output and
+gradients, over the Euclidean norm of the values, in eps. Of the gradients it prints the one with the highest ratio.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ipa_parity.attention.stages import RUNNERS
 
 
 def main() -> int:
-    """Prints a table; 1 if streaming errs more than twice (in a gradient three times) as much as the reference."""
+    """Prints a table. Returns 1 if streaming errs over twice (in a gradient three times) as much as the reference."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    parser.add_argument("--residues", type=int, default=256, help="of random frames")
-    parser.add_argument("--structure", nargs="*", default=[], metavar="FILE", help="proteins: PDB or mmCIF")
+    parser.add_argument("--residues", type=int, default=256, help="number of random frames (default: %(default)s)")
+    parser.add_argument("--structure", nargs="*", default=[], metavar="FILE", help="proteins to add, as PDB or mmCIF")
     args = parser.parse_args()
     of_text, of_numbers = ("case", "framework", "what"), ("streamed", "reference", "ratio")
     print(*markdown_head(*((x, TEXT) for x in of_text), *((x, NUMBER) for x in of_numbers)), sep="\n")
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def cases(residues: int, structures: list[str]) -> Iterator[Callable[[], Case]]:
-    """Random frames near, far apart and far away, and proteins, in AlphaFold 2's sizes."""
+    """Cases of AlphaFold 2's sizes: random frames close together, far apart and far from the origin, and proteins."""
     config, shape = IPAConfig.alphafold2(), (residues,)
     yield partial(make_case, "random frames", config, shape)
     yield partial(make_case, "spread ±100", config, shape, spread=100.0, cluster=4)

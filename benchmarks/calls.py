@@ -1,6 +1,6 @@
-"""Calls of an implementation on fixed inputs, forwards and backwards, in either framework.
+"""Calls of an implementation on fixed inputs, forward only or with backward, in either framework.
 
-Backwards means gradients of the outputs' squared sum to what an implementation's inputs and parameters are.
+The backward pass computes gradients of the sum of squared outputs to the implementation's inputs and parameters.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ FORWARD, BACKWARD = "forward", "forward + backward"
 DIRECTIONS = (FORWARD, BACKWARD)
 
 Call = Callable[[], Any]
-"""It returns when its result is there; on a GPU, PyTorch's when its work is launched."""
+"""A call returns when its result is ready; with PyTorch on a GPU it returns as soon as its work is launched."""
 
 Calls = Mapping[str, Callable[[], Call]]
-"""By direction, what makes a call ready."""
+"""For each direction, a function that prepares a call."""
 
 
 def torch_calls(forward: Callable[[], Sequence[Any]], leaves: Sequence[Any]) -> Calls:
-    """A function that returns outputs, and what gradients are taken of, None aside."""
+    """Calls of `forward`, which returns outputs, and of its gradients to the leaves that are not None."""
     import torch
 
     wanted = [x for x in leaves if x is not None]
@@ -35,7 +35,7 @@ def torch_calls(forward: Callable[[], Sequence[Any]], leaves: Sequence[Any]) -> 
 
 
 def jax_calls(forward: Callable[..., Any], leaves: tuple[Any, ...], others: tuple[Any, ...] = ()) -> Calls:
-    """A function of what gradients are taken of and of what not, under jit."""
+    """Calls under jit of `forward(*leaves, *others)`, and of its gradients to the leaves."""
     import jax
 
     def call(leaves: tuple[Any, ...], others: tuple[Any, ...]) -> Any:
@@ -49,7 +49,7 @@ def jax_calls(forward: Callable[..., Any], leaves: tuple[Any, ...], others: tupl
 
 
 class CompiledByJax:
-    """A call of a function that is compiled, which knows what memory XLA planned."""
+    """A call of a compiled function, with the memory that XLA planned for it."""
 
     def __init__(self, function: Callable[..., Any], *inputs: Any) -> None:
         import jax
@@ -59,30 +59,30 @@ class CompiledByJax:
 
     @property
     def planned_bytes(self) -> int:
-        """Bytes of temporaries and outputs; 0 where XLA does not say."""
+        """Bytes of temporaries and outputs; 0 where XLA does not report them."""
         plan = self.compiled.memory_analysis()
         return int(plan.temp_size_in_bytes + plan.output_size_in_bytes) if plan else 0
 
     def launch(self) -> Any:
-        """Calls, without waiting for the result."""
+        """Starts the call without waiting for its result."""
         return self.compiled(*self.inputs)
 
     def __call__(self) -> Any:
-        """Calls, and waits."""
+        """Runs the call and waits for its result."""
         import jax
 
         return jax.block_until_ready(self.launch())
 
 
 def as_torch(x: Any) -> Any:
-    """A tensor of the same memory; one of PyTorch's as it is."""
+    """A tensor that shares the array's memory; a tensor is returned as it is."""
     import torch
 
     return x if isinstance(x, torch.Tensor) else torch_tensor(x)
 
 
 def as_jax(x: Any) -> Any:
-    """An array of the same memory, of a tensor of PyTorch's; anything else as it is."""
+    """A JAX array that shares a tensor's memory; anything but a tensor is returned as it is."""
     if not hasattr(x, "detach"):
         return x
     import jax

@@ -1,4 +1,4 @@
-"""Times side by side: the machines are shared, and only ratios of neighbours mean anything."""
+"""Times of calls measured side by side: on a shared machine only ratios of such times mean anything."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from benchmarks.calls import Call, CompiledByJax
 
 AT_LEAST = 0.2
-"""Seconds that a turn lasts: short calls are repeated."""
+"""Minimum seconds of a turn; short calls are repeated until they reach it."""
 
 
 def interleaved(ours: Call, theirs: Call, repeats: int) -> list[float]:
-    """Our time over theirs, each pair measured back to back after a warm-up: the machine's moods cancel."""
+    """Our time over theirs, each pair measured back to back after a warm-up, so that the machine's load cancels."""
     ours(), theirs()
     return [seconds(ours) / seconds(theirs) for _ in range(repeats)]
 
 
 def seconds(call: Call) -> float:
-    """Wall-clock time of a call; the median where one is so short that it is repeated."""
+    """Wall-clock time of a call; the median if the call is short and so repeated."""
     times: list[float] = []
     while sum(times) < AT_LEAST:
         times.append(once(call))
@@ -35,7 +35,7 @@ def once(call: Callable[[], Any]) -> float:
 
 
 def torch_seconds(call: Call, device: str) -> float:
-    """Time of PyTorch's call by the GPU's events; on a CPU by the clock."""
+    """Time of a PyTorch call, by the GPU's events; on a CPU by the wall clock."""
     import torch
 
     if device == "cpu":
@@ -51,7 +51,7 @@ def torch_seconds(call: Call, device: str) -> float:
 
 
 def jax_seconds(call: CompiledByJax, calls: int = 10) -> float:
-    """Time of JAX's call by the clock over several, one after the other, for one alone is shorter than its launch."""
+    """Time of a JAX call, by the wall clock over several in a row, because one call may be shorter than its launch."""
     import jax
 
     call()

@@ -1,6 +1,6 @@
-"""The attention's core, `point_attention`, on a GPU: ours, the textbook, compiled or not, and PyTorch's own attention.
+"""Calls of the attention's core, `point_attention`: ours, the textbook (eager or compiled), and PyTorch's attention.
 
-This needs PyTorch, and JAX for what is JAX's; Haiku it does not need.
+The module needs PyTorch, and JAX for the calls in JAX. It does not need Haiku.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ipa_parity.frameworks import jax_point_attention
 
 
 class Case(NamedTuple):
-    """One measurement: its length, its pair and its device."""
+    """One measurement: length, pair and device."""
 
     residues: int
     pair: str
-    """Its dtype, or "none"."""
+    """The pair's dtype, or "none"."""
     device: str
 
 
 def core_inputs(case: Case) -> dict[str, Any]:
-    """Random arguments of `point_attention` on the device; all but the mask want gradients. All systems share them."""
+    """Random arguments of `point_attention` on the device; all but the mask require gradients. Systems share them."""
     return dict(_core_inputs(case))
 
 
@@ -60,19 +60,19 @@ def _core_inputs(case: Case) -> dict[str, Any]:
 
 
 def differentiated(arrays: dict[str, Any]) -> list[Any]:
-    """The arrays that gradients are taken of."""
+    """The arrays that require gradients."""
     return [x for name, x in arrays.items() if x is not None and name != "mask"]
 
 
 def torch_attend(arrays: dict[str, Any], implementation: Implementation) -> list[Any]:
-    """Outputs of the core."""
+    """The outputs of our core in PyTorch, None left out."""
     import ipa_torch
 
     return [x for x in ipa_torch.point_attention(**arrays, implementation=implementation) if x is not None]
 
 
 def module_inputs(case: Case) -> Inputs:
-    """Random arguments of a whole attention on the device; the pair is the core's."""
+    """Random arguments of a whole attention module on the device; the pair is the one of `core_inputs`."""
     import torch
 
     c = IPAConfig.alphafold2()
@@ -90,13 +90,13 @@ def module_inputs(case: Case) -> Inputs:
 
 
 def torch_core(implementation: Implementation, case: Case) -> Calls:
-    """Our core."""
+    """Calls of our core in PyTorch."""
     arrays = core_inputs(case)
     return torch_calls(partial(torch_attend, arrays, implementation), differentiated(arrays))
 
 
 def compiled_textbook(case: Case) -> Calls:
-    """The reference under `torch.compile`."""
+    """Calls of the reference under `torch.compile`."""
     import torch
 
     torch._dynamo.reset()
@@ -106,9 +106,9 @@ def compiled_textbook(case: Case) -> Calls:
 
 
 def torch_sdpa(case: Case) -> Calls:
-    """`scaled_dot_product_attention` for the form without a pair: distances expanded into further channels.
+    """Calls of `scaled_dot_product_attention` for attention without a pair: extra channels hold the distances.
 
-    What is lost to cancellation there is not judged; queries and keys have 30 channels, values 40.
+    Queries and keys have 30 channels, values 40. The accuracy that this loses to cancellation is not checked.
     """
     import torch
     import torch.nn.functional as F
@@ -133,24 +133,24 @@ def torch_sdpa(case: Case) -> Calls:
 
 
 def in_graphs(prepare: Callable[[Case], Calls], case: Case) -> Calls:
-    """The same calls, captured and replayed."""
+    """The same calls, captured in CUDA graphs and replayed."""
     return {direction: partial(capture, ready) for direction, ready in prepare(case).items()}
 
 
 def capture(ready: Callable[[], Call]) -> Call:
-    """The call that this makes ready, to be captured at its first use."""
+    """The prepared call, to be captured in a CUDA graph at its first use."""
     return Captured(ready())
 
 
 class Captured:
-    """A call that is captured at its first use, and replayed since."""
+    """A call that is captured in a CUDA graph at its first use and replayed afterwards."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.graph: Any = None
 
     def __call__(self) -> Any:
-        """Replays."""
+        """Captures the call if needed, replays it and returns its result."""
         import torch
 
         if self.graph is None:
@@ -169,7 +169,7 @@ class Captured:
 
 
 def jax_core(implementation: Implementation, case: Case) -> Calls:
-    """Our core in JAX."""
+    """Calls of our core in JAX."""
     attend = jax_point_attention()
     arrays = {name: as_jax(x) for name, x in core_inputs(case).items()}
     mask = arrays.pop("mask")

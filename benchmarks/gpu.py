@@ -1,12 +1,12 @@
-"""Time and peak memory of the attention on a GPU: ours, the textbook, compiled or not, and published classes.
+"""Time and peak memory of the attention on a GPU: ours, the textbook (eager or compiled), and published classes.
 
     python -m benchmarks.gpu [--residues 256 1024 …] [--pair float32 bfloat16] [--json] [--save FILE] [--plot FILE]
 
-AlphaFold 2's sizes. Systems take turns in one process, below 4096 residues; a PyTorch call is timed by the GPU's own
-events, a JAX call by the clock over several of them. "core" is `point_attention`, "module" the whole class with its
-projections. Shares are of what the necessary passes over the pair would take at the bandwidth of a plain copy, measured
-in the same run: one reading forwards; another and one writing backwards. What needs more memory than there is, is left
-out.
+All have AlphaFold 2's sizes. Below 4096 residues the systems take turns in one process. A PyTorch call is timed by the
+GPU's own events, a JAX call by the wall clock over several calls. "core" is `point_attention`; "module" is the whole
+class with its projections. "share" is the time that the necessary passes over the pair would take at the bandwidth of a
+plain copy, measured in the same run, over the measured time: one read in the forward pass; a second read and one write
+in the backward pass. Calls that need more memory than there is are left out.
 """
 
 from __future__ import annotations
@@ -50,32 +50,36 @@ RESIDUES = (256, 512, 1024, 2048, 4096, 8192)
 PAIRS = ("float32", "bfloat16", "none")
 
 ALONE_FROM = 4096
-"""Residues from which systems are timed one after the other: several would not fit beside each other."""
+"""From this many residues systems are timed one after the other, because several would not fit in memory."""
 
 
 class System(NamedTuple):
-    """One implementation, and what prepares its calls on a case."""
+    """One implementation, and the function that prepares its calls on a case."""
 
     name: str
     framework: str
-    """jax or torch."""
+    """Either "jax" or "torch"."""
     kind: str
-    """core or module."""
+    """Either "core" or "module"."""
     prepare: Callable[[Case], Calls]
     pairs: tuple[str, ...] = PAIRS
 
 
 def main() -> int:
-    """Runs the gate, then measures; 1 if the gate fails."""
+    """Checks parity, then measures. Returns the exit status: 1 if parity fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--residues", type=int, nargs="+", default=RESIDUES)
-    parser.add_argument("--pair", choices=PAIRS, nargs="+", default=PAIRS, help="its dtype")
-    parser.add_argument("--system", nargs="+", metavar="NAME", help="only these (default: all)")
-    parser.add_argument("--repeats", type=int, default=11, help="turns of each; medians are shown (default: 11)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the command out")
+    parser.add_argument("--pair", choices=PAIRS, nargs="+", default=PAIRS, help="dtypes of the pair (default: all)")
+    parser.add_argument("--system", nargs="+", metavar="NAME", help="measure only these systems (default: all)")
+    parser.add_argument("--repeats", type=int, default=11, help="number of turns; medians are shown (default: 11)")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu only tries the command out (default: cuda)"
+    )
     parser.add_argument("--json", action="store_true", help="print everything that was measured as JSON")
-    parser.add_argument("--save", metavar="FILE", help="write that JSON to a file too")
-    parser.add_argument("--plot", metavar="FILE", help="draw time and memory over residues, float32 pair")
+    parser.add_argument("--save", metavar="FILE", help="also write that JSON to this file")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="plot time and memory over residues for the float32 pair into this image file"
+    )
     args = parser.parse_args()
     import torch
 
@@ -94,7 +98,7 @@ def main() -> int:
     for residues in args.residues:
         for pair in args.pair:
             rows += measure(systems, Case(residues, pair, args.device), args.repeats, machine["bytes"])
-            save({"machine": machine, "rows": rows}, args.save)  # as it grows: the next may be more than there is
+            save({"machine": machine, "rows": rows}, args.save)  # after each step, because the next may exhaust memory
     if args.plot:
         from benchmarks import plot
 
@@ -104,12 +108,12 @@ def main() -> int:
 
 
 def whole(prepare: Callable[[Inputs], Calls], case: Case) -> Calls:
-    """The calls of a whole attention on a case."""
+    """The calls of a whole attention module on a case."""
     return prepare(module_inputs(case))
 
 
 def available(device: str) -> tuple[list[System], list[str]]:
-    """What can be measured here, and what cannot for want of a package or a GPU."""
+    """The systems that can be measured here, and reasons for those that lack a package or a GPU."""
     has = {name: importlib.util.find_spec(name) is not None for name in ("jax", "haiku", "alphafold", "transformers")}
     systems, absent = [], []
     for implementation in ("fused", "streamed"):
@@ -150,12 +154,12 @@ def available(device: str) -> tuple[list[System], list[str]]:
 
 
 def can_fuse(device: str) -> bool:
-    """True where the kernels run: on a GPU, or on a CPU in the interpreters, with TRITON_INTERPRET=1."""
+    """True where the kernels can run: on a GPU, or with TRITON_INTERPRET=1 in the interpreters on a CPU."""
     return device == "cuda" or let_interpreters_run()
 
 
 def let_interpreters_run() -> bool:
-    """Tells both twins that kernels are interpreted, where TRITON_INTERPRET=1 says so; True if it does."""
+    """Makes ipa_torch and ipa_jax interpret their kernels if TRITON_INTERPRET=1 is set; returns True if it is."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return False
     from ipa_torch.attention import fused
@@ -169,7 +173,7 @@ def let_interpreters_run() -> bool:
 
 
 def gate(device: str) -> Iterator[str]:
-    """Comparisons of the cores' outputs with the textbook in float64 that are out of their bounds."""
+    """Comparisons of the cores' outputs with the textbook in float64 that exceed their bounds."""
     import torch
 
     for pair in ("float32", "bfloat16"):
@@ -199,7 +203,7 @@ def gate(device: str) -> Iterator[str]:
 
 
 def bandwidth(device: str) -> dict[str, Any]:
-    """Bytes a second of a plain copy, read and written; and what the device is."""
+    """Bytes per second that a plain copy reads and writes, and the names of the device and of PyTorch's version."""
     import torch
 
     source = torch.empty(1 << (30 if device == "cuda" else 26), dtype=torch.uint8, device=device)
@@ -210,7 +214,7 @@ def bandwidth(device: str) -> dict[str, Any]:
 
 
 def measure(systems: list[System], case: Case, repeats: int, copied: float) -> list[dict]:
-    """Medians of turns in which every system is called once."""
+    """One row per system and direction; seconds are medians over turns that call every system once."""
     rows = []
     width = IPAConfig.alphafold2().pair_channel or 0
     size = case.residues**2 * width * {"float32": 4, "bfloat16": 2, "none": 0}[case.pair]
@@ -241,7 +245,7 @@ def measure(systems: list[System], case: Case, repeats: int, copied: float) -> l
 
 
 def in_turn(systems: list[System], case: Case, direction: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every turn, by system; none of what finds no memory beside the others."""
+    """Seconds of every turn, by system; systems that do not fit in memory beside the others are left out."""
     ready = {system.name: memory.attempt(partial(prepared, system, case, direction)) for system in systems}
     seconds: dict[str, list[float]] = {name: [] for name, call in ready.items() if call is not None}
     clocks: dict[str, Callable[[Any], float]] = {
@@ -261,20 +265,22 @@ def in_turn(systems: list[System], case: Case, direction: str, repeats: int) -> 
 
 
 def prepared(system: System, case: Case, direction: str) -> Call:
-    """A call that was made once: what is compiled or captured at first use is."""
+    """A call that has run once, so that compiling and capturing are done."""
     call = system.prepare(case)[direction]()
     call()
     return call
 
 
 def peak(system: System, case: Case, direction: str) -> int | None:
-    """Bytes above the inputs: as PyTorch's allocator saw, or as XLA planned; None where there are not enough."""
+    """Bytes above the inputs, by PyTorch's allocator or XLA's plan; None where there is not enough memory."""
     call = memory.attempt(partial(prepared, system, case, direction))
     if call is None:
         return None
     if isinstance(call, CompiledByJax):
         return call.planned_bytes
-    if isinstance(call, Captured) or case.device == "cpu":  # a graph keeps what the call needs, which is told beside it
+    if (
+        isinstance(call, Captured) or case.device == "cpu"
+    ):  # a graph keeps its memory; the row of the plain call shows how much
         return 0
     found = memory.peak_on_gpu(call)
     del call

@@ -1,4 +1,4 @@
-"""What importing a package adds to importing its framework: `python -m benchmarks.import_time`."""
+"""Seconds that importing a package adds to importing its framework: `python -m benchmarks.import_time`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ print(time.perf_counter() - started)
 
 
 def main() -> int:
-    """Prints the least seconds of five fresh interpreters."""
+    """Prints the minimum and the range over five fresh interpreters."""
     for package, framework in (("ipa_jax", "jax, haiku"), ("ipa_torch", "torch")):
         command = [sys.executable, "-c", SCRIPT.format(package=package, framework=framework)]
         runs = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]

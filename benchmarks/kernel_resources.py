@@ -1,4 +1,4 @@
-"""What the kernels take of a GPU, by compiling them for one: registers, spills and shared memory. No GPU is needed.
+"""Registers, spills and shared memory that the GPU kernels use, found by compiling them. This needs no GPU.
 
 python -m benchmarks.kernel_resources [--target sm_80 sm_90] [--pair-channel 32 64 128 256] [--json]
 """
@@ -34,7 +34,7 @@ ALPHAFOLD = Sizes(1, 1024, 12, 16, 12, 40, 128)
 WIDEST = ALPHAFOLD._replace(channels=MAX_CHANNELS, coordinates=MAX_COORDINATES, values=MAX_VALUES)
 
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10}
-"""Bytes that one program may have (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+"""Bytes that one program may use (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 
 
 class Resources(NamedTuple):
@@ -48,15 +48,15 @@ class Resources(NamedTuple):
     """Channels of a head."""
     warps: int
     registers: int
-    """A thread's, of 255."""
+    """Registers per thread, of at most 255."""
     spilled: int
-    """Bytes of a thread that lie in memory for want of registers."""
+    """Bytes per thread that did not fit in registers and lie in memory."""
     shared: int
-    """Bytes."""
+    """Bytes of shared memory."""
 
 
 def measure(kernel: str, target: str, pair_dtype: str | None, sizes: Sizes, *, backward: bool = True) -> Resources:
-    """Compiles a kernel for a target and reads what came out."""
+    """Compiles a kernel for a target and reads the resources that the compiled code uses."""
     function, tile = KERNELS[kernel], tiles(kernel, sizes, pair_dtype)
     has_pair = pair_dtype is not None
     options = {"has_mask": True, "backward": backward, "d_pair": has_pair, "interpret": False}
@@ -98,7 +98,7 @@ def measure(kernel: str, target: str, pair_dtype: str | None, sizes: Sizes, *, b
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    """As `cuobjdump` tells it, which Triton brings along."""
+    """Resources by name, as printed by `cuobjdump`, which Triton includes."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -108,7 +108,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def every(targets: list[str], pair_channels: Sequence[int] = PAIR_CHANNELS) -> list[Resources]:
-    """All kernels for AlphaFold's sizes, those of the pair for every kind of it, the others for wide heads."""
+    """All kernels at AlphaFold's sizes: those of the pair for every kind of pair, the others for wide heads too."""
     found = []
     for target in targets:
         for kernel in KERNELS:
@@ -122,7 +122,7 @@ def every(targets: list[str], pair_channels: Sequence[int] = PAIR_CHANNELS) -> l
 
 
 def table(found: list[Resources]) -> str:
-    """For people."""
+    """The resources as a text table."""
     lines = ["kernel           target  pair      c_z  head  warps  registers  spilled    shared", "-" * 81]
     lines += [
         f"{x.kernel:16} {x.target:7} {x.pair_dtype:9} {x.pair_channel or '':3}  {x.channels:4}  {x.warps:5}  "
@@ -133,14 +133,14 @@ def table(found: list[Resources]) -> str:
 
 
 def main() -> None:
-    """Compiles and prints."""
+    """Compiles the kernels and prints what they use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", nargs="+", default=list(SHARED_MEMORY), help="compute capabilities")
-    parser.add_argument("--pair-channel", nargs="+", type=int, default=PAIR_CHANNELS, help="widths of the pair")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--target", nargs="+", default=list(SHARED_MEMORY), help="compute capabilities to compile for")
+    parser.add_argument("--pair-channel", nargs="+", type=int, default=PAIR_CHANNELS, help="channels of the pair")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
+        raise SystemExit("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it")
     found: list[Any] = every(args.target, args.pair_channel)
     print(json.dumps([x._asdict() for x in found], indent=1) if args.json else table(found))
 

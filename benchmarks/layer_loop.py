@@ -1,4 +1,4 @@
-"""The structure module's layers under `hk.scan` against the same unrolled: what compiles faster, and what runs so.
+"""Compile time and run time of the structure module's layers under `hk.scan`, against the same layers unrolled.
 
 `python -m benchmarks.layer_loop --residues 128 384`
 """
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def compile_with(scan: Callable, residues: int, direction: str) -> tuple[Call, float]:
-    """A call of AlphaFold 2's structure module with that loop, and the seconds that compiling it took."""
+    """A call of AlphaFold 2's structure module with `scan` as its loop, and the seconds that compiling it took."""
     config = StructureModuleConfig.alphafold2()
     rng = np.random.default_rng(0)
     single = jnp.asarray(rng.standard_normal((residues, config.num_channel)), jnp.float32)
@@ -73,7 +73,7 @@ def compile_with(scan: Callable, residues: int, direction: str) -> tuple[Call, f
 
 
 def unrolled(function: Callable, carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
-    """`hk.scan` as a Python loop."""
+    """`hk.scan` written as a Python loop."""
     outputs = []
     for i in range(length):
         carry, output = function(carry, None if xs is None else xs[i])

@@ -1,6 +1,6 @@
-"""Peak memory of one call above its inputs: on a CPU each in a process of its own, on a GPU as its allocator saw it.
+"""Peak memory of one call above its inputs: on a CPU in a process of its own, on a GPU by PyTorch's allocator.
 
-`python -m benchmarks.memory ipa "ipa_torch" 1024 "forward"` measures one, and prints a line of JSON.
+`python -m benchmarks.memory ipa "ipa_torch" 1024 "forward"` measures one call and prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ OUT_OF_MEMORY = (
     "alloc_failed",
     "out of memory",
 )
-"""By these words PyTorch, XLA, CUDA and the CPU's allocators complain."""
+"""Words by which error messages of PyTorch, XLA, CUDA and the CPU's allocators report too little memory."""
 
 
 def peak(module: str, system: str, residues: int, direction: str) -> dict | None:
-    """What `measure` tells, from a fresh process; None where there is not enough memory."""
+    """The result of `measure` in a fresh process; None where there is not enough memory."""
     command = [sys.executable, "-m", "benchmarks.memory", module, system, str(residues), direction]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     if run.returncode:
@@ -42,9 +42,10 @@ def peak(module: str, system: str, residues: int, direction: str) -> dict | None
 
 
 def measure(module: str, system: str, residues: int, direction: str) -> dict:
-    """Bytes above what is resident before the call, inputs included; and the seconds of compiling and of the call.
+    """Peak bytes above those resident before the call, and the seconds of compiling and of the call.
 
-    A first call on 16 residues loads what libraries load when first used.
+    The inputs are resident before the call. A first call on 16 residues makes the libraries load everything that they
+    load at first use.
     """
     prepare = find_system(module, system).prepare
     prepare(Inputs.draw(16))[direction]()()
@@ -68,24 +69,24 @@ def measure(module: str, system: str, residues: int, direction: str) -> dict:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process, by a line of its status in Linux: VmRSS now, VmHWM at the peak."""
+    """Bytes of this process from a line of Linux's /proc/self/status: VmRSS is now, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 def forget_peak() -> None:
-    """Makes `resident("VmHWM")` the peak from here on."""
+    """Resets the peak, so that `resident("VmHWM")` counts from now on."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def available() -> int:
-    """Bytes that the machine can give."""
+    """Bytes of memory available on the machine."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
 
 
 def peak_on_gpu(call: Call) -> int:
-    """Bytes above what is held before PyTorch's call, as its allocator on the GPU saw."""
+    """Peak bytes above those held before a PyTorch call, by its allocator on the GPU."""
     import torch
 
     torch.cuda.synchronize()
@@ -105,17 +106,17 @@ def attempt(call: Callable[[], Any]) -> Any:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not is_out_of_memory(str(error)):
             raise
-    release()  # now that nobody holds what the failed call had
+    release()  # here, where nothing refers to the failed call's memory any more
     return None
 
 
 def is_out_of_memory(message: str) -> bool:
-    """True where an error's text tells of too little memory."""
+    """True where an error message reports too little memory."""
     return any(words in message.lower() for words in OUT_OF_MEMORY)
 
 
 def release() -> None:
-    """Lets go of memory that nobody holds."""
+    """Frees memory that is no longer referenced."""
     import torch
 
     gc.collect()
@@ -123,6 +124,6 @@ def release() -> None:
 
 
 if __name__ == "__main__":
-    # Past this an allocation fails, instead of the machine.
+    # Beyond this limit an allocation fails, and the machine does not.
     resource.setrlimit(resource.RLIMIT_DATA, (available(), resource.RLIM_INFINITY))
     print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])))

@@ -1,4 +1,4 @@
-"""Time and memory over residues, a line for each system, both axes logarithmic."""
+"""Plot of time and memory over residues: one line per system, both axes logarithmic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def save(rows: list[dict], path: str | Path) -> None:
-    """Draws rows of `measure` into an image file."""
+    """Plots the rows of `measure` into an image file."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,7 @@
 """Where our attention's time goes, operation by operation: `python -m benchmarks.profile --residues 1024`.
 
-Of PyTorch the operators of its profiler; of JAX the parts of the compiled program, named by what they compute.
+For PyTorch the operations are those of its profiler; for JAX, the parts of the compiled program, named by what they
+compute.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def profile_jax(inputs: Inputs, direction: str, calls: int) -> collections.Count
 
 
 def parts(program: str) -> dict[str, str]:
-    """What each instruction of a compiled program computes, as the source named it, and in which pass."""
+    """For each instruction of a compiled program, its pass (forward or backward) and its name in the source."""
     found = {}
     for name, rest in re.findall(r"^\s*(?:ROOT )?%([\w.-]+) = (.*)$", program, re.MULTILINE):
         kind = re.search(r"\b(fusion|dot|dynamic-slice|dynamic-update-slice|broadcast|copy|convert|reduce)\(", rest)

@@ -1,4 +1,4 @@
-"""What was measured, for people: tables of the benchmarks, and progress."""
+"""Tables of the benchmarks' results, and progress messages."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ TARGETS = {
     ("bfloat16", 1024): (95, 200),
     ("bfloat16", 2048): (350, 750),
 }
-"""Microseconds forwards, and backwards beside that, that the fused core is to take on an H200."""
+"""Target microseconds of the fused core on an H200 by pair dtype and residues: forward, and backward alone."""
 
 
 def refuse(failures: Sequence[str]) -> None:
-    """Tells of comparisons that are out of their bounds, in place of a table."""
-    print("parity fails, so there is no speed to speak of:", *failures, sep="\n  ", file=sys.stderr)
+    """Prints the comparisons that exceed their bounds, instead of a table."""
+    print("parity fails, so nothing was measured:", *failures, sep="\n  ", file=sys.stderr)
 
 
 def say(text: str) -> None:
-    """Progress, to standard error."""
+    """Prints progress to standard error."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def save(report: Mapping[str, Any], path: str | None) -> None:
-    """Writes what was measured into a JSON file, where one is asked for."""
+    """Writes the report to a JSON file; does nothing where `path` is None."""
     if path:
         Path(path).write_text(json.dumps(report, indent=1) + "\n")
 
@@ -42,22 +42,22 @@ CASE = (("residues", NUMBER), ("direction", TEXT))
 
 
 def markdown_head(*columns: tuple[str, str]) -> list[str]:
-    """The two lines above a table's rows; columns are NUMBER, to the right, or TEXT."""
+    """The two header lines of a Markdown table; each column is NUMBER (aligned to the right) or TEXT."""
     headings, kinds = zip(*columns, strict=True)
     return [markdown_row(headings), f"|{'|'.join(kinds)}|"]
 
 
 def markdown_row(cells: Iterable[object]) -> str:
-    """A row of a table in Markdown."""
+    """One row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def table(rows: list[dict], machine: dict[str, float]) -> str:
-    """The rows in Markdown: ratios to the published system of the framework, what share of the machine ours reach."""
+    """Markdown tables: ratios to published systems, shares of the machine's rates that ours reach, compile times."""
     systems = list(dict.fromkeys(r["system"] for r in rows))
     lines = [
-        "Published systems in bold: seconds, and MiB above the inputs. All others: time over the bold one of their"
-        " framework (range), and memory over its memory.",
+        "Systems in bold: seconds, and MiB above the inputs. All others: time (range) and memory, each as a ratio to"
+        " the bold system of the same framework.",
         "",
         *markdown_head(*CASE, *((heading(system, rows), TEXT) for system in systems)),
     ]
@@ -80,7 +80,7 @@ def name_case(r: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def shares_of_the_machine(rows: Iterable[Mapping[str, Any]], machine: Mapping[str, float]) -> Iterator[str]:
-    """What the systems whose work is counted reach of what the machine does."""
+    """Markdown lines of the rates that our attention reaches, and their share of the machine's."""
     flops, bandwidth = machine["flops"], machine["bytes"]
     yield f"This machine: matrix products at {flops / 1e9:.0f} GFLOP/s, memory at {bandwidth / 1e9:.1f} GB/s."
     yield ""
@@ -93,7 +93,7 @@ def shares_of_the_machine(rows: Iterable[Mapping[str, Any]], machine: Mapping[st
 
 
 def heading(system: str, rows: list[dict]) -> str:
-    """A system's name, bold if others are measured by it."""
+    """A system's name, bold if others are compared with it."""
     return f"**{system}**" if any(r["against"] == system for r in rows) else system
 
 
@@ -112,7 +112,7 @@ def cell(r: dict[str, Any]) -> str:
 
 
 def gpu_table(rows: list[dict], machine: dict[str, Any]) -> str:
-    """The rows of a GPU, of which every time is its own."""
+    """The GPU's rows as a text table of absolute times."""
     lines = [
         f"{machine['name']}, PyTorch {machine['torch']}; a copy moves {machine['bytes'] / 1e12:.2f} TB/s",
         *(f"not measured: {reason}" for reason in machine["absent"]),
@@ -131,7 +131,7 @@ def gpu_table(rows: list[dict], machine: dict[str, Any]) -> str:
 
 
 def against_targets(rows: list[dict]) -> Iterator[str]:
-    """What the fused core was to take, beside what it took."""
+    """One line per target of the fused core: met or missed."""
     for (pair, residues), (forward, backward) in TARGETS.items():
         for x in rows:
             if (

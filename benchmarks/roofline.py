@@ -1,4 +1,4 @@
-"""What the machine can do, measured, and what the attention asks of it, counted."""
+"""The machine's measured speed, and the counted work of the attention."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def shortest(call: Callable[[], Any], repeats: int = 7) -> float:
 
 
 def work(config: IPAConfig, residues: int, direction: str) -> dict[str, float]:
-    """FLOP and bytes of the attention core: what streaming computes, and the pair's necessary passes in float32.
+    """FLOP that streaming computes in the attention core, and bytes of the necessary passes over a float32 pair.
 
-    Per residue pair and head, forward: the bias and the pair's sum, queries·keys, distances, and the values' sums.
-    Backward computes the logits anew, and each product again for each of its two factors. Forward reads the pair
-    once; backward reads it once and writes its gradient.
+    The forward pass computes, per residue pair and head, the pair bias, the sum over the pair, queries·keys, distances
+    and the sums of values. The backward pass computes the logits again, and for each product the gradients of both
+    factors. Forward reads the pair once; backward reads it once and writes its gradient.
     """
     pair_channel = config.pair_channel or 0
     scalar, points, values = (

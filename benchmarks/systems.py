@@ -1,7 +1,7 @@
-"""What is measured: our modules and published ones, on the same inputs, called forwards and backwards.
+"""The systems that are measured: our modules and published ones, on the same inputs, forward and with backward.
 
-A system prepares calls on given inputs: by direction a function that makes the call ready, which for JAX is to compile
-it, and returns it. Gradients are of single, pair and all parameters.
+A system prepares calls on given inputs: for each direction a function that returns the call, in JAX after compiling it.
+Gradients are taken to single, pair and all parameters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ipa_parity.structure_module.cases import StructureModuleCase
 
 
 class Inputs(NamedTuple):
-    """AlphaFold 2's sizes in float32, at random: arrays of numpy, or tensors where a device holds them."""
+    """Random float32 inputs of AlphaFold 2's sizes: numpy arrays, or tensors if they are on a device."""
 
     single: Any  # (N, c_s)
     pair: Any  # (N, N, c_z), or None
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def draw(cls, residues: int) -> Inputs:
-        """Of so many residues, for a CPU."""
+        """Random inputs of the given length as numpy arrays, for a CPU."""
         rng = np.random.default_rng(residues)
         config = IPAConfig.alphafold2()
         rotation, translation = (x.astype(np.float32) for x in random_frames(rng, (residues,), spread=2.0))
@@ -51,45 +51,45 @@ class Inputs(NamedTuple):
 
     @property
     def config(self) -> IPAConfig:
-        """AlphaFold 2's attention, without a pair where there is none."""
+        """The config of AlphaFold 2's attention; without a pair if the inputs have none."""
         config = IPAConfig.alphafold2()
         return config if self.pair is not None else replace(config, pair_channel=None)
 
 
 def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Room for float32 numbers where JAX can use them as they lie, without a copy."""
+    """An empty float32 array, aligned so that JAX can use its memory without a copy."""
     size = 4 * math.prod(shape)
-    room = np.empty(size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + size].view(np.float32).reshape(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(np.float32).reshape(shape)
 
 
 @dataclass(frozen=True)
 class System:
-    """One implementation, and what prepares its calls on inputs."""
+    """One implementation, and the function that prepares its calls on inputs."""
 
     name: str
     framework: str
-    """jax or torch."""
+    """Either "jax" or "torch"."""
     against: str
-    """The published system of its framework that its ratios are to."""
+    """Name of the published system, of the same framework, that its time and memory are divided by."""
     prepare: Callable[[Inputs], Calls]
 
 
 def torch_inputs(inputs: Inputs) -> tuple[Any, Any, Any, Any, Any]:
-    """Single and pair, which want gradients, rotation, translation and mask as tensors."""
+    """Single, pair, rotation, translation and mask as tensors; single and pair require gradients."""
     single, pair = (None if x is None else as_torch(x).requires_grad_() for x in (inputs.single, inputs.pair))
     return single, pair, *map(as_torch, (inputs.rotation, inputs.translation, inputs.mask))
 
 
 def haiku_calls(forward: Callable[..., Any], weights: Weights, inputs: Inputs) -> Calls:
-    """A function of parameters, single, pair, mask, rotation and translation, without gradients to the last three."""
+    """Calls of `forward(params, single, pair, mask, rotation, translation)`; gradients are of the first three."""
     leaves = (weights.to_haiku(), as_jax(inputs.single), as_jax(inputs.pair))
     return jax_calls(forward, leaves, (as_jax(inputs.mask), as_jax(inputs.rotation), as_jax(inputs.translation)))
 
 
 def our_haiku(implementation: Implementation | None) -> Callable[[Inputs], Calls]:
-    """`ipa_jax`'s attention."""
+    """Prepares calls of `ipa_jax`'s attention."""
 
     def prepare(inputs: Inputs) -> Calls:
         import ipa_jax
@@ -105,7 +105,7 @@ def our_haiku(implementation: Implementation | None) -> Callable[[Inputs], Calls
 
 
 def alphafold(config: IPAConfig) -> Callable[[Inputs], Calls]:
-    """`alphafold-colabfold`'s attention of the config's layout."""
+    """Prepares calls of `alphafold-colabfold`'s attention of the config's layout."""
 
     def prepare(inputs: Inputs) -> Calls:
         import haiku as hk
@@ -117,7 +117,7 @@ def alphafold(config: IPAConfig) -> Callable[[Inputs], Calls]:
 
 
 def our_torch(implementation: Implementation | None) -> Callable[[Inputs], Calls]:
-    """`ipa_torch`'s attention."""
+    """Prepares calls of `ipa_torch`'s attention."""
 
     def prepare(inputs: Inputs) -> Calls:
         import ipa_torch
@@ -132,7 +132,7 @@ def our_torch(implementation: Implementation | None) -> Callable[[Inputs], Calls
 
 
 def esmfold(inputs: Inputs) -> Calls:
-    """`transformers`' EsmFold attention, which is OpenFold's."""
+    """Calls of `transformers`' EsmFold attention, which is OpenFold's."""
     from transformers.models.esm.openfold_utils import Rigid, Rotation
 
     none = np.zeros(0, np.float32)
@@ -144,7 +144,7 @@ def esmfold(inputs: Inputs) -> Calls:
 
 
 def lucidrains(inputs: Inputs) -> Calls:
-    """The attention of `invariant-point-attention`."""
+    """Calls of the attention of `invariant-point-attention`."""
     module = peers.lucidrains_module(IPAConfig.alphafold2()).eval()
     single, pair, rotation, translation, mask = torch_inputs(inputs)
     frames = {"rotations": rotation[None], "translations": translation[None]}
@@ -158,7 +158,7 @@ def lucidrains(inputs: Inputs) -> Calls:
 
 
 def our_haiku_structure_module(inputs: Inputs) -> Calls:
-    """`ipa_jax`'s structure module."""
+    """Calls of `ipa_jax`'s structure module."""
     import ipa_jax
 
     config = StructureModuleConfig.alphafold2()
@@ -172,7 +172,7 @@ def our_haiku_structure_module(inputs: Inputs) -> Calls:
 
 
 def alphafold_structure_module(inputs: Inputs) -> Calls:
-    """`alphafold-colabfold`'s structure module, without its losses."""
+    """Calls of `alphafold-colabfold`'s structure module, without its losses."""
     import haiku as hk
     import jax
 
@@ -188,7 +188,7 @@ def alphafold_structure_module(inputs: Inputs) -> Calls:
 
 
 def swapped_alphafold_structure_module(inputs: Inputs) -> Calls:
-    """The same, compiled while it builds our attention."""
+    """Calls of `alphafold-colabfold`'s structure module, compiled while it builds our attention."""
     import ipa_jax
 
     calls = alphafold_structure_module(inputs)
@@ -201,7 +201,7 @@ def swapped_alphafold_structure_module(inputs: Inputs) -> Calls:
 
 
 def our_torch_structure_module(inputs: Inputs) -> Calls:
-    """`ipa_torch`'s structure module."""
+    """Calls of `ipa_torch`'s structure module."""
     import ipa_torch
 
     config = StructureModuleConfig.alphafold2()
@@ -214,7 +214,7 @@ def our_torch_structure_module(inputs: Inputs) -> Calls:
 
 
 def esmfold_structure_module(inputs: Inputs, *, swapped: bool = False) -> Calls:
-    """`transformers`' EsmFold structure module, as it is or with our attention."""
+    """Calls of `transformers`' EsmFold structure module, as it is or with our attention."""
     module = peers.esmfold_structure_module(Weights.random(StructureModuleConfig.alphafold2()))
     if swapped:
         import ipa_torch
@@ -252,9 +252,9 @@ MODULES: dict[str, tuple[System, ...]] = {
         System("ESMFold, swapped", "torch", ESM, partial(esmfold_structure_module, swapped=True)),
     ),
 }
-"""By module; names are unique within one."""
+"""Systems by module; names are unique within a module."""
 
 
 def find_system(module: str, name: str) -> System:
-    """The system of that name."""
+    """The system with this name in a module."""
     return next(system for system in MODULES[module] if system.name == name)

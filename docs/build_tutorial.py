@@ -1,4 +1,4 @@
-"""Runs `tutorial.py` and keeps it with its outputs as `tutorial.ipynb`, which code hosts render: `make docs`."""
+"""Runs `tutorial.py` and writes it with its outputs to `tutorial.ipynb`, which code hosts render: `make docs`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DOCS = Path(__file__).resolve().parent
 
 
 def executed() -> nbformat.NotebookNode:
-    """The tutorial with the outputs of a fresh run, and nothing in it that another run would change."""
+    """The tutorial with the outputs of a new run, without metadata that changes from run to run."""
     notebook = jupytext.read(DOCS / "tutorial.py")
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(DOCS)}}).execute()

@@ -13,18 +13,19 @@
 # %% [markdown]
 # # Invariant point attention, line by line
 #
-# AlphaFold 2 turns what it knows of a protein into coordinates with an attention that looks at three things at once:
-# what two residues *are* (as any transformer does), what is known of them *as a pair*, and where they *lie in space*.
-# Its output does not change when the whole protein is turned or moved, and that is exact, not learned. This is
-# invariant point attention, IPA (Jumper et al., *Nature* 596 (2021) 583, Supplementary Information, Algorithm 22).
+# AlphaFold 2 turns its representations of a protein into coordinates with an attention that looks at three things at
+# once: what two residues *are* (as any transformer does), what is known of them *as a pair*, and where they *lie in
+# space*. Its output does not change when the whole protein is rotated or moved. This invariance is exact, not learned.
+# The attention is called invariant point attention, IPA (Jumper et al., *Nature* 596 (2021) 583, Supplementary
+# Information, Algorithm 22).
 #
-# Here are its eleven lines, each twice: in JAX with Haiku, and in PyTorch, on the same numbers. After each line the
-# shapes and the values of the two are asserted to be the same. Then come the reasons for its constants, and pictures of
-# what it does.
+# This notebook shows its eleven lines, each in JAX with Haiku and in PyTorch, on the same numbers. After each line it
+# asserts that the shapes and values of the two are the same. Then it explains the constants, and shows pictures of what
+# the attention does.
 #
-# `pip install '.[notebook]' jupyterlab` in the repository installs what this needs. Put
-# [2rbg.pdb](https://files.rcsb.org/download/2rbg.pdb) in a folder and name it in `IPA_STRUCTURES`; without it, an
-# idealised peptide takes the protein's place.
+# `pip install '.[notebook]' jupyterlab` in the repository installs what the notebook needs. Put
+# [2rbg.pdb](https://files.rcsb.org/download/2rbg.pdb) in a folder and set `IPA_STRUCTURES` to this folder. Without the
+# file, an idealised peptide is used instead.
 
 # %%
 import math
@@ -60,7 +61,7 @@ plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "a
 # | $z_{ij}$ | pair representation: what is known of residues $i$ and $j$ together | $N \times N \times c_z$ |
 # | $T_i = (R_i, \vec t_i)$ | frame of residue $i$: a rotation and a position | $N \times 3 \times 3$, $N \times 3$ |
 #
-# and these numbers say how large the attention is:
+# The attention has these sizes:
 #
 # | | | here | AlphaFold 2 |
 # |---|---|---:|---:|
@@ -70,8 +71,8 @@ plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "a
 # | $P$ | query and key points, per head | 4 | 4 |
 # | $P_v$ | value points, per head | 4 | 8 |
 #
-# The projections of queries, keys and values have no bias here, as the paper has it (`LinearNoBias`; AlphaFold's
-# monomer weights do have them).
+# As in the paper (`LinearNoBias`), the projections of queries, keys and values have no bias here. In AlphaFold's
+# monomer weights they have one.
 
 # %%
 config = replace(IPAConfig.lucidrains(768, heads=12, pairwise_repr_dim=128), frame_unit=10.0)  # Å
@@ -81,12 +82,12 @@ assert config.num_scalar_v == C
 print(f"c_s = {c_s}, c_z = {c_z}, H = {H}, C = {C}, P = {P}, Pv = {Pv}")
 
 # %% [markdown]
-# A residue's **frame** stands on its Cα atom: the x-axis points to C, N lies in the x-y plane. A point $\vec x$ that is
-# written in residue $i$'s own coordinates lies in the protein's at
+# A residue's **frame** has its origin at the Cα atom; the x-axis points to C, and N lies in the x-y plane. A point with
+# coordinates $\vec x$ in residue $i$'s frame has, in the protein's frame, the coordinates
 #
 # $$T_i \circ \vec x = R_i \vec x + \vec t_i.$$
 #
-# Positions are told in units of 10 Å, as AlphaFold's are, so that all numbers are of the size of one.
+# As in AlphaFold, positions are in units of 10 Å, so that all numbers are about one.
 
 # %%
 file = Path(os.environ.get("IPA_STRUCTURES", ".")) / "2rbg.pdb"
@@ -100,8 +101,8 @@ N = len(aatype)
 print(f"{structure.name}: {N} residues in its first chain" + ("" if file.exists() else f" (there is no {file})"))
 
 # %% [markdown]
-# No trained network stands before the attention here, so the representations are simple ones. The single representation
-# is a random vector for each kind of amino acid; the pair representation a random vector for each distance $j - i$
+# There is no trained network before the attention here, so the representations are simple. The single representation
+# is a random vector for each kind of amino acid; the pair representation is a random vector for each distance $j - i$
 # along the chain, up to 32. Every entry has mean 0 and variance 1, as after the layer norms of a real model.
 
 # %%
@@ -114,8 +115,8 @@ print("s", s.shape, " z", z.shape, " R", R.shape, " t", t.shape)
 # %% [markdown]
 # ## Weights for both
 #
-# A linear layer of Haiku computes $xW + b$, one of PyTorch $xW^\top + b$: the same numbers, transposed. Weights are
-# drawn with variance 1 / fan-in, so that a projection of numbers of variance 1 has variance 1 again (LeCun's
+# A linear layer computes $xW + b$ in Haiku and $xW^\top + b$ in PyTorch: the weights are the same numbers, transposed.
+# They are drawn with variance 1 / fan-in, so that a projection of numbers of variance 1 has variance 1 again (LeCun's
 # initialisation, which AlphaFold uses).
 
 
@@ -183,9 +184,9 @@ for name, haiku, pytorch in zip("qkv", (q, k, v), (q_, k_, v_), strict=True):
     same(name, haiku, pytorch, "N H C")
 
 # %% [markdown]
-# **Lines 2 and 3.** And *points*: every head of every residue also places $P$ query points, $P$ key points and $P_v$
-# value points in space. What the linear layer gives are coordinates in the residue's own frame, so they say "2 Å in
-# front of my Cα", whichever way the residue faces.
+# **Lines 2 and 3.** Every head of every residue also places *points* in space: $P$ query points, $P$ key points and
+# $P_v$ value points. The linear layer gives coordinates in the residue's own frame: they mean "2 Å in front of my Cα",
+# whichever way the residue faces.
 #
 # $$\vec{\mathbf q}_i^{hp},\ \vec{\mathbf k}_i^{hp},\ \vec{\mathbf v}_i^{hp} = \mathrm{LinearNoBias}(s_i) \in
 # \mathbb R^3$$
@@ -212,7 +213,7 @@ same("k⃗", k_local, k_local_, "N H P 3")
 same("v⃗", v_local, v_local_, "N H Pv 3")
 
 # %% [markdown]
-# Lines 7 and 10 need them in one frame for all, the protein's: $T_i \circ \vec x = R_i \vec x + \vec t_i$.
+# Lines 7 and 10 need all points in one common frame, the protein's: $T_i \circ \vec x = R_i \vec x + \vec t_i$.
 
 # %%
 # Haiku
@@ -229,7 +230,7 @@ same("T∘k⃗", k_points, k_points_, "N H P 3")
 same("T∘v⃗", v_points, v_points_, "N H Pv 3")
 
 # %% [markdown]
-# **Line 4.** The pair representation says, one number a head, how much $i$ should look at $j$.
+# **Line 4.** From the pair representation comes one number per head: how much $i$ should look at $j$.
 #
 # $$b_{ij}^h = \mathrm{LinearNoBias}(z_{ij})$$
 
@@ -242,24 +243,25 @@ b_ = torch_linear("attention_2d")(z_torch)
 same("b", b, b_, "N N H")
 
 # %% [markdown]
-# **Lines 5 and 6.** Two constants, $w_C = \sqrt{2 / 9P}$ and $w_L = \sqrt{1/3}$. [Why these?](#Why-these-constants%3F)
-# Below.
+# **Lines 5 and 6.** Two constants, $w_C = \sqrt{2 / 9P}$ and $w_L = \sqrt{1/3}$. They are explained
+# [below](#Why-these-constants%3F).
 
 # %%
 w_C, w_L = math.sqrt(2 / (9 * P)), math.sqrt(1 / 3)
 print(f"w_C = {w_C:.4f}, w_L = {w_L:.4f}")
 
 # %% [markdown]
-# **Line 7.** The attention. Three terms say how much $i$ looks at $j$: how well query and key agree, what the pair
-# says, and how *far* the query points of $i$ are from the key points of $j$, both in the protein's frame. Distances do
-# not change when the protein turns or moves; nothing else here knows of space; so the attention does not change either.
+# **Line 7.** The attention. Three terms decide how much $i$ looks at $j$: how well query and key agree, the pair's
+# number, and how *far* the query points of $i$ are from the key points of $j$, both in the protein's frame. Distances
+# do not change when the protein rotates or moves, and no other term depends on positions. So the attention does not
+# change either.
 #
 # $$a_{ij}^h = \mathrm{softmax}_j \left( w_L \left( \tfrac{1}{\sqrt C}\, \mathbf q_i^h \cdot \mathbf k_j^h + b_{ij}^h
 # - \frac{\gamma^h w_C}{2} \sum_p \left\| T_i \circ \vec{\mathbf q}_i^{hp} - T_j \circ \vec{\mathbf k}_j^{hp} \right\|^2
 # \right) \right)$$
 #
-# $\gamma^h$ is learned, one number a head, and must not be negative, or the head would look at what is far away. So the
-# parameter is put through $\mathrm{softplus}(x) = \log(1 + e^x)$, and starts at $\log(e - 1)$, where softplus is 1.
+# $\gamma^h$ is learned, one number per head. It must not be negative, or the head would look at what is far away. So
+# the parameter goes through $\mathrm{softplus}(x) = \log(1 + e^x)$, and starts at $\log(e - 1)$, where softplus is 1.
 
 # %%
 gamma = np.full(H, math.log(math.e - 1), np.float32)
@@ -284,7 +286,7 @@ same("a", a, a_, "H N N")
 # %% [markdown]
 # **Lines 8 to 10.** Three things are summed with these weights: the pair representation itself, the scalar values, and
 # the value points. The points are summed in the protein's frame and then brought into the frame of residue $i$, which
-# undoes whatever turn the protein has made: $T_i^{-1} \circ \vec x = R_i^\top (\vec x - \vec t_i)$.
+# undoes any rotation and motion of the protein: $T_i^{-1} \circ \vec x = R_i^\top (\vec x - \vec t_i)$.
 #
 # $$\tilde{\mathbf o}_i^h = \sum_j a_{ij}^h z_{ij} \qquad
 # \mathbf o_i^h = \sum_j a_{ij}^h \mathbf v_j^h \qquad
@@ -307,9 +309,9 @@ same("o", o, o_, "N H C")
 same("o⃗", o_points, o_points_, "N H Pv 3")
 
 # %% [markdown]
-# **Line 11.** All of it, and the lengths of the points, side by side, through one linear layer. In code the order is
-# AlphaFold's: scalars, all x, all y, all z, lengths, pair. The lengths have a small number under the root, for the root
-# has no slope at 0.
+# **Line 11.** All of these, and the lengths of the points, are concatenated and go through one linear layer. In code
+# the order is AlphaFold's: scalars, all x, all y, all z, lengths, pair. The lengths have a small number under the root,
+# because the root has no finite slope at 0.
 #
 # $$\tilde s_i = \mathrm{Linear} \left( \mathrm{concat}_{h,p} \left( \tilde{\mathbf o}_i^h,\ \mathbf o_i^h,\
 # \vec{\mathbf o}_i^{hp},\ \left\| \vec{\mathbf o}_i^{hp} \right\| \right) \right)$$
@@ -330,8 +332,9 @@ same("concat", f, f_, "N features")
 same("out", out, out_, "N c_s")
 
 # %% [markdown]
-# That is all of it. The modules of this project are these lines with AlphaFold's parameter names, batches, masks and
-# numerical care. With the same weights (kept in Haiku's shapes, and ported to PyTorch by a rule) they compute the same:
+# This is the whole algorithm. The modules of this project are these lines with AlphaFold's parameter names, batches,
+# masks and numerical care. With the same weights (stored in Haiku's shapes, and converted to PyTorch) they compute the
+# same:
 
 # %%
 shapes = {
@@ -357,7 +360,7 @@ same("Haiku", jax.jit(ipa.apply)(params, s_jax, z_jax, rigids), out_, "N c_s")
 same("torch", out, module(s_torch, z_torch, rigids_), "N c_s")
 
 # %% [markdown]
-# **Without a pair representation** line 4 and $\tilde{\mathbf o}$ fall away, there are two terms in line 7, and $w_L =
+# **Without a pair representation** there is no line 4 and no $\tilde{\mathbf o}$; line 7 has two terms, and $w_L =
 # \sqrt{1/2}$:
 
 # %%
@@ -381,20 +384,21 @@ print(f"{fewer} features instead of {features}")
 # %% [markdown]
 # ## Why these constants?
 #
-# A softmax learns best when its logits start with a variance of about 1: much more, and it looks at one residue only,
-# without a slope; much less, and it looks at all alike. So let all queries and keys, and all coordinates of points, be
-# independent numbers of mean 0 and variance 1, and ask for the variance of each term.
+# A softmax learns best when its logits start with a variance of about 1. With much more, it looks at one residue only
+# and its gradient vanishes; with much less, it looks at all residues alike. So assume that all queries and keys, and
+# all coordinates of points, are independent numbers of mean 0 and variance 1, and compute the variance of each term.
 #
 # - $\mathbf q \cdot \mathbf k$ is a sum of $C$ products of variance 1 each: its variance is $C$. Divide by $\sqrt C$.
 # - $b$ has variance 1 by its initialisation.
-# - Of $\tfrac12 \|\vec q - \vec k\|^2 = \tfrac12 \|\vec q\|^2 - \vec q \cdot \vec k + \tfrac12 \|\vec k\|^2$ the first
-#   part is the same for all $j$, and a softmax does not see it. The others have variance $3$ (three products) and
-#   $\tfrac14 \cdot 3 \cdot 2 = \tfrac32$ (the square of a normal number has variance 2), and no covariance: together
-#   $\tfrac92$ a point. For $P$ points that is $9P/2$. Multiply by $w_C = \sqrt{2 / 9P}$.
+# - $\tfrac12 \|\vec q - \vec k\|^2 = \tfrac12 \|\vec q\|^2 - \vec q \cdot \vec k + \tfrac12 \|\vec k\|^2$ has three
+#   parts. The first is the same for all $j$, so the softmax ignores it. The second has variance $3$ (three products).
+#   The third has variance $\tfrac14 \cdot 3 \cdot 2 = \tfrac32$ (the square of a normal number has variance 2). Their
+#   covariance is zero, so together they have $\tfrac92$ per point. For $P$ points that is $9P/2$. Multiply by $w_C =
+#   \sqrt{2 / 9P}$.
 # - The sum of three independent terms of variance 1 has variance 3. Multiply by $w_L = \sqrt{1/3}$; with two terms,
 #   $\sqrt{1/2}$.
 #
-# Draws agree:
+# Random draws agree:
 
 # %%
 draws = 200_000
@@ -412,10 +416,10 @@ for name, x in terms.items():
     assert abs(x.var() - 1) < 0.03
 
 # %% [markdown]
-# **And why does γ start at $\log(e - 1)$?** So that $\mathrm{softplus}(\gamma) = 1$ and the argument above holds as it
-# stands: $\log(1 + e^{\log(e - 1)}) = \log e = 1$. With the easily mistaken $\log(e + 1)$ the points would start half
-# as heavy again as the other terms: the attention begins more local than meant, and points are the only term whose
-# logits reach far below zero.
+# **And why does γ start at $\log(e - 1)$?** Then $\mathrm{softplus}(\gamma) = 1$, as assumed above:
+# $\log(1 + e^{\log(e - 1)}) = \log e = 1$. With $\log(e + 1)$, an easy mistake, the point term would start about half
+# as large again as the other terms. The attention would begin more local than intended, because the point term is the
+# only one that reaches far below zero.
 
 # %%
 for label, x in (("log(e − 1)", math.log(math.e - 1)), ("log(e + 1)", math.log(math.e + 1))):
@@ -428,14 +432,16 @@ assert abs(config.point_weight_init - math.log(math.e - 1)) < 1e-12
 # %% [markdown]
 # ## What each term sees
 #
-# The attention that each term alone would have, and all three together; above in one head, below averaged over the
-# twelve. Nothing is trained: what shows is what the architecture puts there before any learning.
+# The pictures show the attention from each term alone and from all three together: one head in the upper row, the mean
+# of the twelve heads in the lower row. Nothing is trained, so they show what the architecture itself does before any
+# learning.
 #
-# - *Scalars* know the kinds of amino acid: residues of one kind look alike and are looked at alike, wherever they are.
-#   That makes stripes, and averaged over heads that know nothing yet, next to nothing.
-# - *The pair* knows, here, only the distance along the chain: the same on every diagonal, and one value beyond 32.
-# - *Points* know space: compare with the distances of the Cα atoms on the left. Off the diagonal appears what is far
-#   apart in the chain and close in the fold.
+# - *Scalars* depend on the kinds of amino acid: all residues of one kind give and get the same attention, wherever they
+#   are. This makes stripes. Averaged over untrained heads they almost vanish.
+# - *The pair* depends, here, only on the distance along the chain: each diagonal has one value, and so have all
+#   distances beyond 32.
+# - *Points* depend on positions in space: compare with the distances of Cα atoms on the left. Residues far apart in the
+#   chain but close in the fold show up away from the diagonal.
 
 # %%
 head = 3
@@ -462,9 +468,10 @@ plt.show()
 # %% [markdown]
 # ## Points, in the frame of each residue and in the protein's
 #
-# A residue's points depend on what it is, here on its kind alone. So in their own frames (left) all residues of one
-# kind have their four query points of a head in the same four places. In the protein's frame (right) their frames put
-# them around the chain, each where its residue stands and as it faces. Between these points line 7 takes its distances.
+# A residue's points depend on its single representation, here on its kind alone. So all residues of one kind have the
+# four query points of a head at the same four places in their own frames (left). In the protein's frame (right) the
+# points lie along the chain, placed and turned by each residue's frame. Line 7 computes distances between these
+# points.
 
 
 # %%
@@ -502,8 +509,8 @@ plt.show()
 # %% [markdown]
 # ## Invariance
 #
-# Turn the protein by a random rotation and move it by 30 Å: $R_i \to G R_i$, $\vec t_i \to G \vec t_i + \vec s$. All
-# that is in the protein's frame changes. All that is a distance, or is read in a residue's own frame, does not.
+# Rotate the protein at random and move it by 30 Å: $R_i \to G R_i$, $\vec t_i \to G \vec t_i + \vec s$. Everything in
+# the protein's frame changes. Distances, and everything in a residue's own frame, stay the same.
 
 # %%
 G = random_rotations(rng).astype(np.float32)
@@ -554,14 +561,14 @@ plt.show()
 # %% [markdown]
 # ## What the mask does
 #
-# Batches pad short chains, and structures have residues that nobody has seen. A mask, 1 where a residue is valid, keeps
-# valid residues from looking at the others: AlphaFold adds $-10^5 (1 - m_i m_j)$ to the logits. The last fifth is
-# masked here.
+# Short chains are padded in batches, and structures have residues without coordinates. A mask, 1 where a residue is
+# valid, keeps valid residues from looking at the others: AlphaFold adds $-10^5 (1 - m_i m_j)$ to the logits. Here the
+# last fifth of the residues is masked.
 #
-# - Valid queries (above the line) give masked keys no attention at all, and share it among the rest.
-# - A masked query shifts *all* its logits alike, which the softmax does not see: it looks at everything, and its output
-#   is one that nobody should read.
-# - What stands in a masked residue changes nothing for valid ones: below it is replaced by noise.
+# - Valid queries (above the line) give masked keys no attention at all, and share it among the valid ones.
+# - For a masked query *all* logits are shifted alike, which the softmax ignores: it looks at everything. Do not use its
+#   output.
+# - The contents of masked residues do not affect valid ones: the right picture replaces them by noise.
 
 # %%
 valid = np.arange(N) < N - N // 5
@@ -591,11 +598,12 @@ plt.show()
 # %% [markdown]
 # ## Where to go from here
 #
-# - The same in one call: `ipa_jax.transform_ipa(config)` and `ipa_torch.InvariantPointAttention(config)`; the
-#   [README](../README.md) has a quickstart for each, and how to bring AlphaFold's published parameters.
-# - The lines again, as they run: [`ipa_jax/attention/reference.py`](../ipa_jax/attention/reference.py),
+# - The whole attention in one call: `ipa_jax.transform_ipa(config)` and `ipa_torch.InvariantPointAttention(config)`.
+#   The [README](../README.md) has a quickstart for each, and shows how to load AlphaFold's published parameters.
+# - The same lines in the packages: [`ipa_jax/attention/reference.py`](../ipa_jax/attention/reference.py),
 #   [`ipa_torch/attention/reference.py`](../ipa_torch/attention/reference.py), and in float64 numpy
-#   [`ipa_bridge/oracle.py`](../ipa_bridge/oracle.py). In memory linear in $N$ beside the pair: `streamed.py` next to
-#   them.
-# - What AlphaFold builds around it: `ipa_jax.transform_structure_module`, `ipa_torch.StructureModule`.
-# - A model that learns with it: [`examples/denoise_backbone.py`](../examples/denoise_backbone.py).
+#   [`ipa_bridge/oracle.py`](../ipa_bridge/oracle.py). `streamed.py` next to them needs only
+#   memory linear in $N$ beside the pair.
+# - The structure module that AlphaFold builds around it: `ipa_jax.transform_structure_module`,
+#   `ipa_torch.StructureModule`.
+# - A model that is trained with it: [`examples/denoise_backbone.py`](../examples/denoise_backbone.py).

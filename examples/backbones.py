@@ -1,6 +1,6 @@
-"""Backbones to denoise: idealised peptides or a folder of proteins, noise, what a model is told, scores and pictures.
+"""Data for the denoising examples: backbones of peptides or proteins, noise, model inputs, scores and plots.
 
-Numpy only; the examples of both frameworks see the same numbers.
+This uses numpy only, so that the examples of both frameworks get the same numbers.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ipa_bridge.proteins.frames import HELIX, STRAND, TURN, backbone_frames, bui
 from ipa_bridge.proteins.residues import ATOM14_NAMES, ATOM14_POSITIONS, ATOM_TYPES, RESTYPES
 
 LENGTH = 40
-"""Residues of an example."""
+"""Number of residues in each training chain."""
 
 ROTATION_NOISE, TRANSLATION_NOISE = 0.4, 2.0
-"""Standard deviations: of each component of a rotation vector, radians, and of a translation, Å."""
+"""Standard deviations of each component of a rotation vector (radians) and of a translation (Å)."""
 
 LEARNING_RATE = 1e-3
-"""Adam's."""
+"""Learning rate of Adam."""
 
 CHANNELS, FARTHEST = 64, 16
-"""Width of the single representation; the largest offset along the chain that the pair representation tells."""
+"""Width of the single representation, and the largest offset along the chain in the pair representation."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Backbones:
         return Backbones(self.rotation[index], self.translation[index], self.mask[index])
 
     def noised(self, rng: np.random.Generator) -> Backbones:
-        """Every frame moved a little on its own."""
+        """A copy in which every frame is rotated and moved at random, on its own."""
         vector = ROTATION_NOISE * rng.standard_normal(self.translation.shape)
         angle = np.linalg.norm(vector, axis=-1, keepdims=True)[..., None]
         x, y, z = np.moveaxis(vector, -1, 0)
@@ -56,12 +56,12 @@ class Backbones:
         return replace(self, rotation=self.rotation @ turn, translation=self.translation + shift)
 
     def astype(self, dtype: type) -> Backbones:
-        """In another precision."""
+        """A copy with frames of another dtype."""
         return replace(self, rotation=self.rotation.astype(dtype), translation=self.translation.astype(dtype))
 
 
 def model_config() -> IPATransformerConfig:
-    """Three blocks, frames in Å, which the attention reads in nm."""
+    """Config of three blocks with frames in Å; the attention scales them to nm."""
     ipa = replace(
         IPAConfig.alphafold2(),
         num_channel=CHANNELS,
@@ -74,7 +74,7 @@ def model_config() -> IPATransformerConfig:
 
 
 def features(chains: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a model is told of chains besides their frames, single and pair: where in it a residue lies."""
+    """Single and pair representations: the position of each residue, and the offset of each pair, along the chain."""
     position = np.arange(length)
     frequency = 10.0 ** np.linspace(0, -3, CHANNELS // 2)
     single = np.concatenate([f(position[:, None] * frequency) for f in (np.sin, np.cos)], -1)
@@ -84,7 +84,7 @@ def features(chains: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def inputs(noised: Backbones, *, alone: bool = False) -> dict[str, np.ndarray]:
-    """All that a model reads, by name; `alone` makes every residue a chain of its own, which sees no other."""
+    """Model inputs by name; `alone` makes every residue a chain of its own, so that it attends only to itself."""
     single, pair = features(*noised.mask.shape)
     arrays = {"single": single, "pair": pair, **vars(noised)}
     if alone:
@@ -94,7 +94,7 @@ def inputs(noised: Backbones, *, alone: bool = False) -> dict[str, np.ndarray]:
 
 
 def peptides(number: int, seed: int) -> Backbones:
-    """Chains of helices, strands and turns of random lengths, at ideal bonds and angles."""
+    """Random chains of helices, strands and turns with ideal bonds and angles."""
     rng = np.random.default_rng(seed)
     chains = []
     for _ in range(number):
@@ -111,34 +111,34 @@ def peptides(number: int, seed: int) -> Backbones:
 
 
 def structure_files(folder: Path) -> list[Path]:
-    """The PDB and mmCIF files in a folder, two at the least."""
+    """The PDB and mmCIF files in a folder; fewer than two raise ValueError."""
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
     kinds = (".pdb", ".cif", ".pdb.gz", ".cif.gz")
     files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(kinds))
     if len(files) < 2:
-        raise ValueError(f"{folder}: two structures or more ({', '.join(kinds)}) were expected; got {len(files)}")
+        raise ValueError(f"{folder}: expected at least two structures ({', '.join(kinds)}); got {len(files)}")
     return files
 
 
 def number_of_steps(text: str) -> int:
-    """One or more, as a command's argument."""
+    """Parses a command-line argument that must be 1 or more."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"a whole number from 1 was expected; got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1; got {text!r}")
     return int(text)
 
 
 def folder_to_write(text: str) -> Path:
-    """A folder that is there or can be made, as a command's argument: better known before training than after."""
+    """Parses a folder to write to; checks before training that it can be written or created."""
     folder = Path(text)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{there} is no folder that can be written to")
+        raise argparse.ArgumentTypeError(f"expected a folder that can be written to; got {there}")
     return folder
 
 
 def folder_of_structures(text: str) -> Path:
-    """Such a folder, as a command's argument."""
+    """Parses a folder that must hold at least two structure files."""
     try:
         structure_files(Path(text))
     except (ValueError, OSError) as error:
@@ -147,9 +147,9 @@ def folder_of_structures(text: str) -> Path:
 
 
 def proteins(folder: Path) -> list[Backbones]:
-    """Windows of the chains in a folder's PDB and mmCIF files, by file; residues without a backbone are masked.
+    """Windows of `LENGTH` residues from the chains in a folder's files, one entry per file.
 
-    A file without a chain of that length, or without any backbone, is passed over.
+    Residues without a backbone are masked. A file without a chain of that length, or without any backbone, is skipped.
     """
     found = []
     for path in structure_files(folder):
@@ -170,19 +170,21 @@ def proteins(folder: Path) -> list[Backbones]:
 
 
 def training_and_held_out(folder: Path | None) -> tuple[Backbones, Backbones]:
-    """Peptides, or a folder's structures with the last held out."""
+    """Chains to train on and chains held out: peptides, or a folder's structures with the last file held out."""
     if folder is None:
         return peptides(128, seed=1), peptides(16, seed=2)
     found = proteins(folder)
     if len(found) < 2:
-        raise ValueError(f"{folder}: chains of {LENGTH} residues with a backbone in two files or more were expected")
+        raise ValueError(
+            f"{folder}: expected chains of {LENGTH} residues with a backbone in at least two files; got {len(found)}"
+        )
     *known, unseen = found
     joined = (np.concatenate([getattr(x, field) for x in known]) for field in ("rotation", "translation", "mask"))
     return Backbones(*joined), unseen
 
 
 def batches(clean: Backbones, steps: range, size: int = 8, seed: int = 0) -> Iterator[tuple[Backbones, Backbones]]:
-    """Noised and clean chains of these steps, the same ones for whoever asks with the same seed."""
+    """Noised and clean chains for each step; the same seed gives the same chains."""
     for step in steps:
         rng = np.random.default_rng((seed, step))
         chosen = clean[rng.integers(0, len(clean), size)]
@@ -191,19 +193,19 @@ def batches(clean: Backbones, steps: range, size: int = 8, seed: int = 0) -> Ite
 
 @dataclass(frozen=True)
 class Score:
-    """How far frames are off, after superposition of each chain's Cα atoms."""
+    """Mean error of frames, after superposition of each chain's Cα atoms."""
 
     rmsd: float
-    """Å, of Cα."""
+    """RMSD of Cα atoms, Å."""
     angle: float
-    """Degrees, mean over residues."""
+    """Mean angle between frames, degrees."""
 
     def __str__(self) -> str:
         return f"{self.rmsd:.2f} Å, {self.angle:.0f}°"
 
 
 def score(predicted: Backbones, truth: Backbones) -> Score:
-    """Over all valid residues."""
+    """The score of predicted frames over all valid residues."""
     squares, angles = [], []
     for rotation, ca, true_rotation, true_ca, mask in zip(
         predicted.rotation, predicted.translation, truth.rotation, truth.translation, truth.mask, strict=True
@@ -216,7 +218,7 @@ def score(predicted: Backbones, truth: Backbones) -> Score:
 
 
 def superpose(points: np.ndarray, onto: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rotation and the points after it that lie closest to others (Kabsch, Acta Cryst. A32 (1976) 922)."""
+    """The best rotation of points onto others, and the moved points (Kabsch, Acta Cryst. A32 (1976) 922)."""
     centre, other = points.mean(0), onto.mean(0)
     u, _, v = np.linalg.svd((points - centre).T @ (onto - other))
     turn = (u @ np.diag([1, 1, np.sign(np.linalg.det(u @ v))]) @ v).T
@@ -224,7 +226,7 @@ def superpose(points: np.ndarray, onto: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def write_pdb(path: Path, chain: Backbones) -> None:
-    """One chain's N, Cα, C and Cβ as poly-alanine."""
+    """Writes one chain's N, Cα, C and Cβ as poly-alanine."""
     alanine = RESTYPES.index("A")
     number = len(chain.translation)
     atom37, mask = np.zeros((number, 37, 3)), np.zeros((number, 37), bool)
@@ -236,7 +238,7 @@ def write_pdb(path: Path, chain: Backbones) -> None:
 
 
 def plot_losses(path: Path, curves: Mapping[str, Sequence[float]], title: str) -> None:
-    """Loss over steps, a line for each name, as PNG."""
+    """Plots loss over steps, one line per name, into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -254,11 +256,11 @@ def plot_losses(path: Path, curves: Mapping[str, Sequence[float]], title: str) -
 def report(
     out: Path, losses: Mapping[str, Sequence[float]], held_out: Mapping[str, Backbones], truth: Backbones
 ) -> str:
-    """Writes the loss curve and the first held-out chain, before and after; tells scores of what is held out."""
+    """Writes the loss curve and the first held-out chain before and after; returns the held-out scores as text."""
     out.mkdir(parents=True, exist_ok=True)
-    plot_losses(out / "loss.png", losses, "taking noise off backbones")
+    plot_losses(out / "loss.png", losses, "denoising backbones")
     for name, chains in (("truth", truth), *held_out.items()):
         write_pdb(out / f"{name.replace(' ', '_')}.pdb", chains[0])
-    lines = [f"held out, {len(truth)} chains of {truth.mask.shape[1]}: Cα RMSD and angle of the frames"]
+    lines = [f"{len(truth)} held-out chains of {truth.mask.shape[1]} residues: Cα RMSD and mean angle of the frames"]
     lines += [f"  {name:20} {score(chains, truth)}" for name, chains in held_out.items()]
     return "\n".join([*lines, f"loss curve and structures are in {out}"])

@@ -1,7 +1,7 @@
-"""Measures a model before and after its attention was swapped: the same outputs, seconds and MiB. For the examples.
+"""Measures a model before and after its attention is swapped, for the examples: outputs, seconds and MiB.
 
-Times are taken in turn in one process, since only neighbours in time are comparable on a machine with other users. Peak
-memory is taken in a process of its own, and on Linux only.
+Times are measured in turn in one process, because on a shared machine only times measured right after each other are
+comparable. Peak memory is measured in a process of its own, and on Linux only.
 """
 
 from __future__ import annotations
@@ -21,38 +21,46 @@ from tqdm import tqdm
 from ipa_parity.report import compare
 
 Prepare = Callable[[int, bool, bool], Callable[[], object]]
-"""Makes a call that is ready, of so many residues, with gradients or not, with the layer swapped or not."""
+"""Prepares a call: (number of residues, with gradients, with the layer swapped) → call."""
 
 SHORTEST_TURN = 0.2
-"""Seconds; shorter calls are repeated."""
+"""Minimum seconds of a turn; short calls are repeated until they reach it."""
 
 STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-"""Where Linux tells a process's memory, and where it forgets the peak so far."""
+"""Linux's files that show a process's memory and that reset its peak."""
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """The command line of every example that swaps."""
+    """Parses the command line that all examples of swapping share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--residues", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each; medians are shown (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="number of turns; medians are shown (default: 3)")
     parser.add_argument("--backward", action="store_true", help="measure gradients too, as in training")
     return parser.parse_args()
 
 
 def same(before: np.ndarray, after: np.ndarray, stage: str, what: str) -> str:
-    """A sentence that tells how far apart two outputs in float32 are.
+    """A sentence that says how far apart two float32 outputs are.
+
+    Args:
+        before: the output before the swap.
+        after: the output after the swap.
+        stage: the output's name in the tolerance table.
+        what: the output's name in the sentence.
 
     Raises:
-        SystemExit: they are further apart than the tolerance table allows, so that no speed would mean anything.
+        SystemExit: the outputs differ more than the tolerance table allows.
     """
     found = compare(after, before, case=what, stage=stage, dtype="float32", subject="after", reference="before")
     if not found.passed:
         raise SystemExit(f"{found}: the outputs differ, so nothing was measured")
-    return f"{what}: after is {found.error:.1f} eps of float32 from before, {found.bound:.0f} are allowed"
+    return (
+        f"{what}: before and after differ by {found.error:.1f} eps of float32 (at most {found.bound:.0f} are allowed)"
+    )
 
 
 def table(prepare: Prepare, residues: list[int], repeats: int, *, backward: bool) -> str:
-    """Rows by length and direction, seconds and MiB before and after."""
+    """Text table of seconds and MiB before and after, one row per length and direction."""
     lines = [
         "residues  direction           time before    after  ratio   memory before    after  ratio",
         "-" * 90,
@@ -76,7 +84,7 @@ def table(prepare: Prepare, residues: list[int], repeats: int, *, backward: bool
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Wall-clock time of a call; the median where it is so short that it is repeated."""
+    """Wall-clock time of a call; the median if the call is short and so repeated."""
     times: list[float] = []
     while sum(times) < SHORTEST_TURN:
         started = time.perf_counter()
@@ -91,15 +99,15 @@ def _in_a_process(prepare: Prepare, number: int, gradients: bool, swapped: bool)
 
 
 def peak(prepare: Prepare, number: int, gradients: bool, swapped: bool) -> float:
-    """MiB above what is resident before the call, inputs included.
+    """Peak MiB above the memory resident before the call, which includes the inputs.
 
-    A call on 16 residues first loads what libraries load when they are first used.
+    A first call on 16 residues makes the libraries load everything that they load at first use.
     """
     prepare(16, gradients, swapped)()
     call = prepare(number, gradients, swapped)
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # what lies free in the heap would be used again, and not be seen
+    if trim is not None:  # the call would reuse memory that is free in the heap, and that would not be counted
         trim(0)
     PEAK.write_text("5")
     before = _resident("VmRSS")
@@ -110,5 +118,5 @@ def peak(prepare: Prepare, number: int, gradients: bool, swapped: bool) -> float
 
 
 def _resident(field: str) -> int:
-    """KiB, a line of the process's status."""
+    """KiB from one line of the process's status file."""
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))

@@ -1,9 +1,9 @@
-"""An IPA transformer learns to take noise off protein backbones, in PyTorch; `denoise_backbone_jax.py` is its twin.
+"""Trains an IPA transformer to denoise protein backbones, in PyTorch; `denoise_backbone_jax.py` is its twin.
 
     python examples/denoise_backbone.py [--structures FOLDER] [--steps 300] [--out FOLDER]
 
-Frames of idealised peptides, or of the PDB and mmCIF files in a folder, are moved at random; the model moves them back,
-trained with FAPE. It is scored on chains it has not seen, beside the same model that sees each residue alone.
+Frames of idealised peptides, or of the PDB and mmCIF files in a folder, are moved at random, and the model is trained
+with FAPE to move them back. It is scored on held-out chains, beside the same model trained with each residue alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from backbones import (
 
 
 def predict(model: ipa_torch.IPATransformer, noised: Backbones, *, alone: bool = False) -> ipa_torch.Rigid:
-    """The frames that the model takes the noise off to; `alone` hides every other residue from each."""
+    """The denoised frames that the model predicts; with `alone` each residue attends only to itself."""
     x = {name: torch.from_numpy(array) for name, array in inputs(noised, alone=alone).items()}
     rigids = model(x["single"], x["pair"], ipa_torch.Rigid(x["rotation"], x["translation"]), x["mask"]).rigids
     shape = noised.mask.shape
@@ -60,7 +60,7 @@ def train(
     alone: bool = False,
     quiet: bool = False,
 ) -> list[float]:
-    """The losses of these steps of an optimiser."""
+    """Trains for these steps and returns their losses."""
     losses = []
     name = "each alone" if alone else "torch"
     for noised, chosen in tqdm(batches(clean, steps), total=len(steps), disable=quiet, desc=name, mininterval=1):
@@ -73,37 +73,37 @@ def train(
 
 
 def adam(model: ipa_torch.IPATransformer) -> torch.optim.Optimizer:
-    """The optimiser, with nothing seen yet."""
+    """A new Adam optimiser for the model."""
     return torch.optim.Adam(model.parameters(), LEARNING_RATE)
 
 
 def new_model() -> ipa_torch.IPATransformer:
-    """With seeded weights, and updates that start at nothing."""
+    """A model with seeded weights whose first updates are zero."""
     model = ipa_torch.IPATransformer(model_config())
     model.load_state_dict(initial_weights().to_torch())
     return model
 
 
 def initial_weights() -> Weights:
-    """AlphaFold's initialisation, the same for both frameworks."""
+    """Weights with AlphaFold's initial values; seeded."""
     torch.manual_seed(0)
     return Weights.from_torch(ipa_torch.IPATransformer(model_config()).state_dict(), config=model_config())
 
 
 def denoise(model: ipa_torch.IPATransformer, noised: Backbones, *, alone: bool = False) -> Backbones:
-    """The prediction in numpy."""
+    """The denoised frames as numpy arrays."""
     with torch.no_grad():
         rigids = predict(model, noised, alone=alone)
     return Backbones(rigids.rotation.numpy(), rigids.translation.numpy(), noised.mask)
 
 
 def main() -> None:
-    """Trains, scores, draws."""
+    """Trains, scores and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--structures", type=folder_of_structures, help="folder of PDB and mmCIF files (default: idealised peptides)"
     )
-    parser.add_argument("--steps", type=number_of_steps, default=300, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=number_of_steps, default=300, help="training steps (default: %(default)s)")
     parser.add_argument(
         "--out",
         type=folder_to_write,
@@ -113,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         training, truth = training_and_held_out(args.structures)
-    except ValueError as error:  # of a structure that cannot be read
+    except ValueError as error:  # a structure cannot be read
         parser.error(str(error))
     noised = truth.noised(np.random.default_rng(7)).astype(np.float32)
     losses, held_out = {}, {"noised": noised}

@@ -1,9 +1,9 @@
-"""An IPA transformer learns to take noise off protein backbones, in Haiku; `denoise_backbone.py` is its twin.
+"""Trains an IPA transformer to denoise protein backbones, in Haiku; `denoise_backbone.py` is its twin.
 
     python examples/denoise_backbone_jax.py [--structures FOLDER] [--steps 300] [--out FOLDER]
 
-Frames of idealised peptides, or of the PDB and mmCIF files in a folder, are moved at random; the model moves them back,
-trained with FAPE. It is scored on chains it has not seen, beside the same model that sees each residue alone.
+Frames of idealised peptides, or of the PDB and mmCIF files in a folder, are moved at random, and the model is trained
+with FAPE to move them back. It is scored on held-out chains, beside the same model trained with each residue alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ADAM = optax.adam(LEARNING_RATE)
 
 
 def predict(params: Any, noised: Backbones, *, alone: bool = False) -> ipa_jax.Rigid:
-    """The frames that the model takes the noise off to; `alone` hides every other residue from each."""
+    """The denoised frames that the model predicts; with `alone` each residue attends only to itself."""
     return _predict(params, inputs(noised, alone=alone), noised.mask.shape)
 
 
@@ -71,7 +71,7 @@ def _step(params: Any, state: Any, x: dict[str, jax.Array], truth: ipa_jax.Rigid
 def train(
     params: Any, state: Any, clean: Backbones, steps: range, *, alone: bool = False, quiet: bool = False
 ) -> tuple[Any, Any, list[float]]:
-    """Parameters and the optimiser's state after these steps, and their losses."""
+    """Trains for these steps; returns parameters, the optimiser's state and the losses."""
     losses = []
     name = "each alone" if alone else "jax"
     for noised, chosen in tqdm(batches(clean, steps), total=len(steps), disable=quiet, desc=name, mininterval=1):
@@ -82,25 +82,25 @@ def train(
 
 
 def initial_params() -> Any:
-    """AlphaFold's initialisation."""
+    """Parameters with AlphaFold's initial values; seeded."""
     x = inputs(Backbones(np.zeros((1, 2, 3, 3), np.float32), np.zeros((1, 2, 3), np.float32), np.ones((1, 2), bool)))
     rigids = ipa_jax.Rigid(x["rotation"], x["translation"])
     return MODEL.init(jax.random.key(0), x["single"], x["pair"], rigids, x["mask"])
 
 
 def denoise(params: Any, noised: Backbones, *, alone: bool = False) -> Backbones:
-    """The prediction in numpy."""
+    """The denoised frames as numpy arrays."""
     rigids = predict(params, noised, alone=alone)
     return Backbones(np.asarray(rigids.rotation), np.asarray(rigids.translation), noised.mask)
 
 
 def main() -> None:
-    """Trains, scores, draws."""
+    """Trains, scores and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--structures", type=folder_of_structures, help="folder of PDB and mmCIF files (default: idealised peptides)"
     )
-    parser.add_argument("--steps", type=number_of_steps, default=300, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=number_of_steps, default=300, help="training steps (default: %(default)s)")
     parser.add_argument(
         "--out",
         type=folder_to_write,

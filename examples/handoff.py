@@ -1,9 +1,9 @@
-"""Training changes framework midway: parameters and Adam's moments go from Haiku to PyTorch, and the loss goes on.
+"""Switches framework midway through training: parameters and Adam's moments move from Haiku to PyTorch.
 
     python examples/handoff.py [--steps 120] [--at 60] [--out FOLDER]
 
-Three runs from the same weights on the same batches: in Haiku, in PyTorch, and handed over midway. Their losses
-coincide to rounding, which training amplifies with time.
+Three runs start from the same weights and see the same batches: one in Haiku, one in PyTorch, and one handed over
+midway. Their losses agree to rounding, which training amplifies with time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from backbones import Backbones, folder_to_write, model_config, number_of_steps,
 
 
 def to_torch(params: Any, state: Any) -> tuple[ipa_torch.IPATransformer, torch.optim.Optimizer]:
-    """A module and its Adam where a Haiku run stands: moments have their parameters' names and shapes."""
+    """A PyTorch module and Adam that continue a Haiku run; moments have the names and shapes of their parameters."""
     config = model_config()
     model = ipa_torch.IPATransformer(config)
     model.load_state_dict(Weights.from_haiku(params, config=config).to_torch())
@@ -42,7 +42,7 @@ def to_torch(params: Any, state: Any) -> tuple[ipa_torch.IPATransformer, torch.o
 
 
 def curves(clean: Backbones, steps: int, at: int, *, quiet: bool = False) -> dict[str, list[float]]:
-    """Losses of the run that stays in Haiku, of the one that stays in PyTorch, and of the one handed over."""
+    """Losses of three runs: all in Haiku, all in PyTorch, and handed over at step `at`."""
     initial = in_jax.initial_params()
     params, state, before = in_jax.train(initial, in_jax.ADAM.init(initial), clean, range(at), quiet=quiet)
     model, optimizer = to_torch(params, state)
@@ -54,10 +54,12 @@ def curves(clean: Backbones, steps: int, at: int, *, quiet: bool = False) -> dic
 
 
 def main() -> None:
-    """Trains thrice, compares, draws."""
+    """Trains three times, compares and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=number_of_steps, default=120, help="of training (default: %(default)s)")
-    parser.add_argument("--at", type=number_of_steps, default=60, help="when to hand over (default: %(default)s)")
+    parser.add_argument("--steps", type=number_of_steps, default=120, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--at", type=number_of_steps, default=60, help="step at which to hand over (default: %(default)s)"
+    )
     parser.add_argument(
         "--out", type=folder_to_write, default="handoff", help="folder to write to (default: %(default)s)"
     )
@@ -69,7 +71,9 @@ def main() -> None:
     plot_losses(args.out / "handoff.png", found, f"handed over at step {args.at}")
     haiku, _, handed = (np.array(x) for x in found.values())
     apart = np.abs(handed - haiku) / haiku
-    print(f"step {args.at}: losses {apart[args.at]:.1e} apart, relative; last step: {apart[-1]:.1e}")
+    print(
+        f"relative difference of the losses: {apart[args.at]:.1e} at step {args.at}, {apart[-1]:.1e} at the last step"
+    )
     print(f"curves are in {args.out}")
 
 

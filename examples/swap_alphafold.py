@@ -1,9 +1,9 @@
-"""One line makes AlphaFold (DeepMind's or ColabFold's) use our attention: the same outputs, less time and memory.
+"""Makes AlphaFold (DeepMind's or ColabFold's) use our attention, in one line: same outputs, less time and memory.
 
     python examples/swap_alphafold.py [--residues 256 512 1024] [--backward]
 
-The model is AlphaFold-Multimer with random weights, one Evoformer block and no templates; a published one is swapped by
-the same line, before it is run or between two runs:
+The model here is AlphaFold-Multimer with random weights, one Evoformer block and no templates. The same line works with
+a published model, before it is run or between two runs:
 
     name = "model_1_multimer_v3"
     params = data.get_model_haiku_params(name, data_dir)  # the folder with params/params_model_1_multimer_v3.npz
@@ -11,7 +11,7 @@ the same line, before it is run or between two runs:
     with ipa_jax.replace_alphafold_ipa():
         result = model_runner.predict(features, random_seed=0)
 
-What is measured is the monomer's structure module, eight layers, before and after.
+The measurement compares the monomer's structure module, eight layers, before and after.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from before_and_after import arguments, same, table
 
 
 def small_alphafold() -> hk.Transformed:
-    """AlphaFold-Multimer with one block of each stack; `apply(params, key, batch)` as its own `RunModel` has it."""
+    """AlphaFold-Multimer with one block of each stack; call it as `apply(params, key, batch)`, like its `RunModel`."""
     config = model_config("model_1_multimer_v3").model
     with config.unlocked():
         embeddings = config.embeddings_and_evoformer
@@ -78,7 +78,7 @@ def random_batch(number: int) -> dict[str, Any]:
 
 
 def random_params(alphafold: hk.Transformed, batch: Mapping[str, Any]) -> Any:
-    """As AlphaFold starts, but none of them zero."""
+    """AlphaFold's initial parameters; those that would be all zero are random."""
     params = jax.jit(alphafold.init)(jax.random.PRNGKey(0), batch)
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def random_params(alphafold: hk.Transformed, batch: Mapping[str, Any]) -> Any:
 
 
 def prepare(number: int, gradients: bool, swapped: bool) -> Callable[[], object]:
-    """AlphaFold's structure module on random representations, compiled."""
+    """Prepares a call of AlphaFold's compiled structure module on random representations."""
     rng = np.random.default_rng(1)
     aatype = rng.integers(0, 20, number)
     batch = {
@@ -123,7 +123,7 @@ def prepare(number: int, gradients: bool, swapped: bool) -> Callable[[], object]
 
 
 def main() -> None:
-    """Swaps, compares, measures."""
+    """Swaps the attention, compares and measures."""
     args = arguments(__doc__)
     alphafold, batch = small_alphafold(), random_batch(64)
     params, key = random_params(alphafold, batch), jax.random.PRNGKey(1)

@@ -1,8 +1,8 @@
-"""One line makes a block of the package `invariant-point-attention` use our attention: the same outputs, less memory.
+"""Makes a block of `invariant-point-attention` use our attention, in one line: same outputs, less time and memory.
 
     python examples/swap_block.py [--residues 256 512 1024] [--backward]
 
-In a model of your own the same line finds every block: `ipa_torch.replace_ipa(model)`.
+In your own model the same line finds every block: `ipa_torch.replace_ipa(model)`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ with warnings.catch_warnings():
 
 
 def prepare(number: int, gradients: bool, swapped: bool) -> Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]:
-    """A block of the package's default sizes on random inputs."""
+    """Prepares a call of a block with the package's default sizes on random inputs."""
     torch.manual_seed(0)
     block = IPABlock(dim=64, heads=8)
     if swapped:
@@ -44,7 +44,7 @@ def prepare(number: int, gradients: bool, swapped: bool) -> Callable[[], torch.T
 
 
 def main() -> None:
-    """Swaps, compares, measures."""
+    """Swaps the attention, compares and measures."""
     args = arguments(__doc__)
     print(ipa_torch.replace_ipa(IPABlock(dim=64, heads=8)))
     before, after = (prepare(128, False, swapped)() for swapped in (False, True))

@@ -1,14 +1,14 @@
-"""One line makes Hugging Face's ESMFold use our attention: the same outputs, less time and memory.
+"""Makes Hugging Face's ESMFold use our attention, in one line: same outputs, less time and memory.
 
     python examples/swap_esmfold.py [--residues 256 512 1024] [--backward]
 
-The model has random weights, a small language model and trunk, and ESMFold's own structure module; the published one
-is swapped by the same line:
+The model here has random weights, a small language model and trunk, and ESMFold's own structure module. The same line
+works with the published model:
 
     model = EsmForProteinFolding.from_pretrained("facebook/esmfold_v1")
     print(ipa_torch.replace_ipa(model))
 
-What is measured is the structure module, eight layers on one set of weights, before and after.
+The measurement compares the structure module, eight layers with shared weights, before and after.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from before_and_after import arguments, same, table
 
 
 def small_esmfold(seed: int = 0) -> EsmForProteinFolding:
-    """Random weights: two layers of language model, one block of trunk, and the whole structure module."""
+    """A model with random weights: two language-model layers, one trunk block, and the whole structure module."""
     torch.manual_seed(seed)
     trunk = {
         "num_blocks": 1,
@@ -55,7 +55,7 @@ def small_esmfold(seed: int = 0) -> EsmForProteinFolding:
 
 
 def prepare(number: int, gradients: bool, swapped: bool) -> Callable[[], object]:
-    """The structure module on random representations."""
+    """Prepares a call of the structure module on random representations."""
     module = small_esmfold().trunk.structure_module
     if swapped:
         ipa_torch.replace_ipa(module)
@@ -75,7 +75,7 @@ def prepare(number: int, gradients: bool, swapped: bool) -> Callable[[], object]
 
 
 def main() -> None:
-    """Swaps, compares, measures."""
+    """Swaps the attention, compares and measures."""
     args = arguments(__doc__)
     model = small_esmfold()
     sequence = torch.randint(0, 20, (1, 128), generator=torch.Generator().manual_seed(2))

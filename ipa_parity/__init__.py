@@ -1,4 +1,4 @@
-"""Roof of IPA Twins: both frameworks on the same weights and frames, compared in units of machine epsilon."""
+"""Comparison of both frameworks on the same weights and frames, in units of machine epsilon."""
 
 from ipa_bridge.version import __version__
 

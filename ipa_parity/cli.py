@@ -1,4 +1,4 @@
-"""The command `ipa-parity`: is the Haiku model the same function as the PyTorch one, on your weights and protein?"""
+"""Compares the Haiku and the PyTorch model on the same weights and protein: the command `ipa-parity`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ examples:
 """
 
 KINKS = (
-    "Gradients in float32 are in the Euclidean norm: a few of millions of ReLUs open in one run and not in the other.\n"
-    "In float64 none does. Their bounds there grow as the shortest predicted torsion vector shrinks, for\n"
-    "gradients are divided by its length."
+    "Errors of gradients in float32 are in the Euclidean norm, because a few of millions of ReLUs are open in one run\n"
+    "and shut in the other. In float64 this does not happen. There the bounds of gradients grow as the shortest\n"
+    "predicted torsion vector shrinks, because gradients are divided by its length."
 )
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -42,7 +42,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 @as_command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0 if everything compared is within its bound, 1 if not, 2 if the question is wrong."""
+    """Runs the command. Returns 0 if every comparison is within its bound, 1 if not, 2 for wrong arguments."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -67,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 gradients=not args.no_gradients,
                 progress=lambda step, name=case.name: progress(f"{name}: {step}"),
             )
-        del case  # before the next is drawn
+        del case  # frees memory before the next case is drawn
     progress.clear()
     if not comparisons:
         print(
-            f"ipa-parity: nothing was compared: {frameworks[0]} alone has nothing to be held against in "
-            f"{' and '.join(args.dtype)}; add --dtype float32, or install the other framework",
+            f"ipa-parity: nothing was compared: {frameworks[0]} alone has no reference in {' and '.join(args.dtype)}; "
+            f"add --dtype float32, or install the other framework",
             file=sys.stderr,
         )
         return 2
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 Question = tuple[list[Callable[[], Any]], Callable[..., Iterator[Comparison]]]
-"""Cases that are drawn when their turn comes, for of a large protein two do not fit in memory; and their judge."""
+"""Functions that draw the cases, one at a time since two large ones may not fit in memory, and their judge."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,26 +96,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ipa-twins {__version__}")
     parser.add_argument("--module", choices=MODULES, default="ipa", help="the attention, or a whole structure module")
-    parser.add_argument("--weights", metavar="FILE", help="its weights: .npz (AlphaFold's), .safetensors or .pt")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the model's weights: .npz (AlphaFold's), .safetensors or .pt"
+    )
     parser.add_argument("--structure", metavar="FILE", help="a protein to run on: PDB or mmCIF")
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="the model, with seeded weights (default: both AlphaFold layouts); beside --weights, whose norm to use",
-    )
-    parser.add_argument("--residues", type=_several, help="random frames (default: 64, and an idealised peptide)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, action="append", help="may be repeated (default: float32 and float64)"
+        help="the model, with seeded weights (default: both AlphaFold layouts); with --weights: the system whose "
+        "norm and units to use",
     )
     parser.add_argument(
-        "--seed", type=_seed, default=0, help="of weights, activations and frames (default: %(default)s)"
+        "--residues", type=_several, help="number of random frames (default: 64, and an idealised peptide)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        action="append",
+        help="dtype to run in; may be repeated (default: float32 and float64)",
+    )
+    parser.add_argument(
+        "--seed", type=_seed, default=0, help="seed of weights, activations and frames (default: %(default)s)"
     )
     parser.add_argument("--no-gradients", action="store_true", help="compare outputs only")
     parser.add_argument(
         "--require", default="jax,torch", help="frameworks that must be installed (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="every comparison, as JSON on standard output")
-    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    parser.add_argument("--json", action="store_true", help="print every comparison as JSON on standard output")
+    parser.add_argument("--quiet", action="store_true", help="print no progress on standard error")
     return parser
 
 
@@ -125,9 +133,7 @@ def _several(text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
     if number < 2:
-        raise argparse.ArgumentTypeError(
-            f"must be at least 2, for a residue alone has only itself to see; got {number}"
-        )
+        raise argparse.ArgumentTypeError(f"must be at least 2, so that residues can attend to each other; got {number}")
     return number
 
 
@@ -146,14 +152,14 @@ def _frameworks(require: str) -> tuple[str, ...]:
     if missing:
         raise ValueError(
             f"not installed: {', '.join(missing)}. Install ipa-twins[{','.join(missing)}], or pass "
-            f"--require='{','.join(frameworks)}' to compare what there is with the float64 oracle"
+            f"--require='{','.join(frameworks)}' to compare the installed framework with the float64 oracle"
         )
     return frameworks
 
 
 def _ipa(args: argparse.Namespace) -> Question:
     if args.structure and args.residues:
-        raise ValueError("--structure brings its own residues: leave --residues out")
+        raise ValueError("--structure has its own residues: leave out --residues")
     models: dict[str, tuple[IPAConfig, Weights | None]]
     structures: dict[str, Structure | None]
     if args.weights:
@@ -179,10 +185,10 @@ def _ipa(args: argparse.Namespace) -> Question:
 
 def _structure_module(args: argparse.Namespace) -> Question:
     if args.residues:
-        raise ValueError("--module structure-module runs on the residues of a protein: leave --residues out")
+        raise ValueError("--module structure-module runs on a protein's residues: leave out --residues")
     half = [dtype for dtype in args.dtype or () if dtype not in ("float32", "float64")]
     if half:
-        raise ValueError(f"--module structure-module is compared in float32 and float64; got --dtype {half[0]}")
+        raise ValueError(f"--module structure-module takes --dtype float32 or float64; got {half[0]}")
     presets = structure_modules.PRESETS
     if args.preset not in (None, *presets):
         raise ValueError(f"--module structure-module has the presets {', '.join(presets)}; got {args.preset}")
@@ -212,15 +218,15 @@ MODULES: dict[str, Callable[[argparse.Namespace], Question]] = {"ipa": _ipa, "st
 def _protein(path: str) -> Structure:
     structure = load_structure(path)
     if structure.mask.sum() < 2:
-        raise ValueError(f"{path}: at least 2 residues with a backbone are needed, to see each other")
+        raise ValueError(f"{path}: expected at least 2 residues with a backbone; got {structure.mask.sum()}")
     return structure
 
 
 def _check_trained(path: str, weights: Weights, name: str) -> None:
     if not weights.arrays[name].any():
         raise ValueError(
-            f"{path}: {name.rpartition('/')[0]} is zero, as an untrained model's: every output is its bias, and there "
-            f"is nothing to compare. Train it, or pass --preset alone for seeded weights"
+            f"{path}: {name.rpartition('/')[0]} is zero, as in an untrained model: every output is its bias, and there "
+            f"is nothing to compare. Pass trained weights, or --preset alone for seeded weights"
         )
 
 
@@ -240,11 +246,11 @@ def _report(
         f"{len(failures)} of {len(comparisons)} comparisons failed"
         if failures
         else (
-            f"all {len(comparisons)} comparisons passed: the same function to rounding, whatever the weights and the "
-            f"protein are worth; closest to its bound: {worst}"
+            f"all {len(comparisons)} comparisons passed: the same function to rounding (this says nothing about the "
+            f"weights or the protein); closest to its bound: {worst}"
         )
     )
     alone = ""
     if len(frameworks) < 2:
-        alone = f" ({frameworks[0]} only: the other framework, which judges float64 gradients, is not installed)"
+        alone = f" ({frameworks[0]} only: the other framework, the reference of float64 gradients, is not installed)"
     return "\n".join([*lines, f"{verdict}{alone}. {seconds:.0f} s"])

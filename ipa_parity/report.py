@@ -1,4 +1,4 @@
-"""What a comparison found: one row per stage, a table for people and JSON for machines."""
+"""Results of a comparison: one row per stage, printed as a text table or as JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Within the bound, and nothing else wrong."""
+        """True if the error is within the bound and nothing else is wrong."""
         return not self.problem and self.error <= self.bound
 
     def __str__(self) -> str:
@@ -53,18 +53,18 @@ def compare(
     """Judges one array by the tolerance table.
 
     Args:
-        actual: what came.
-        expected: what should have come.
+        actual: the array to judge.
+        expected: the reference.
         case: name of the case.
-        stage: its name in the tolerance table; "gradient/…" for any gradient.
-        dtype: name of the narrowest arithmetic used.
-        subject: who produced `actual`.
-        reference: who produced `expected`.
-        meaningful: True where the entries count; None for all of them.
-        scale: what the error is relative to, where the stage is a sum that cancels and max|expected| says
-            nothing; None for max|expected|.
-        conditioning: factor on the bound, from the inputs alone.
-        norm: of the error and of the scale.
+        stage: the stage's name in the tolerance table; "gradient/…" for any gradient.
+        dtype: name of the narrowest dtype used.
+        subject: name of the run that gave `actual`.
+        reference: name of the run that gave `expected`.
+        meaningful: True for the entries that count; None for all of them.
+        scale: size that the error is divided by; None for the norm of `expected`. Needed where the stage is a sum
+            whose terms cancel.
+        conditioning: factor on the bound, computed from the inputs alone.
+        norm: norm of the error and of the scale.
     """
     limit = bound(stage, dtype) * conditioning
 
@@ -92,7 +92,7 @@ def _size(x: np.ndarray, norm: Norm) -> float:
 def summarise(comparisons: Iterable[Comparison]) -> dict[tuple[str, str, str], Comparison]:
     """The comparison closest to, or furthest beyond, its bound for each (stage, dtype, subject and reference).
 
-    Stages deeper than `gradient/…/…` count together.
+    Stages that differ only below `gradient/…/…` count as one.
     """
     worst: dict[tuple[str, str, str], Comparison] = {}
     for row in comparisons:
@@ -103,7 +103,7 @@ def summarise(comparisons: Iterable[Comparison]) -> dict[tuple[str, str, str], C
 
 
 def table(comparisons: Iterable[Comparison]) -> str:
-    """Stages by dtype and pair of runs: the worst error over all cases, in epsilons of that dtype."""
+    """Table of stages by dtype and pair of runs: the worst error over all cases, in epsilons of that dtype."""
     worst = summarise(comparisons)
     stages = list(dict.fromkeys(stage for stage, _, _ in worst))
     columns = list(dict.fromkeys((dtype, who) for _, dtype, who in worst))
@@ -124,7 +124,7 @@ def table(comparisons: Iterable[Comparison]) -> str:
 
 
 def worst_by_case(comparisons: Iterable[Comparison]) -> str:
-    """Cases by dtype and reference: the worst error of outputs and of gradients, in epsilons of that dtype."""
+    """Table of cases by dtype and reference: the worst error of outputs and of gradients, in epsilons of that dtype."""
     worst: dict[tuple[str, str, str], dict[str, Comparison]] = {}
     for row in comparisons:
         cells = worst.setdefault((row.case, row.dtype, row.reference), {})
@@ -147,7 +147,7 @@ def as_json(comparisons: Iterable[Comparison]) -> list[dict]:
 
 
 def _aligned(rows: list[list[str]], headings: int) -> str:
-    """Cells in columns, the first to the left, with a rule below the headings."""
+    """Cells in columns with a line below the headings; the first column is aligned left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         row[0].ljust(widths[0]) + "".join(cell.rjust(w + 2) for cell, w in zip(row[1:], widths[1:], strict=True))

@@ -1,4 +1,4 @@
-"""Options, pins and fixtures of the suite."""
+"""Options, settings and fixtures of the suite."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 import hypothesis
 import pytest
 
-if not any(x.startswith("--require") and "gpu" in x for x in sys.argv):  # on a GPU all runs as it is
+if not any(x.startswith("--require") and "gpu" in x for x in sys.argv):  # with --require=gpu kernels run on the GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     # Before JAX is imported: compiling takes longer than running. `make test-all` compiles as users do.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""True where Triton interprets GPU kernels on the CPU; it is told once for the whole run."""
+"""True where Triton interprets GPU kernels on the CPU; fixed for the whole run."""
 
 from frameworks import Jax, Torch, one_of
 
@@ -29,7 +29,7 @@ COMPARED_WITH_PEERS = pytest.StashKey[list]()
 COMPARED_WITH_STRUCTURE_MODULES = pytest.StashKey[list]()
 CONVERSIONS = pytest.StashKey[list]()
 MOTIONS = pytest.StashKey[list]()
-"""What the run compared, for its closing tables."""
+"""Results of the run's comparisons, for the tables printed at its end."""
 
 TABLES = (COMPARED, COMPARED_WITH_PEERS, COMPARED_WITH_STRUCTURE_MODULES, CONVERSIONS, MOTIONS)
 
@@ -43,21 +43,25 @@ hypothesis.settings.load_profile("everywhere")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ipa-twins")
     group.addoption(
-        "--require", default="", help="what must be there, or the run fails: modules, as jax,torch, and structures"
+        "--require",
+        default="",
+        help="modules that must be installed, as jax,torch, or the run fails; also gpu and structures",
     )
     group.addoption("--weights", help="run the parity tests alone, on the weights in this file")
-    group.addoption("--preset", help="the config of these tests, or beside --weights the norm that no shape tells")
+    group.addoption("--preset", help="config of these tests; with --weights: the system whose norm and units to use")
     group.addoption("--structure", help="run the parity tests alone, on the protein in this PDB or mmCIF file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "users_own: runs on the weights and the protein given on the command line")
     config.addinivalue_line("markers", "gpu: runs on a GPU")
-    config.addinivalue_line("markers", "exhaustive: left to make test-all; make test catches the same by another test")
+    config.addinivalue_line(
+        "markers", "exhaustive: runs in make test-all only; another test checks the same in make test"
+    )
     config.addinivalue_line(
         "markers",
-        "covering(*crossed): make test runs as few combinations of the parameters as hold every value of each (and all "
-        "combinations of those named); the others are exhaustive",
+        "covering(*crossed): make test runs the fewest combinations that hold every value of each parameter (and all "
+        "combinations of the parameters named); the others are exhaustive",
     )
     needed = [name for name in config.getoption("--require").split(",") if name]
     if "gpu" in needed:
@@ -82,14 +86,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if importlib.util.find_spec("torch"):
         import torch
 
-        if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each wait for each other
+        if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each would wait for each other
             torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
 
 
 def without_gpu() -> str | None:
-    """Which framework sees no GPU; None if both see one."""
+    """A message that names the framework without a GPU; None if both have one."""
     if importlib.util.find_spec("torch"):
         import torch
 
@@ -111,7 +115,7 @@ def framework(request: pytest.FixtureRequest) -> Jax | Torch:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPU kernels run on the CPU, in Triton's and Pallas' interpreters, where they are not to run on a GPU."""
+    """Runs GPU kernels on the CPU, in the interpreters of Triton and Pallas; skips the test in runs on a GPU."""
     if not INTERPRETED:
         pytest.skip("kernels run on a GPU, and are not interpreted")
     if importlib.util.find_spec("torch"):
@@ -133,7 +137,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def leave_combinations_to_test_all(items: list[pytest.Item]) -> None:
-    """Marks what a test marked `covering` need not run as exhaustive."""
+    """Marks as exhaustive the combinations that a test marked `covering` does not need."""
     tests: dict[Any, dict[pytest.Item, set]] = defaultdict(dict)
     for item in items:
         if (covering := item.get_closest_marker("covering")) and not item.get_closest_marker("exhaustive"):
@@ -146,7 +150,7 @@ def leave_combinations_to_test_all(items: list[pytest.Item]) -> None:
 
 
 def few_with_every_value(combinations: dict[pytest.Item, set]) -> set[pytest.Item]:
-    """Combinations that together hold every value: in turn what holds most that is new, and of these the rarest."""
+    """A few combinations that together hold every value: greedily the one with most new values, ties to rare values."""
     seen = Counter(dict.fromkeys(set.union(*combinations.values()), 0))
     chosen: set[pytest.Item] = set()
 
@@ -196,7 +200,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """One of several processes hands over what it compared, as plain data."""
+    """Sends the comparisons of a worker process to the main process, as plain data."""
     if hasattr(session.config, "workeroutput"):
         rows = [[asdict(row) for row in session.config.stash.get(key, [])] for key in TABLES]
         session.config.workeroutput["tables"] = json.dumps(rows, default=float)
@@ -204,7 +208,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """And the first process collects it."""
+    """Collects the comparisons of a worker process in the main process."""
     handed_over = getattr(node, "workeroutput", {}).get("tables")
     if handed_over:
         from ipa_parity.report import Comparison
@@ -227,13 +231,13 @@ def compared_with_peers(request: pytest.FixtureRequest) -> list:
 
 @pytest.fixture(scope="session")
 def compared_with_structure_modules(request: pytest.FixtureRequest) -> list:
-    """Collects what published structure modules and ours are off, layer by layer, for a table of their own."""
+    """Collects errors of published structure modules and ours, layer by layer, for a table of their own."""
     return request.config.stash.setdefault(COMPARED_WITH_STRUCTURE_MODULES, [])
 
 
 @pytest.fixture(scope="session")
 def conversions(request: pytest.FixtureRequest) -> list:
-    """Collects what other systems' modules and ours compute with the same weights, for a table of their own."""
+    """Collects comparisons of other systems' modules with ours on the same weights, for a table of their own."""
     return request.config.stash.setdefault(CONVERSIONS, [])
 
 

@@ -18,7 +18,7 @@ from ipa_parity.structure_module.stages import named_layers, target_of
 
 
 def torch_is_at_least(version: str) -> bool:
-    """As of no PyTorch at all, none."""
+    """True if PyTorch is installed in at least this version."""
     try:
         installed = metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -27,12 +27,12 @@ def torch_is_at_least(version: str) -> bool:
 
 
 def needs_torch(version: str) -> pytest.MarkDecorator:
-    """Skips a test of what an older PyTorch's Dynamo cannot trace; docs/versions.md tells of it."""
-    return pytest.mark.skipif(not torch_is_at_least(version), reason=f"wants the Dynamo of PyTorch {version}")
+    """Skips a test that an older PyTorch's Dynamo cannot trace (see docs/versions.md)."""
+    return pytest.mark.skipif(not torch_is_at_least(version), reason=f"needs the Dynamo of PyTorch {version}")
 
 
 class Jax:
-    """JAX, and `ipa_jax` where Haiku is there."""
+    """JAX, with `ipa_jax` where Haiku is installed."""
 
     name = "jax"
 
@@ -70,7 +70,7 @@ class Jax:
         return None if x is None else self.jax.numpy.asarray(x)
 
     def at_hand(self, x):
-        """As a user gives what is no array of the framework's."""
+        """Inputs that are not arrays of the framework, as a user may pass them."""
         return x
 
     def numpy(self, x):
@@ -83,11 +83,11 @@ class Jax:
         return self.jax.vmap(function)
 
     def transforms(self, *inputs):
-        """What makes a function one that sees no values."""
+        """Transformations under which a function sees no values."""
         return (self.jax.jit,)
 
     def shapes(self, function):
-        """Traces a function only, for compiling takes longer than running; no outputs."""
+        """Only traces a function, because compiling takes longer than running; returns no outputs."""
         self.jax.eval_shape(function)
         return []
 
@@ -101,14 +101,14 @@ class Jax:
         return [np.asarray(x) for x in grads]
 
     def ipa(self, case, *inputs):
-        """The attention of a case, on inputs of one's own."""
+        """The attention of a case, on the given inputs."""
         return self.package.transform_ipa(case.config).apply(case.weights.to_haiku(), *inputs)
 
     def on_gpu(self):
         return self
 
     def as_kernels_need(self, arrays):
-        """64-bit numbers only for float64: with them the interpreter mixes integers, which JAX does not."""
+        """Uses 64-bit numbers for float64 only; with them the interpreter mixes integer types, which JAX refuses."""
         return self.jax.enable_x64(arrays["q"].dtype == np.float64)
 
     def run_attention(self, arrays, cotangents, **options):
@@ -125,7 +125,7 @@ class Jax:
         return [np.asarray(x) for x in outputs], {n: np.asarray(x) for n, x in gradients.items() if x is not None}
 
     def run_structure_module(self, case, *, rigids=None, update_mask=None):
-        """Every layer's predictions, by stage."""
+        """Predictions of every layer, by stage."""
         params, single, pair, aatype, mask, rigids, update_mask = self.arguments(case, rigids, update_mask)
         apply = self.apply_structure_module(case.config)
         output = apply(params, None, single, pair, aatype, mask, rigids=rigids, update_mask=update_mask)
@@ -178,7 +178,7 @@ class Torch:
         return None if x is None else torch_tensor(x).to(self.device)
 
     def at_hand(self, x):
-        """As a user gives what is no array of the framework's."""
+        """Inputs that are not arrays of the framework, as a user may pass them."""
         return self.array(x)
 
     def numpy(self, x):
@@ -191,7 +191,7 @@ class Torch:
         return self.torch.func.vmap(function)
 
     def transforms(self, *inputs):
-        """What makes a function one that sees no values: compiled, and exported."""
+        """Transformations under which a function sees no values: compilation and export."""
 
         def exported(function):
             module = type("Module", (self.torch.nn.Module,), {"forward": lambda _, *xs: function(*xs)})()
@@ -201,7 +201,7 @@ class Torch:
         return (compiled, exported) if torch_is_at_least("2.8") else (compiled,)
 
     def shapes(self, function):
-        """The outputs that are no integers."""
+        """The outputs that are not integers."""
         outputs = self.torch.utils._pytree.tree_leaves(function())
         return [x.numpy() for x in outputs if x is not None and "int" not in str(x.dtype)]
 
@@ -217,7 +217,7 @@ class Torch:
         return [x.detach().numpy() for x in grads]
 
     def ipa(self, case, *inputs):
-        """The attention of a case, on inputs of one's own."""
+        """The attention of a case, on the given inputs."""
         module = self.package.InvariantPointAttention(case.config)
         module.load_state_dict(case.weights.to_torch())
         return module(*inputs)
@@ -230,7 +230,7 @@ class Torch:
 
     @contextlib.contextmanager
     def as_kernels_need(self, arrays):
-        """All memory that is not written is NaN."""
+        """Fills all unwritten memory with NaN."""
         was = self.torch.are_deterministic_algorithms_enabled()
         self.torch.use_deterministic_algorithms(True, warn_only=self.device != "cpu")
         try:
@@ -248,7 +248,7 @@ class Torch:
         return [self.numpy(x) for x in outputs], {n: self.numpy(x) for n, x in zip(leaves, found, strict=True)}
 
     def run_structure_module(self, case, *, rigids=None, update_mask=None):
-        """Every layer's predictions, by stage."""
+        """Predictions of every layer, by stage."""
         single, pair, aatype, mask, rigids, update_mask = self.arguments(case, rigids, update_mask)
         with self.torch.no_grad():
             output = self.structure_module(case)(single, pair, aatype, mask, rigids=rigids, update_mask=update_mask)
@@ -284,5 +284,5 @@ class Torch:
 
 @cache
 def one_of(kind):
-    """One object for all tests, since JAX compiles longer than it runs."""
+    """One object for all tests, so that JAX compiles each function once."""
     return kind()

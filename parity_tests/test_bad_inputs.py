@@ -1,4 +1,4 @@
-"""What does not fit is refused in both frameworks alike: what was expected, what came, how to mend it."""
+"""Both frameworks refuse bad inputs with the same messages: what was expected, what came, how to mend it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_ipa(framework, spoil, message):
         ),
     ],
 )
-def test_what_is_no_rigid(framework, kind, message):
+def test_frames_that_are_not_a_rigid_raise(framework, kind, message):
     case = CATALOGUE["monomer"]().astype("float32")
     rigids = {
         "tuple": (framework.array(case.rotation), framework.array(case.translation)),
@@ -86,8 +86,8 @@ def test_what_is_no_rigid(framework, kind, message):
 
 
 @pytest.mark.parametrize("name", ["single", "pair", "mask"])
-def test_what_is_no_array(framework, name):
-    """Numpy's arrays are among them in PyTorch, and taken by JAX."""
+def test_inputs_that_are_not_arrays_raise(framework, name):
+    """Numpy arrays raise in PyTorch and are accepted in JAX."""
     case = CATALOGUE["monomer"]().astype("float32")
     rigids = framework.package.Rigid(framework.array(case.rotation), framework.array(case.translation))
     arrays = {name: framework.array(getattr(case, name)) for name in ("single", "pair", "mask")}
@@ -100,7 +100,7 @@ def test_what_is_no_array(framework, name):
             assert framework.ipa(case, inputs["single"], inputs["pair"], rigids, inputs["mask"]).dtype == "float32"
 
 
-def test_what_is_no_config(framework):
+def test_arguments_that_are_not_a_config_raise(framework):
     """A preset not called, another module's config, weights, or a name."""
     package, attention = framework.package, IPAConfig.alphafold2()
     jax = isinstance(framework, Jax)
@@ -121,7 +121,7 @@ def test_what_is_no_config(framework):
 
 
 def test_tokens_outside_the_vocabulary(framework):
-    """Told where values are at hand and the mask is 1."""
+    """They raise where values can be read and the mask is 1."""
     config = IPATransformerConfig.lucidrains(8, depth=1, heads=2, num_tokens=5, require_pairwise_repr=False)
     if isinstance(framework, Jax):
         params, transformed = Weights.random(config).to_haiku(), framework.package.transform_ipa_transformer(config)
@@ -141,8 +141,8 @@ def test_tokens_outside_the_vocabulary(framework):
 
 
 @pytest.mark.parametrize("kind", ["block", "confidence head", "atoms"])
-def test_what_else_is_no_array_or_not_floating(framework, kind):
-    """Where it does not come to an attention first: whole numbers had come back truncated."""
+def test_other_inputs_that_are_not_floating_arrays_raise(framework, kind):
+    """Functions other than the attention check it too; integers once gave truncated results."""
     package, jax = framework.package, isinstance(framework, Jax)
     if kind == "atoms":
         with pytest.raises(ValueError, match=r"atom14 must be an? (array|Tensor); got list"):
@@ -232,7 +232,7 @@ def test_core(framework, changes, error, message):
 
 
 def test_outputs_are_taken_by_name(framework):
-    """`prediction[-1]`, by analogy with `prediction.atom14[-1]`, was the last field; unpacking is by position."""
+    """`prediction[-1]` raises (it would be the last field, not the last layer); unpacking by position still works."""
     package = framework.package
     kinds = named_tuples(package)
     assert {"StructureModuleOutput", "IPATransformerOutput", "StructureTarget", "TorsionAngles"} <= set(kinds)
@@ -249,7 +249,7 @@ def test_outputs_are_taken_by_name(framework):
 
 
 def named_tuples(package):
-    """The public ones that hold results, by name."""
+    """Public named tuples that hold results, by name."""
     public = (getattr(package, name) for name in package.__all__)
     return {x.__name__: x for x in public if isinstance(x, type) and issubclass(x, tuple) and x is not package.Rigid}
 
@@ -285,7 +285,7 @@ PROTEIN37, PROTEIN14 = (np.random.default_rng(0).standard_normal((3, n, 3)).asty
 
 @pytest.mark.parametrize("reads", READS_AATYPE.values(), ids=READS_AATYPE)
 def test_residue_types_out_of_range(framework, reads):
-    """Refused where a residue is valid; where it is padding they are the unknown residue's."""
+    """They raise at valid residues; at padding they count as unknown (20)."""
     at_hand = framework.at_hand
 
     def run(*aatype, valid, dtype=np.int64):
@@ -305,8 +305,8 @@ def test_residue_types_out_of_range(framework, reads):
         run(0, 5, 20, valid=True, dtype=np.float32)
 
 
-def test_residue_types_that_are_not_at_hand(framework):
-    """Those out of range are the unknown residue's where a function is compiled, exported or mapped."""
+def test_residue_types_whose_values_cannot_be_read(framework):
+    """In compiled, exported or mapped functions, types out of range count as unknown (20)."""
     mask, atom37 = framework.array(np.ones(3, bool)), framework.array(PROTEIN37)
 
     def target(aatype):

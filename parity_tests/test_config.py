@@ -1,4 +1,4 @@
-"""Configs say what a model is, and impossible ones cannot be made; the manifest lists AlphaFold's own parameters."""
+"""Configs describe a model and refuse impossible values; the manifest lists AlphaFold's own parameters."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ ALPHAFOLDS = {
 
 @pytest.mark.parametrize("layout", ALPHAFOLDS)
 def test_manifest_is_alphafolds_key_for_key(layout):
-    """What alphafold-colabfold's own attention initialises, by name and shape."""
+    """The manifest equals the parameters that alphafold-colabfold's own attention initialises, by name and shape."""
     jax = pytest.importorskip("jax")
     hk = pytest.importorskip("haiku")
     pytest.importorskip("alphafold", reason="alphafold-colabfold is not installed")
@@ -118,7 +118,7 @@ def test_manifest_is_alphafolds_key_for_key(layout):
     _, config = ALPHAFOLDS[layout]
     shapes = ((5, config.num_channel), (5, 5, config.pair_channel), (5,), (5, 3, 3), (5, 3))
     arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
-    # Its multimer geometry asserts float32, which its own float64 constants break where x64 is on.
+    # AlphaFold's multimer geometry asserts float32; with x64 on, its own float64 constants would fail that.
     with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
         key = jax.eval_shape(lambda: jax.random.key(0))
         params = jax.eval_shape(hk.transform(alphafold_forward(config)).init, key, *arguments)

@@ -1,4 +1,4 @@
-"""The examples learn, write what they say, and a run that changes framework midway goes on as if it had not."""
+"""The examples learn and write their files, and a run that switches framework midway continues unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 @pytest.fixture(autouse=True)
 def examples(monkeypatch):
-    """Importable, and in JAX's own defaults, in which a user runs them."""
+    """Makes the examples importable and restores JAX's defaults, as for a user."""
     for package in ("jax", "torch", "optax", "tqdm", "matplotlib", "gemmi"):
         pytest.importorskip(package)
     import jax
@@ -42,7 +42,7 @@ SHORT = {
     "swap_block": ["--residues", "20", "--repeats", "1", "--backward"],
     "swap_esmfold": ["--residues", "20", "--repeats", "1"],
 }
-"""Every example, and arguments with which it runs for seconds."""
+"""Every example, with arguments that let it finish in seconds."""
 
 
 ALL_HELP = """
@@ -57,7 +57,7 @@ for path in sys.argv[1:]:
 
 
 def run_elsewhere(arguments, tmp_path):
-    """Python where, of this project, it sees only what is installed, and a copy of the examples."""
+    """Runs Python on a copy of the examples, where only the installed packages of this project can be imported."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     (tmp_path / "installed").mkdir()
     for package in ("ipa_bridge", "ipa_jax", "ipa_torch", "ipa_parity"):
@@ -71,7 +71,7 @@ def run_elsewhere(arguments, tmp_path):
 
 
 def test_every_example_starts_in_another_folder(tmp_path):
-    """With all that it imports, to say how it is called."""
+    """Every example imports what it needs and prints its help."""
     programs = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
     assert programs == set(SHORT)
     said = run_elsewhere(["-c", ALL_HELP, *(f"examples/{name}.py" for name in SHORT)], tmp_path)
@@ -88,7 +88,7 @@ def test_every_example_runs_in_another_folder(name, tmp_path):
     "name", ["denoise_backbone", pytest.param("denoise_backbone_jax", marks=pytest.mark.exhaustive)]
 )
 def test_a_denoiser_learns_what_one_without_attention_cannot(name, backbones, tmp_path, monkeypatch, capsys):
-    """In few steps; the README shows what more come to."""
+    """A few steps suffice for this; the README shows results after more."""
     example = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", [name, "--steps", "40", "--out", str(tmp_path / "out")])
     example.main()
@@ -106,7 +106,7 @@ def test_a_denoiser_learns_what_one_without_attention_cannot(name, backbones, tm
 
 
 def test_a_run_handed_over_goes_on(backbones):
-    """Parameters and Adam's moments; without the moments it goes elsewhere."""
+    """The run goes on with parameters and Adam's moments; without the moments its losses differ."""
     handoff = importlib.import_module("handoff")
     clean = backbones.peptides(16, seed=1)
     haiku, pytorch, handed = (np.array(x) for x in handoff.curves(clean, 16, 8, quiet=True).values())
@@ -122,7 +122,7 @@ def test_a_run_handed_over_goes_on(backbones):
     assert np.abs(np.array(forgetful) - haiku[8:]).max() > 1e-2
 
 
-def test_scores_do_not_mind_where_a_chain_lies(backbones):
+def test_scores_do_not_depend_on_where_a_chain_lies(backbones):
     chains = backbones.peptides(2, seed=3)
     from ipa_bridge.proteins.frames import random_rotations
 
@@ -146,12 +146,12 @@ def test_a_folder_of_proteins(backbones, structures_dir, tmp_path):
     assert np.isfinite(unseen.translation).all()
     (tmp_path / "1gcn.pdb").unlink()
     (tmp_path / "2rbg.pdb").unlink()
-    with pytest.raises(ValueError, match="two structures or more"):
+    with pytest.raises(ValueError, match="expected at least two structures"):
         backbones.training_and_held_out(tmp_path)
 
 
-def test_proteins_without_a_backbone_or_too_short_are_passed_over(backbones, structures_dir, tmp_path):
-    """A file of Cα atoms alone had made every loss NaN."""
+def test_proteins_without_a_backbone_or_too_short_are_skipped(backbones, structures_dir, tmp_path):
+    """A file with Cα atoms only once made every loss NaN."""
     lines = (structures_dir / "5nmu.pdb").read_text().splitlines(keepends=True)
     (tmp_path / "traced.pdb").write_text("".join(x for x in lines if x[12:16] == " CA "))
     for name, copy in {"1gcn.pdb": "1GCN.PDB", "2rbg.pdb": "2RBG.PDB", "3u8v.cif": "3u8v.cif"}.items():
@@ -159,7 +159,7 @@ def test_proteins_without_a_backbone_or_too_short_are_passed_over(backbones, str
     assert len(backbones.structure_files(tmp_path)) == 4
     assert len(backbones.proteins(tmp_path)) == 2
     (tmp_path / "2RBG.PDB").unlink()
-    with pytest.raises(ValueError, match="chains of 40 residues with a backbone in two files or more"):
+    with pytest.raises(ValueError, match="expected chains of 40 residues with a backbone in at least two files"):
         backbones.training_and_held_out(tmp_path)
 
 
@@ -167,12 +167,12 @@ def test_proteins_without_a_backbone_or_too_short_are_passed_over(backbones, str
     ("name", "arguments", "message"),
     [
         ("denoise_backbone", ["--structures", "nope"], "argument --structures: no such folder: nope"),
-        ("denoise_backbone_jax", ["--steps", "-3"], "argument --steps: a whole number from 1 was expected; got '-3'"),
+        ("denoise_backbone_jax", ["--steps", "-3"], "argument --steps: expected a whole number from 1; got '-3'"),
         ("denoise_backbone", ["--out", "taken"], "argument --out: "),
         ("handoff", ["--steps", "5", "--at", "5"], "--at must be less than --steps; got 5 of 5"),
     ],
 )
-def test_wrong_arguments_are_told_before_anything_is_trained(name, arguments, message, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_raise_before_training(name, arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("taken").write_text("")
     monkeypatch.setattr(sys, "argv", [name, *arguments])

@@ -1,4 +1,4 @@
-"""The rules of the house: floors, no circle of imports, no private names across rooms, files and functions of a size.
+"""The project's own rules: allowed imports, no circular or private imports, sizes of files and functions.
 
 `make lint` runs these.
 """
@@ -19,22 +19,22 @@ FORBIDDEN = {
     "ipa_jax": {"ipa_torch", "ipa_parity", "torch"},
     "ipa_torch": {"ipa_jax", "ipa_parity", "jax", "haiku"},
 }
-"""What a floor never imports: what lies above or beside it."""
+"""Packages that each package must never import."""
 
 LAZY = {"ipa_bridge": {"torch", "safetensors", "gemmi", "ml_dtypes"}, "ipa_parity": {"jax", "haiku", "torch"}}
-"""What a package imports in the functions that need it, never at its own import."""
+"""Packages that may be imported only inside functions."""
 
 MAX_LINES = 450
-"""Of a file."""
+"""Maximum lines of a file."""
 
 LONGER = {"docs/tutorial.py": "it is read from top to bottom"}
 
 MAX_FUNCTION_LINES = 60
-"""Of a function, its docstring aside."""
+"""Maximum lines of a function, not counting its docstring."""
 
 
 def files(folder: str) -> dict[str, Path]:
-    """Module name to file."""
+    """Files of a folder by module name."""
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -57,7 +57,7 @@ def at_import(tree: ast.Module) -> ast.Module:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """All that is imported: modules, and names of modules."""
+    """All imported modules, and names imported from them."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -78,14 +78,14 @@ def test_imports_run_downwards(package):
         assert not packages(at_import(TREES[module])) & LAZY.get(package, set()), module
 
 
-def test_no_circle_of_imports():
-    """Of modules that import each other, within functions or for types too; a package may import its own modules."""
+def test_no_circular_imports():
+    """Imports inside functions and for types count too; a package may import its own modules."""
     needs = {
         name: {x for x in imports(tree) if x in TREES and x != name and not name.startswith(f"{x}.")}
         for name, tree in TREES.items()
     }
     circle, ends = needs, {""}
-    while ends:  # what needs none of the others, and what none of them needs
+    while ends:  # drop modules that import none of the others, and modules that none of them imports
         needed = set().union(*circle.values())
         ends = {name for name, x in circle.items() if not x & circle.keys() or name not in needed}
         circle = {name: x for name, x in circle.items() if name not in ends}
@@ -94,7 +94,7 @@ def test_no_circle_of_imports():
 
 @pytest.mark.parametrize("folder", [x for x in FOLDERS if x != "parity_tests"])
 def test_no_private_name_is_imported(folder):
-    """Nor read off a module of ours."""
+    """No private name of our modules is imported by another module."""
     for module in files(folder):
         tree = TREES[module]
         private = {x for x in imports(tree) if x.startswith("ipa_") and x.rpartition(".")[2].startswith("_")}
@@ -102,7 +102,7 @@ def test_no_private_name_is_imported(folder):
         assert not private, f"{module} imports {', '.join(sorted(private))}"
 
 
-def test_files_are_of_a_size():
+def test_files_are_not_too_long():
     long = {}
     for folder in FOLDERS:
         for path in files(folder).values():
@@ -112,7 +112,7 @@ def test_files_are_of_a_size():
     assert not long, long
 
 
-def test_functions_are_of_a_size():
+def test_functions_are_not_too_long():
     long = {}
     for module, tree in TREES.items():
         for node in ast.walk(tree):

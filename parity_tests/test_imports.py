@@ -64,7 +64,7 @@ import torch
 before = set(sys.modules)
 import ipa_torch
 compilers = {"torch._dynamo", "torch._inductor"}
-compilers |= {"sympy"} if torch.__version__ >= (2, 8) else set()  # whose own operators want it before
+compilers |= {"sympy"} if torch.__version__ >= (2, 8) else set()  # before 2.8 torch's own operators need it
 heavy = compilers & (set(sys.modules) - before)
 assert not heavy, heavy
 """
@@ -92,7 +92,7 @@ for name in ["ipa_jax", "ipa_jax.attention", "ipa_parity.frameworks"]:
 
 
 def run(script: str, absent: tuple[str, ...] = ()) -> None:
-    """Runs a script in a fresh interpreter, warnings being errors; what torch and JAX 0.8 deprecate aside."""
+    """Runs a script in a new interpreter; warnings are errors, except deprecations by torch and JAX 0.8."""
     ignored = ["-W", "ignore::DeprecationWarning:torch", "-W", "ignore:'maxsplit' is passed:DeprecationWarning"]
     command = [sys.executable, "-W", "error", *ignored, "-c"]
     result = subprocess.run(
@@ -114,7 +114,7 @@ def test_haiku_without_torch():
 def test_a_jaxlib_with_wrong_gradients_is_refused(absent):
     pytest.importorskip("jax")
     script = MISCOMPILING_JAXLIB
-    if absent:  # then the attention alone can be had, in a process of its own
+    if absent:  # the attention alone can still be imported, in a process of its own
         script = script.replace('"ipa_jax", "ipa_jax.attention", ', "")
         script = HIDDEN + script
     run(script)
@@ -126,7 +126,7 @@ def test_torch_without_jax():
 
 
 def test_torch_loads_no_compiler():
-    """`torch._dynamo` takes over a second to load: it is for who compiles."""
+    """`torch._dynamo` takes over a second to load, and only compilation needs it."""
     pytest.importorskip("torch")
     run(NO_COMPILER)
 
@@ -162,8 +162,8 @@ def test_types_are_shipped():
         ),
     ],
 )
-def test_what_is_missing_is_named_with_the_extra_to_install(absent, code, message, tmp_path):
-    """As the last line of the error, and not as a damaged file."""
+def test_a_missing_package_is_named_with_the_extra_to_install(absent, code, message, tmp_path):
+    """The last line of the error says so; the file is not called damaged."""
     program = [sys.executable, "-c", WITHOUT.format(absent=[absent]) + code]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

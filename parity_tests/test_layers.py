@@ -1,4 +1,4 @@
-"""Linear and LayerNorm: AlphaFold's initialisers, dtypes as promised, the same function in both frameworks."""
+"""Linear and LayerNorm: AlphaFold's initialisers, documented dtypes, the same function in both frameworks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAN_IN = 400
 
 
 def initial_weights(framework, initializer):
-    """As (inputs, outputs)."""
+    """Initial weights, (inputs, outputs)."""
     if framework == "torch":
         torch.manual_seed(0)
         return ipa_torch.Linear(FAN_IN, 300, initializer=initializer).weight.detach().numpy().T
@@ -31,7 +31,7 @@ def initial_weights(framework, initializer):
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize(("initializer", "gain"), [("linear", 1.0), ("relu", 2.0)])
 def test_truncated_normal_initialisers(framework, initializer, gain):
-    """Variance gain/fan-in after truncation at two deviations of the normal before it."""
+    """The variance is gain / fan-in after truncation at two standard deviations of the untruncated normal."""
     weights = initial_weights(framework, initializer)
     stddev = np.sqrt(gain / FAN_IN)
     number = weights.size
@@ -42,7 +42,7 @@ def test_truncated_normal_initialisers(framework, initializer, gain):
 
 
 def test_gradients_under_vmap():
-    """Several cotangents at once, as `jax.jacrev` has them; wrong by a quarter under jaxlib 0.10.2 on CPU."""
+    """Gradients for several cotangents at once, as in `jax.jacrev`; jaxlib 0.10.2 on CPU is off by a quarter."""
     init, apply = hk.without_apply_rng(hk.transform(lambda x: ipa_jax.LayerNorm()(x)))
     rng = np.random.default_rng(0)
     x, cotangents = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((29, 29, 16), (5, 29, 29, 16)))
@@ -149,7 +149,7 @@ def torch_layer_norm(x, scale, offset):
 @pytest.mark.parametrize("layer_norm", [jax_layer_norm, torch_layer_norm], ids=["jax", "torch"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_layer_norm(layer_norm, dtype):
-    """Far from zero, where a variance as E[x²] − E[x]² would lose its bits; under autocast in torch."""
+    """Inputs are far from zero, where E[x²] − E[x]² as the variance loses its bits; in torch under autocast too."""
     rng = np.random.default_rng(1)
     x = (100 + rng.standard_normal((4, 33))).astype(np.dtype(dtype))
     scale, offset = (rng.standard_normal(33).astype(np.dtype(dtype)) for _ in range(2))
@@ -159,7 +159,7 @@ def test_layer_norm(layer_norm, dtype):
     assert str(output.dtype).removeprefix("torch.") == dtype
     output = output.double() if isinstance(output, torch.Tensor) else output
     expected = exact * scale.astype(np.float64) + offset.astype(np.float64)
-    # Subtracting the mean costs the bits by which it exceeds the deviations.
+    # Subtracting a mean much larger than the deviations loses bits.
     row = compare(
         np.asarray(output).astype(np.float64),
         expected,

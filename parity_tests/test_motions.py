@@ -1,4 +1,4 @@
-"""What moving, reordering and padding the residues does, of every module in both frameworks and dtypes: one table.
+"""Moving, reordering and padding residues, tested for every module in both frameworks and dtypes in one table.
 
 Frames that are moved alike move what is predicted with them, and nothing else; reordered residues reorder it; masked
 ones that are added change nothing. Errors are in eps of the dtype, of the worst output.
@@ -54,14 +54,14 @@ def inputs(name: str) -> dict[str, np.ndarray]:
 
 @cache
 def model(name: str, framework: str, dtype: str) -> Callable[[dict], dict[str, np.ndarray]]:
-    """Outputs by name, of arrays by name."""
+    """A function from input arrays to outputs, both by name."""
     config = MODULES[name]
     weights = Weights.random(config, dtype=np.dtype(dtype))
     return model_in_jax(config, weights) if framework == "jax" else model_in_torch(config, weights, dtype)
 
 
 def name_outputs(config, found) -> dict:
-    """The last layer's, where there are several."""
+    """Outputs by name, from the last layer if there are several."""
     if isinstance(config, IPAConfig | IPABlockConfig):
         return {"out": found}
     whole = isinstance(config, StructureModuleConfig)
@@ -132,7 +132,7 @@ def model_in_torch(config, weights: Weights, dtype: str) -> Callable[[dict], dic
 
 
 def changed(change: str, x: dict) -> tuple[dict, Callable[[str, np.ndarray], np.ndarray]]:
-    """The inputs after a change, and what it makes of an output."""
+    """The inputs after a change, and the function that maps an output to the expected changed output."""
     rng = np.random.default_rng(5)
     if change == "rotation":
         turn = random_rotations(rng)
@@ -171,7 +171,7 @@ def test_it_moves_with_its_residues(change, name, framework, dtype, motions):
     rows = []
     for field, y in original.items():
         expected = makes(field, y.astype(np.float64))
-        # Atoms that a residue's type has not are at the origin wherever the residue is.
+        # Atoms that a residue type lacks are at the origin wherever the residue is.
         there = (y != 0).any(-1, keepdims=True) if field == "atom14" else np.ones_like(y[..., :1], bool)
         there = makes("mask", there) if change in ("permutation", "padding") else there
         valid = after["mask"].reshape(-1, *(1,) * (y.ndim - 1)) & there

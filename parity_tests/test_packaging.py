@@ -1,4 +1,4 @@
-"""What is handed out: an sdist with tests, docs and changelog, and a wheel with the four packages and their data."""
+"""Releases: an sdist with tests, docs and changelog, and a wheel with the four packages and their data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README tells a new user to do works as it stands."""
+"""The README's code and commands work as written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_quickstarts_run_one_after_the_other(tmp_path, monkeypatch):
-    """Both give the twins of one function, and files of the same weights."""
+    """Both quickstarts compute one function and save the same weights."""
     jax = pytest.importorskip("jax")
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
@@ -37,7 +37,7 @@ def test_quickstarts_run_one_after_the_other(tmp_path, monkeypatch):
     assert second["update"].shape == (48, 384)
     assert second["attention"].shape == (12, 48, 48)
     for update in (first["update"], second["update"].detach()):
-        assert 0.3 < np.asarray(update).std() < 3, "a first result is worth seeing"
+        assert 0.3 < np.asarray(update).std() < 3, "the first result must not be zero"
     assert_the_same_function(first, second)
     for file in ("ipa.safetensors", "ipa.npz"):
         again = Weights.load(file, config=first["config"]).arrays
@@ -57,7 +57,7 @@ def test_a_proteins_frames_come_in_the_models_unit(tmp_path, monkeypatch):
 
 
 def save_glucagon():
-    """A peptide under the name of the protein that the README reads."""
+    """Saves a peptide under the file name that the README reads."""
     peptide = idealised_peptide()
     save_structure("1gcn.pdb", peptide.atom37, peptide.aatype, atom37_mask=peptide.atom37_mask)
 
@@ -75,7 +75,7 @@ for block in re.findall(r"```python\\n(.*?)```", pathlib.Path({readme!r}).read_t
 
 @pytest.mark.parametrize(("framework", "other"), [("jax", ["torch"]), ("torch", ["jax", "haiku"])])
 def test_every_block_runs_with_only_what_it_names(framework, other, tmp_path, monkeypatch):
-    """Each in a namespace of its own, where the other framework and what no user was told to install are missing."""
+    """Each block runs in its own namespace, without the other framework and other packages it does not name."""
     pytest.importorskip(framework)
     pytest.importorskip("gemmi")
     monkeypatch.chdir(tmp_path)
@@ -95,7 +95,7 @@ def test_every_block_runs_with_only_what_it_names(framework, other, tmp_path, mo
 
 
 def test_representations_become_structure_files(tmp_path, monkeypatch):
-    """The two blocks share weights; what they write is read again, every heavy atom of every residue."""
+    """The two blocks share weights; every heavy atom of every residue that they write is read back."""
     jax = pytest.importorskip("jax")
     torch = pytest.importorskip("torch")
     gemmi = pytest.importorskip("gemmi")
@@ -107,7 +107,7 @@ def test_representations_become_structure_files(tmp_path, monkeypatch):
     first: dict = {}
     with jax.enable_x64(False):
         exec(compile(haiku, "README.md: Haiku", "exec"), first)
-        # Drawn anew by the PyTorch block; here the two must have the same inputs.
+        # The PyTorch block draws its own inputs; this comparison needs the same ones.
         same = first["structure_module"].apply(
             first["weights"].to_haiku(), None, first["single"], first["pair"], first["aatype"]
         )
@@ -138,7 +138,7 @@ def test_representations_become_structure_files(tmp_path, monkeypatch):
         np.testing.assert_array_equal(structure.atom37_mask, residues.ATOM37_MASK[structure.aatype])
 
 
-def test_the_transformers_are_one(tmp_path, monkeypatch):
+def test_both_transformers_compute_the_same(tmp_path, monkeypatch):
     """Both blocks have the same config and parameters."""
     jax = pytest.importorskip("jax")
     torch = pytest.importorskip("torch")
@@ -157,7 +157,7 @@ def test_the_transformers_are_one(tmp_path, monkeypatch):
 
 
 def test_the_attention_of_a_whole_models_file(tmp_path):
-    """Named by its config; without, the file's structure module comes."""
+    """A config selects the attention; without one the file's structure module is loaded."""
     assert 'Weights.load("params_model_1.npz", config=config).to_haiku()' in README
     config = StructureModuleConfig.alphafold2()
     Weights.random(config).save(tmp_path / "params_model_1.npz")
@@ -167,8 +167,8 @@ def test_the_attention_of_a_whole_models_file(tmp_path):
     assert Weights.load(tmp_path / "params_model_1.npz").config == config
 
 
-def test_ipa_port_says_what_it_is_shown_to_say(tmp_path, monkeypatch, capsys):
-    """Word for word, but for the last digits of what is measured."""
+def test_ipa_port_prints_what_the_readme_shows(tmp_path, monkeypatch, capsys):
+    """The output agrees word for word, except for measured numbers."""
     pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
     Weights.random(StructureModuleConfig.alphafold2()).save("structure_module.safetensors")

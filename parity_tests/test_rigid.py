@@ -1,4 +1,4 @@
-"""Rigid motions form a group, convert without loss, and are one and the same in both frameworks."""
+"""Rigid motions form a group, convert without loss, and are the same in both frameworks."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_several_points_per_frame(framework, batch, extra):
 
 
 def test_every_frame_on_every_point(framework):
-    """Frames (N, 1) broadcast over points (1, M), as frame-aligned errors want them."""
+    """Frames (N, 1) broadcast over points (1, M), as frame-aligned errors need."""
     rigid = frames(framework, 3, (4, 1))
     points = framework.array(np.random.default_rng(4).standard_normal((1, 6, 3)))
     local = framework.numpy(rigid.apply_inverse(points))
@@ -120,7 +120,7 @@ def test_quaternion_of_zero_is_the_identity(framework):
 
 
 def awkward_rotations():
-    """The identity, half turns about axes and diagonals, and neighbours of each."""
+    """The identity, half turns about axes and diagonals, and rotations close to each."""
     axes = np.concatenate([np.eye(3), np.ones((1, 3)), [[1, 1, 0], [0, 1, -1]]])
     axes = axes / np.linalg.norm(axes, axis=-1, keepdims=True)
     half_turns = 2 * axes[:, :, None] * axes[:, None, :] - np.eye(3)
@@ -143,7 +143,7 @@ def test_to_quaternion_is_right_and_smooth_everywhere(framework):
 
 
 def test_gradient_of_to_quaternion(framework):
-    """Against central differences along rotations, where the quaternion is defined."""
+    """The gradient agrees with central differences along rotations, where the quaternion is defined."""
     rng = np.random.default_rng(5)
     rotation = random_rotations(rng, (20,))
     generator = np.cross(np.eye(3), rng.standard_normal(3))
@@ -160,7 +160,7 @@ def test_gradient_of_to_quaternion(framework):
     assert np.abs((gradient * direction).sum((-1, -2)) - numeric).max() < 100 * step**2 + 100 * EPS / step
 
 
-def test_from_three_points_is_the_ground_floors(framework):
+def test_from_three_points_agrees_with_ipa_bridge(framework):
     points = np.random.default_rng(6).standard_normal((3, 30, 3))
     rigid = framework.Rigid.from_three_points(*map(framework.array, points))
     expected = framework.Rigid(*map(framework.array, backbone_frames(*points)))
@@ -193,7 +193,7 @@ def test_scaled_and_stopped(framework):
 
 
 def test_the_frameworks_agree():
-    """Elementwise arithmetic on the same numbers: a few roundings apart at most, in values and gradients."""
+    """Values and gradients differ by a few roundings at most, since the arithmetic is elementwise."""
     jax, torch = Jax(), Torch()
     rng = np.random.default_rng(8)
     (r1, t1), (r2, t2) = (random_frames(rng, (50,)) for _ in range(2))
@@ -248,8 +248,8 @@ INDICES = {
 
 
 @pytest.mark.parametrize(("index", "batch"), INDICES.values(), ids=INDICES)
-def test_an_index_is_the_frames(framework, index, batch):
-    """Not the fields', which unpacking gives: `rigids[-1]` as `atom14[-1]`."""
+def test_an_index_selects_frames(framework, index, batch):
+    """`rigids[-1]` selects frames like `atom14[-1]`; unpacking gives the fields."""
     rigid = frames(framework, 10, (3, 5, 7))
     of_framework = framework.array(index) if isinstance(index, np.ndarray) else index
     picked = rigid[of_framework]
@@ -326,7 +326,7 @@ def test_torch_pytree():
 @pytest.mark.parametrize("strict", [False, True])
 @needs_torch("2.11")
 def test_torch_exports_indices_and_fields(strict):
-    """Its modules flatten what they are called with by x[0], x[1], …, which of frames are residues."""
+    """Exported modules flatten arguments by x[0], x[1], …, which for frames would select residues."""
     framework = Torch()
 
     class Last(framework.torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Blocks and transformers are the same function in both frameworks, and the published package's."""
+"""Blocks and transformers compute the same in both frameworks and in the published package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ipa_parity.frameworks import installed_frameworks
     [*((name, (RESIDUES,)) for name in [*BLOCKS, *TRANSFORMERS]), ("post-norm", (2, 7)), ("plain", (2, 7))],
 )
 def test_the_twins_agree_outputs_and_gradients(name, shape):
-    """In float64, where no ReLU flips."""
+    """The comparison is in float64, where no ReLU flips."""
     if len(installed_frameworks()) < 2:
         pytest.skip("one of the frameworks is not installed")
     config = (BLOCKS | TRANSFORMERS)[name]
@@ -55,8 +55,8 @@ def test_float32_is_float64_rounded(name, each):
 
 @pytest.mark.parametrize("each", FRAMEWORKS)
 @pytest.mark.parametrize("name", [*BLOCKS, *TRANSFORMERS])
-def test_they_are_what_numpy_makes_of_the_same_parameters(name, each):
-    """`semantics` is written without either framework; its rigid motions are its own."""
+def test_they_agree_with_numpy_on_the_same_parameters(name, each):
+    """`semantics` uses neither framework, and has its own rigid motions."""
     config = (BLOCKS | TRANSFORMERS)[name]
     inputs = draw(config)
     p = {x: y.astype(np.float64) for x, y in inputs["weights"].arrays.items()}
@@ -75,7 +75,7 @@ def test_they_are_what_numpy_makes_of_the_same_parameters(name, each):
 
 @pytest.fixture
 def package(monkeypatch):
-    """`invariant-point-attention`, which takes two functions from pytorch3d, by their documentation."""
+    """`invariant-point-attention`, with two functions of pytorch3d rewritten from their documentation."""
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,7 +109,7 @@ def package(monkeypatch):
 @pytest.mark.parametrize("post_norm", [True, False])
 @pytest.mark.parametrize("paired", [True, False])
 def test_their_block_is_ours(package, each, post_norm, paired):
-    """It loads our parameters strictly, and we theirs, bit for bit; outputs are the same."""
+    """Each block loads the other's parameters strictly and bit for bit, and outputs are the same."""
     options = {"heads": 3, "ff_mult": 2, "ff_num_layers": 3, "post_norm": post_norm, "require_pairwise_repr": paired}
     config = IPABlockConfig.lucidrains(16, **options)
     inputs = draw(config, (2, RESIDUES))
@@ -133,7 +133,7 @@ def test_their_block_is_ours(package, each, post_norm, paired):
 @pytest.mark.parametrize("predict_points", [True, False])
 @pytest.mark.parametrize("detach_rotations", [True, False])
 def test_their_transformer_is_ours_in_its_own_order(package, each, predict_points, detach_rotations):
-    """Outputs, and gradients of its parameters. Without a mask: it takes one and does nothing with it."""
+    """Outputs and gradients of parameters agree. No mask is passed, because their transformer ignores it."""
     torch = pytest.importorskip("torch")
     options = {"heads": 3, "depth": 3, "num_tokens": 7, "predict_points": predict_points}
     options |= {"detach_rotations": detach_rotations}
@@ -146,7 +146,7 @@ def test_their_transformer_is_ours_in_its_own_order(package, each, predict_point
     import ipa_torch
 
     started = ipa_torch.Rigid.from_quaternion(torch_tensor(quaternions), torch.zeros(2, RESIDUES, 3).double())
-    inputs["rotation"] = started.rotation.mT.contiguous().numpy()  # their frames are row-vector ones
+    inputs["rotation"] = started.rotation.mT.contiguous().numpy()  # their frames act on row vectors
     theirs = package.IPATransformer(dim=16, **options).double().eval()
     theirs.load_state_dict(inputs["weights"].to_torch(dialect="lucidrains"))
     with warnings.catch_warnings():
@@ -186,7 +186,7 @@ def test_their_transformer_is_ours_in_its_own_order(package, each, predict_point
                 assert np.abs(mine[name] - x).max() <= 1e-10 * scale, name
 
 
-def test_the_right_order_is_another_function_and_said_to_be():
+def test_the_equivariant_order_converts_only_as_an_allowed_loss():
     config = replace(TRANSFORMERS["original order"], original_composition_order=False)
     weights = Weights.random(config)
     with pytest.raises(ValueError, match="--allow-lossy composition_order"):

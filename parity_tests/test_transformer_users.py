@@ -1,4 +1,4 @@
-"""Blocks and transformers as their users meet them: motions, masks, dropout, dtypes, files, bad configs."""
+"""Blocks and transformers in use: motions, masks, dropout, dtypes, files, bad configs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_common_motion_moves_the_frames_and_nothing_else(name, each, seed):
 
 @pytest.mark.parametrize("each", FRAMEWORKS)
 def test_the_original_order_is_not_equivariant(each):
-    """The negative control: this test sees the defect."""
+    """This is the negative control: the test detects the defect."""
     config = TRANSFORMERS["original order"]
     inputs = draw(config)
     motion, turn, _ = moved(inputs, np.random.default_rng(1))
@@ -66,7 +66,7 @@ def test_the_original_order_is_not_equivariant(each):
 @pytest.mark.parametrize("each", FRAMEWORKS)
 @pytest.mark.parametrize("name", [*BLOCKS, *TRANSFORMERS])
 def test_valid_residues_ignore_the_masked_in_every_layer(name, each):
-    """Whatever lies in masked residues, and however many there are."""
+    """Neither the contents nor the number of masked residues matter."""
     config = (BLOCKS | TRANSFORMERS)[name]
     inputs = draw(config)
     other = draw(config, seed=77)
@@ -195,7 +195,7 @@ def test_files_round_trip(name, suffix, tmp_path):
     weights = Weights.random(config)
     path = tmp_path / f"x{suffix}"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what .npz and .pt cannot say
+        warnings.simplefilter("ignore")  # about fields that .npz and .pt cannot store
         weights.save(path)
     again = Weights.load(path, config=None if suffix == ".safetensors" else config)
     assert again.config == config

@@ -1,4 +1,4 @@
-"""The tutorial runs from its first line to its last, and what is shown is what it says."""
+"""The tutorial runs from start to end, and the notebook shows its current outputs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_the_notebook_is_its_source(shown):
     nbformat.validate(shown)
     assert len(pictures(shown)) == 4
     text = printed(shown)
-    assert "2rbg.pdb: 124 residues" in text, "its pictures are to be of a real protein"
+    assert "2rbg.pdb: 124 residues" in text, "its pictures must show a real protein"
     assert "/site-packages/" not in str(shown.cells)
 
 
-def test_it_says_on_a_real_protein_what_is_shown(build_tutorial, shown, structures_dir, monkeypatch):
-    """All but roundings, which are other ones on another machine."""
+def test_a_new_run_prints_what_the_notebook_shows(build_tutorial, shown, structures_dir, monkeypatch):
+    """Rounding errors, which depend on the machine, are left out."""
     monkeypatch.setenv("IPA_STRUCTURES", str(structures_dir))
     run = build_tutorial.executed()
     assert len(pictures(run)) == len(pictures(shown))

@@ -1,4 +1,4 @@
-"""The twins are twins: same files, same names in the same order, same signatures, but for the idioms listed here."""
+"""ipa_jax and ipa_torch have the same files, names in the same order and signatures, except those listed here."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ ONLY_IN_ONE = {
             "Recognised.where",
         )
     },
-    "attention.rows.LANES": "XLA's products on CPU want padded heads",
+    "attention.rows.LANES": "XLA's products on CPU need padded heads",
     "attention.rows.SMALLEST_WEIGHT": "subnormal numbers slow torch's products on CPU",
     "attention.rows.Blocks.scratch": "XLA finds memory itself",
     "attention.operands.Operands.example": "torch takes one example after the other, …",
@@ -91,7 +91,7 @@ ONLY_IN_ONE = {
     },
     "invariant_point_attention.weight_without_bias": "a torch optimiser expects a gradient of every parameter",
 }
-"""Names that one framework has and the other has no use for."""
+"""Names that only one framework needs, each with the reason."""
 
 OTHER_SIGNATURES = {
     "replace.adapters.replaced_class": "a torch layer keeps its numbers, a haiku module is built from a config",
@@ -120,7 +120,7 @@ OTHER_SIGNATURES = {
     ),
     "invariant_point_attention.PointProjection.__init__": "torch needs the input width, haiku takes a name",
 }
-"""Callables that both have, with arguments of their own."""
+"""Callables of both packages whose arguments differ, each with the reason."""
 
 
 def modules(package: str) -> dict[str, ast.Module]:
@@ -178,14 +178,14 @@ def test_same_files():
 
 def test_same_public_names_in_the_same_order(twins):
     jax, torch = twins
-    assert set(jax) ^ set(torch) == set(ONLY_IN_ONE), "an unlisted difference, or a listed one that is no more"
+    assert set(jax) ^ set(torch) == set(ONLY_IN_ONE), "an unlisted difference, or a listed one that no longer exists"
     assert [name for name in jax if name in torch] == [name for name in torch if name in jax]
 
 
 def test_same_signatures(twins):
     jax, torch = twins
     different = {name for name in set(jax) & set(torch) if jax[name] != torch[name]}
-    assert different == set(OTHER_SIGNATURES), "an unlisted difference, or a listed one that is no more"
+    assert different == set(OTHER_SIGNATURES), "an unlisted difference, or a listed one that no longer exists"
 
 
 def test_same_exports():

@@ -43,7 +43,7 @@ def framework(name: str) -> str:
 
 
 def draw(config, shape=(RESIDUES,), seed=0, dtype="float64") -> dict:
-    """Weights and inputs by name; numbers rounded to a dtype."""
+    """Weights, and inputs by name, rounded to a dtype."""
     rng, to = np.random.default_rng(seed), numpy_dtype(dtype)
     ipa = config.ipa
     single = rng.standard_normal((*shape, ipa.num_channel)).astype(to)
@@ -86,7 +86,7 @@ def run_jax(config, weights, arrays, gradients):
 
 @cache
 def compiled_by_jax(config):
-    """Outputs by name, and gradients of their squared sum: kept, since JAX compiles longer than it runs."""
+    """Functions for outputs and for gradients of their squared sum; cached, because JAX compiles slowly."""
     import haiku as hk
     import jax
 
@@ -136,7 +136,7 @@ def run_torch(config, weights, arrays, gradients):
 
 
 def assert_close(actual, expected, mask, dtype):
-    """Every stage within the tolerance table, in valid residues."""
+    """Asserts that every stage is within the tolerance table in valid residues."""
     assert actual.keys() == expected.keys()
     for stage, x in expected.items():
         gradient = stage.startswith("gradient/")

@@ -1,1 +1,1 @@
-"""The attention in both frameworks, compared: cases to run, stages of each run, and their judge."""
+"""Comparison of the attention in both frameworks: cases to run, stages of each run, and their judge."""

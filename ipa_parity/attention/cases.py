@@ -23,7 +23,7 @@ PRESETS: dict[str, Callable[[], IPAConfig]] = {
     "lucidrains": partial(IPAConfig.lucidrains, 64),
     "framediff": IPAConfig.framediff,
 }
-"""Configs by the names that the command takes; lucidrains at the width of its README's example."""
+"""Configs by their names on the command line; lucidrains has the width of the example in its README."""
 
 ODD = IPAConfig(
     num_channel=11,
@@ -35,7 +35,7 @@ ODD = IPAConfig(
     num_point_v=7,
     frame_unit=10.0,
 )
-"""Small widths that are odd or mutually distinct, so that no swap of two axes goes unseen."""
+"""Small widths that are odd or mutually distinct, so that swapping two axes always shows."""
 
 ODD_MULTIMER = replace(ODD, layout="multimer", scalar_bias=False, norm_form="clamp", frame_unit=20.0)
 ODD_NO_PAIR = replace(ODD, pair_channel=None)
@@ -43,19 +43,19 @@ ODD_DOWN_Z = replace(ODD, pair_value_channel=4, position_scale=10.0, frame_unit=
 ODD_NO_BIAS = replace(ODD, layout="multimer", scalar_bias=False, point_bias=False, frame_unit=None, zero_init=False)
 
 POSITION_SCALE = {"monomer": 10.0, "multimer": 20.0}
-"""Å per unit of the frames of AlphaFold's weights of either layout, taken for systems whose unit is unknown."""
+"""Å per unit of the frames in AlphaFold's layouts, used too for systems whose unit is unknown."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one input. Drawn in float64; `astype` rounds all of it to the dtype of a run."""
+    """One model on one input. Its numbers are drawn in float64; `astype` rounds them to the dtype of a run."""
 
     name: str
     weights: Weights
     single: np.ndarray  # (*B, N, c_s)
     pair: np.ndarray | None  # (*B, N, N, c_z)
     rotation: np.ndarray  # (*B, N, 3, 3)
-    translation: np.ndarray  # (*B, N, 3), in the unit of the weights
+    translation: np.ndarray  # (*B, N, 3), in units of the config's frames
     mask: np.ndarray  # (*B, N) bool
     cotangent: np.ndarray  # (*B, N, c_s), of the output
 
@@ -73,20 +73,23 @@ class Case:
 
 
 def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Weights:
-    """An attention's weights out of a file, a structure module's too.
+    """An attention's weights from a file of an attention or of a structure module.
 
-    With the norm of a preset where one is named, which names and shapes do not tell.
+    Args:
+        path: the file.
+        preset: name of a preset whose norm and units to use, which names and shapes do not determine; None keeps
+            what `Weights.load` finds or assumes.
     """
     weights = Weights.load(path)
     if isinstance(weights.config, StructureModuleConfig):
         weights = weights.subtree("fold_iteration/invariant_point_attention")
     if preset is None:
         return weights
-    told = PRESETS[preset]()
+    known = PRESETS[preset]()
     config = cast(IPAConfig, weights.config)
     fields = ("norm_form", "norm_epsilon", "position_scale", "frame_unit")
     return replace(
-        weights, config=replace(config, **{field: getattr(told, field) for field in fields}), assumed=frozenset()
+        weights, config=replace(config, **{field: getattr(known, field) for field in fields}), assumed=frozenset()
     )
 
 
@@ -102,22 +105,22 @@ def make_case(
     weights: Weights | None = None,
     structure: Structure | None = None,
 ) -> Case:
-    """Random activations and weights, on random frames or on those of a structure.
+    """A case with random activations and weights, on random frames or on those of a structure.
 
-    A tenth of the residues, and at least one of several, is masked on top of what a structure lacks.
+    About a tenth of the residues is masked (at least one, if there are several), besides those without a backbone.
 
     Args:
-        name: of the case.
-        config: of the model.
-        shape: (*B, N), of random frames.
-        seed: of everything random.
-        spread: random frames fill a cube of this half-side.
+        name: name of the case.
+        config: the model's config.
+        shape: (*B, N), the shape of random frames.
+        seed: seed of all random numbers.
+        spread: half the side of the cube that random frames fill.
         offset: distance of that cube from the origin.
-        cluster: this many successive residues lie within a unit of one point of the cube: far apart and yet with
-            neighbours to attend to, as in a protein. Alone at such distances a residue attends to itself only, and
-            what is left of the logits' gradients is rounding.
-        weights: of the model; None for seeded ones.
-        structure: a protein in place of random frames.
+        cluster: this many successive residues lie within one unit of a random point of the cube, so that each has
+            others close by, as in a protein. A residue far from all others attends to itself only, and the
+            logits' gradients are then nothing but rounding.
+        weights: the model's weights; None for seeded ones.
+        structure: a protein to use instead of random frames.
     """
     rng = np.random.default_rng(seed)
     if structure is None:
@@ -169,4 +172,4 @@ CATALOGUE: dict[str, Callable[[], Case]] = {
         ("peptide", IPAConfig.alphafold2(), {"structure": idealised_peptide()}),
     )
 }
-"""Builders of the suite's cases by name."""
+"""Functions that build the suite's cases, by name."""

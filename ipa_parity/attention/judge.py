@@ -1,4 +1,4 @@
-"""One case in both frameworks, against float64 and against each other."""
+"""Judges one case in both frameworks, against float64 and against each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ipa_parity.attention.stages import RUNNERS, Arrays, run_oracle
 from ipa_parity.report import Comparison, compare
 
 COLLAPSED = 1 / 16
-"""Attention has collapsed onto itself where translations' gradients are this much less than the terms they sum."""
+"""Every residue attends to itself alone if translations' gradients are below this fraction of the terms they sum."""
 
 
 def judge(
@@ -24,19 +24,19 @@ def judge(
     runners: Mapping[str, Callable[..., Arrays]] | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Iterator[Comparison]:
-    """Every stage of a case in one dtype: each framework against float64, and the two against each other.
+    """Compares every stage of a case in one dtype: each framework with float64, and the two with each other.
 
-    The truth of a stage is the oracle's. The truth of a gradient, which the oracle does not know, is the torch
-    model's in float64 (the Haiku model's where there is no torch) on the same rounded inputs; in float64 itself the
-    frameworks judge each other, and one alone is not asked for any.
+    A stage's reference is the oracle. The oracle has no gradients: their reference is the torch model in float64 (the
+    Haiku model if torch is missing) on the same rounded inputs. In float64 the frameworks' gradients are compared with
+    each other, and a single framework's are not computed.
 
     Args:
         case: the case, in float64.
-        dtype: what to round it to and run it in: "float64", "float32", "bfloat16" or "float16".
+        dtype: the dtype to round it to and run it in: "float64", "float32", "bfloat16" or "float16".
         frameworks: which to run, of "jax" and "torch".
         gradients: compare gradients too.
-        runners: what runs a framework by name; None for `stages.RUNNERS`.
-        progress: is told what is about to run.
+        runners: the function that runs each framework, by name; None for `stages.RUNNERS`.
+        progress: is called with the name of each step before it runs.
     """
     runners = RUNNERS if runners is None else runners
     rounded, frameworks = case.astype(dtype), tuple(frameworks)
@@ -66,7 +66,7 @@ def _compare_stage(
 ) -> Comparison:
     actual, wanted, meaningful = arrays[stage], expected[stage], None
     if stage == "logits":
-        # A masked key's logit is −1e5 and something; the softmax makes zero of it whatever the something.
+        # A masked key's logit is −1e5 plus the usual terms; the softmax makes it zero whatever these are.
         visible = ~(case.mask[..., :, None] & ~case.mask[..., None, :])[..., None, :, :]
         meaningful = np.broadcast_to(visible, wanted.shape)
         actual, wanted = (_without_row_constant(x, visible) for x in (actual, wanted))
@@ -94,12 +94,12 @@ def _without_row_constant(logits: np.ndarray, visible: np.ndarray) -> np.ndarray
 
 
 def _declared_scale(case: Case, stage: str, expected: Arrays) -> float | None:
-    """The size of the terms of a sum that mathematics makes zero, or nearly so; None for every other stage.
+    """The size of the terms in a gradient that is mathematically a sum of (nearly) zero; None for every other stage.
 
-    The bias of `attention_2d` adds one number to a whole row of logits, which the softmax removes: its gradient is
-    Σ dL over all pairs, and Σ|dL| is at least max|Σ dL·z| / max|z|. A translation's gradient is what reaches it
-    through the points less what reaches it through the inverse frame, and the two are equal where a residue
-    attends to itself alone.
+    The bias of `attention_2d` adds one number to a whole row of logits, which the softmax removes. So its gradient
+    Σ dL over all pairs is zero, and Σ|dL| is at least max|Σ dL·z| / max|z|. A translation's gradient is the part
+    through the points minus the part through the inverse frame; the two are equal where a residue attends to itself
+    alone.
     """
     if stage == "gradient/attention_2d/bias" and case.pair is not None:
         return float(np.abs(expected["gradient/attention_2d/weights"]).max() / np.abs(case.pair).max())
@@ -110,7 +110,7 @@ def _declared_scale(case: Case, stage: str, expected: Arrays) -> float | None:
 
 
 def _point_cotangent(case: Case, expected: Arrays) -> np.ndarray:
-    """The loss's gradient to the local points, (*B, N, H, Pv, 3)."""
+    """The gradient of the loss to the local points, (*B, N, H, Pv, 3)."""
     points, norms = expected["points"], expected["norms"]
     weights = np.asarray(case.weights.arrays["output_projection/weights"], np.float64)
     features = np.asarray(case.cotangent, np.float64) @ weights.T

@@ -1,8 +1,8 @@
-"""One model on one case in one framework, or in the oracle: every stage of Algorithm 22 as named arrays.
+"""Runs of one case in a framework or in the oracle: every stage of Algorithm 22 as named arrays.
 
 Stages are `logits`, `attention`, `o`, `points` (local), `norms`, `o_pair` and `out`; gradients of Σ cotangent·out
-are `gradient/single`, `…/pair`, `…/rotation`, `…/translation` and `…/<canonical parameter name>`. All are read off
-the model's own calls but the logits, which the reference implementation makes of the model's own projections.
+are `gradient/single`, `…/pair`, `…/rotation`, `…/translation` and `…/<canonical parameter name>`. All are recorded
+from the model's own calls except the logits: the reference computes those from the model's own projections.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def run_oracle(case: Case) -> Arrays:
-    """The stages in float64 numpy, which knows no gradients."""
+    """The stages in float64 numpy, without gradients."""
     stages = oracle.invariant_point_attention(
         case.weights.arrays, case.config, case.single, case.pair, case.rotation, case.translation, case.mask
     )
@@ -54,7 +54,7 @@ def run_jax(case: Case, *, gradients: bool = True, implementation: Implementatio
 
 @lru_cache(maxsize=32)
 def _compiled_by_jax(config: IPAConfig, implementation: Implementation | None) -> tuple[Callable, Callable]:
-    """Every stage of a model, and the gradients of Σ cotangent·out; kept, since JAX compiles longer than it runs."""
+    """Functions for every stage and for the gradients of Σ cotangent·out; cached, because JAX compiles slowly."""
     import haiku as hk
     import jax
 
@@ -128,13 +128,13 @@ RUNNERS: dict[str, Callable[..., Arrays]] = {"jax": run_jax, "torch": run_torch}
 
 
 def _inputs(case: Case) -> Arrays:
-    """What gradients are taken of, beside the parameters."""
+    """The inputs that gradients are taken to."""
     inputs = {"single": case.single, "pair": case.pair, "rotation": case.rotation, "translation": case.translation}
     return {name: x for name, x in inputs.items() if x is not None}
 
 
 def _logits(attention_logits: Callable, seen: Mapping[str, Any], pair: Any, mask: Any, cast: Callable) -> Any:
-    """The reference's logits of the very queries, keys and points that the model made; cast(x, dtype) casts."""
+    """The reference's logits from the model's own queries, keys and points; `cast(x, dtype)` converts an array."""
     q, k, _, q_points, k_points, _ = seen["project"]
     pair_bias_weight, point_weights = seen["logit_weights"]
     return attention_logits(
@@ -152,7 +152,7 @@ def _logits(attention_logits: Callable, seen: Mapping[str, Any], pair: Any, mask
 def _named_stages(
     config: IPAConfig, out: np.ndarray, attention: np.ndarray, features: np.ndarray, logits: np.ndarray
 ) -> Arrays:
-    """The stages by name, those after the attention cut from the output projection's input."""
+    """The stages by name; those after the attention are slices of the output projection's input."""
     heads, point = config.num_head, config.num_head * config.num_point_v
     widths = [heads * config.num_scalar_v, point, point, point, point]
     o, x, y, z, norms, o_pair = np.split(features, np.cumsum(widths), -1)
@@ -174,6 +174,6 @@ def _named_stages(
 
 
 def _from_torch(tensor: Any) -> np.ndarray:
-    """float32 holds every half-precision number, which numpy has no name for."""
+    """The tensor in numpy; half precision becomes float32, which is exact, because numpy has no bfloat16."""
     tensor = tensor.detach()
     return (tensor.float() if tensor.element_size() == 2 else tensor).numpy()

@@ -1,7 +1,7 @@
-"""Published implementations of IPA, run on our cases under our names: independent witnesses of what it is.
+"""Published implementations of IPA, run on our cases: independent references, with results under our names.
 
-Each takes a case whose cotangent is zero in masked rows, since what a masked query attends to differs between
-systems, and returns `out` and gradients as `stages` does. Parameters and their gradients go through its dialect.
+Each takes a case and returns `out` and gradients as `stages` does. The case's cotangent must be zero in masked rows,
+because systems differ in what a masked query attends to. The system's dialect converts parameters and gradients.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Peer(NamedTuple):
     """One published implementation."""
 
     package: str
-    """The name by which it is imported."""
+    """Name of the Python package to import."""
     run: Callable[..., Arrays]
-    """Its attention on a case."""
+    """Runs its attention on a case."""
     run_structure_module: Callable[..., Arrays] | None = None
-    """Its structure module on a case, where it has one."""
+    """Runs its structure module on a case; None if it has none."""
 
 
 PEERS = {
@@ -56,4 +56,4 @@ PEERS = {
     "esmfold": Peer("transformers", run_esmfold, run_esmfold_structure_module),
     "lucidrains": Peer("invariant_point_attention", run_lucidrains),
 }
-"""By the dialect of its weights."""
+"""Published implementations by the dialect of their weights."""

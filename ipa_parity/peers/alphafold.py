@@ -1,4 +1,4 @@
-"""`alphafold-colabfold`: DeepMind's attention and structure module of both layouts, in Haiku."""
+"""Runs `alphafold-colabfold`: DeepMind's attention and structure module of both layouts, in Haiku."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ipa_parity.structure_module.stages import COTANGENT_SCALES
 
 
 def alphafold_forward(config: IPAConfig) -> Callable[..., Any]:
-    """`alphafold-colabfold`'s attention of the config's layout, to be called inside an `hk.transform`.
+    """`alphafold-colabfold`'s attention of the config's layout, as a function to call inside an `hk.transform`.
 
-    It takes single, pair, mask (all without batch axes), rotation and translation.
+    The function takes single, pair, mask (all without batch axes), rotation and translation.
     """
     import ml_collections
     from alphafold.model import folding, folding_multimer, quat_affine
@@ -43,7 +43,7 @@ def alphafold_forward(config: IPAConfig) -> Callable[..., Any]:
 
 
 def run_alphafold(case: Case) -> Arrays:
-    """`alphafold-colabfold`'s haiku module, given our haiku parameters as they are."""
+    """Runs `alphafold-colabfold`'s Haiku module on our Haiku parameters, unchanged."""
     import haiku as hk
     import jax
 
@@ -55,7 +55,7 @@ def run_alphafold(case: Case) -> Arrays:
         out = transformed.apply(params, single, pair, mask, rotation, translation)
         return (out * cotangent).sum(), out
 
-    # Its multimer geometry asserts float32, which its own float64 constants break where x64 is on.
+    # AlphaFold's multimer geometry asserts float32; with x64 on, its own float64 constants would fail that.
     with (
         jax.enable_x64(case.single.dtype == np.float64),
         jax.numpy_dtype_promotion("standard"),
@@ -70,7 +70,7 @@ def run_alphafold(case: Case) -> Arrays:
 
 
 def alphafold_structure_module(case: StructureModuleCase) -> Callable[..., dict[str, Any]]:
-    """`alphafold-colabfold`'s structure module of the config's layout on a case's sequence, to be transformed."""
+    """`alphafold-colabfold`'s structure module on a case's sequence, as a function to call inside an `hk.transform`."""
     import jax
     import ml_collections
     from alphafold.model import folding, folding_multimer, r3
@@ -117,9 +117,9 @@ def alphafold_structure_module(case: StructureModuleCase) -> Callable[..., dict[
 
 
 def run_alphafold_structure_module(case: StructureModuleCase, *, gradients: bool = True) -> Arrays:
-    """`alphafold-colabfold`'s structure module of the config's layout, given our haiku parameters as they are.
+    """Runs `alphafold-colabfold`'s structure module of the config's layout on our Haiku parameters, unchanged.
 
-    Of the activations it returns the last layer's only; gradients are of the combination that our stages take too.
+    Activations are returned for the last layer only. Gradients are of the combination that our stages use too.
     """
     import haiku as hk
     import jax
@@ -131,7 +131,7 @@ def run_alphafold_structure_module(case: StructureModuleCase, *, gradients: bool
         last = {**case.cotangents, "act": case.cotangents["act"][-1]}
         return sum(COTANGENT_SCALES[field] * (output[field] * x).sum() for field, x in last.items()), output
 
-    # Its multimer geometry asserts float32, which its own float64 constants break where x64 is on.
+    # AlphaFold's multimer geometry asserts float32; with x64 on, its own float64 constants would fail that.
     with (
         jax.enable_x64(case.single.dtype == np.float64),
         jax.numpy_dtype_promotion("standard"),

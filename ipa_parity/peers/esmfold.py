@@ -1,4 +1,4 @@
-"""`transformers`: EsmFold's attention and structure module, which are OpenFold's, in PyTorch."""
+"""Runs `transformers`' EsmFold attention and structure module, which are OpenFold's, in PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ipa_parity.structure_module.stages import COTANGENT_SCALES
 
 
 def esmfold_module(case: Case) -> Any:
-    """`transformers`' EsmFold attention with the case's widths and weights; ε is its own."""
+    """`transformers`' EsmFold attention with the case's widths and weights, and with its own ε."""
     from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
     from transformers.models.esm.modeling_esmfold import EsmFoldInvariantPointAttention
 
@@ -35,7 +35,7 @@ def esmfold_module(case: Case) -> Any:
 
 
 def run_esmfold(case: Case) -> Arrays:
-    """`transformers`' EsmFold attention; its frames are float32 whatever they are given."""
+    """Runs `transformers`' EsmFold attention on a case; it casts frames to float32."""
     import torch
     from transformers.models.esm.openfold_utils import Rigid, Rotation
 
@@ -50,18 +50,18 @@ def run_esmfold(case: Case) -> Arrays:
 
 
 def esmfold_structure_module(weights: Weights) -> Any:
-    """`transformers`' EsmFold structure module with these weights; ε is its own."""
+    """`transformers`' EsmFold structure module with these weights and its own ε."""
     from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
     from transformers.models.esm.modeling_esmfold import EsmFoldStructureModule
 
     number = cast(StructureModuleConfig, weights.config).num_layer
-    module = EsmFoldStructureModule(EsmConfig(num_blocks=number)).eval()  # with its own ε
+    module = EsmFoldStructureModule(EsmConfig(num_blocks=number)).eval()
     module.load_state_dict(weights.to_torch(dialect="esmfold"))
     return module
 
 
 def run_esmfold_structure_module(case: StructureModuleCase, *, gradients: bool = True) -> Arrays:
-    """`transformers`' EsmFold structure module; its frames are float32 whatever they are given."""
+    """Runs `transformers`' EsmFold structure module on a case; it casts frames to float32."""
     import torch
 
     module, config = esmfold_structure_module(case.weights), case.config

@@ -1,4 +1,4 @@
-"""The PyPI package `invariant-point-attention`: the attention alone, in PyTorch."""
+"""Runs the attention of the PyPI package `invariant-point-attention`, in PyTorch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lucidrains_module(config: IPAConfig) -> Any:
 
 
 def run_lucidrains(case: Case) -> Arrays:
-    """The PyPI package `invariant-point-attention`: row-vector frames, points with the coordinate innermost."""
+    """Runs `invariant-point-attention` on a case; it takes row-vector frames, the transpose of ours."""
     import torch
 
     module = lucidrains_module(case.config)

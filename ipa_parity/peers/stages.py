@@ -1,4 +1,4 @@
-"""What published implementations return, under the names of our stages."""
+"""Results of published implementations under the names of our stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ipa_parity.attention.stages import Arrays
 
 
 def torch_gradients(case: Case, module: Any, call: Callable) -> tuple[np.ndarray, Arrays, Arrays]:
-    """The output, and the gradients of Σ cotangent·out to inputs and to the module's parameters."""
+    """The output of `call`, and the gradients of Σ cotangent·out to the inputs and to the module's parameters."""
     import torch
 
     names = ("single", "pair", "rotation", "translation")
@@ -31,12 +31,12 @@ def torch_gradients(case: Case, module: Any, call: Callable) -> tuple[np.ndarray
 
 
 def name_stages(out: np.ndarray, by_input: Arrays, by_name: Arrays) -> Arrays:
-    """An attention's output, and its gradients to inputs and to parameters by their canonical names."""
+    """Stages of an attention: its output, and gradients to inputs and to parameters by canonical name."""
     return {"out": out} | {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
 
 
 def name_layers(output: Mapping[str, np.ndarray], num_layer: int) -> Arrays:
-    """Stages by layer; what only the last layer has is the last layer's."""
+    """Stages by layer; a field without one entry per layer belongs to the last layer."""
     arrays: Arrays = {}
     for field, x in output.items():
         layers = {f"{field}/layer {i + 1}": y for i, y in enumerate(x)} if len(x) == num_layer else {}

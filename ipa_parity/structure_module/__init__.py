@@ -1,1 +1,1 @@
-"""The structure module in both frameworks, compared: cases to run, stages of each run, and their judge."""
+"""Comparison of the structure module in both frameworks: cases to run, stages of each run, and their judge."""

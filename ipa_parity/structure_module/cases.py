@@ -1,4 +1,4 @@
-"""Structure modules, their inputs and true structures, on which the frameworks are compared."""
+"""Cases on which the frameworks' structure modules are compared: weights, inputs and true structures."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PRESETS: dict[str, Callable[[], StructureModuleConfig]] = {
     "alphafold-multimer": StructureModuleConfig.alphafold_multimer,
     "esmfold": StructureModuleConfig.esmfold,
 }
-"""Configs by the names that the command takes."""
+"""Configs by their names on the command line."""
 
 
 @dataclass(frozen=True)
 class StructureModuleCase:
-    """One structure module on one protein. Drawn in float64; `astype` rounds all of it to the dtype of a run."""
+    """One structure module on one protein, drawn in float64; `astype` rounds all numbers to the dtype of a run."""
 
     name: str
     weights: Weights
@@ -35,7 +35,7 @@ class StructureModuleCase:
     aatype: np.ndarray  # (N,)
     mask: np.ndarray  # (N,) bool
     residue_index: np.ndarray  # (N,)
-    chain_id: np.ndarray | None  # (N,) integers, where the losses tell chains apart
+    chain_id: np.ndarray | None  # (N,) integers; None if the losses treat all as one chain
     atom37: np.ndarray  # (N, 37, 3), of the true structure, Å
     atom37_mask: np.ndarray  # (N, 37) bool
     cotangents: Mapping[str, np.ndarray]  # of `atom14` in 10 Å, `angles` and `act`, layers first
@@ -53,7 +53,12 @@ class StructureModuleCase:
 
 
 def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Weights:
-    """A structure module's weights out of a file, with what a preset tells and names and shapes do not.
+    """A structure module's weights from a file.
+
+    Args:
+        path: the file.
+        preset: name of a preset whose norm, units and (for shared weights) number of layers to use, which names and
+            shapes do not determine; None keeps what `Weights.load` finds or assumes.
 
     Raises:
         ValueError: the file holds an attention's weights only.
@@ -63,11 +68,11 @@ def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Wei
         raise ValueError(f"{os.fspath(path)} holds an attention's weights, not a structure module's: use --module ipa")
     if preset is None:
         return weights
-    told, config = PRESETS[preset](), weights.config
+    known, config = PRESETS[preset](), weights.config
     fields = ("norm_form", "norm_epsilon", "frame_unit")
-    ipa = replace(config.ipa, **{field: getattr(told.ipa, field) for field in fields})
-    layers = told.num_layer if config.tied_layers else config.num_layer
-    config = replace(config, ipa=ipa, num_layer=layers, position_scale=told.position_scale)
+    ipa = replace(config.ipa, **{field: getattr(known.ipa, field) for field in fields})
+    layers = known.num_layer if config.tied_layers else config.num_layer
+    config = replace(config, ipa=ipa, num_layer=layers, position_scale=known.position_scale)
     return replace(weights, config=config, assumed=frozenset())
 
 
@@ -79,10 +84,10 @@ def make_case(
     seed: int = 0,
     weights: Weights | None = None,
 ) -> StructureModuleCase:
-    """Random representations and weights, on the sequence of a structure, which is the losses' truth.
+    """A case with random representations and weights; the structure gives the sequence and the losses' target.
 
-    A tenth of the residues is masked. Without a structure: the idealised peptide with all 20 amino acids in random
-    order and their side chains at random torsions.
+    About a tenth of the residues is masked. Without a structure, the idealised peptide is used, with all 20 amino
+    acids in random order and their side chains at random torsions.
     """
     rng = np.random.default_rng(seed)
     structure = dressed_peptide(rng) if structure is None else structure
@@ -111,7 +116,7 @@ def make_case(
 
 
 def dressed_peptide(rng: np.random.Generator) -> Structure:
-    """The idealised peptide's backbone with every amino acid in random order, its side chains at random torsions."""
+    """The idealised peptide's backbone with all amino acids in random order and side chains at random torsions."""
     bare = idealised_peptide()
     aatype = rng.permutation(np.resize(np.arange(len(residues.RESTYPES)), len(bare)))
     turns = rng.uniform(-np.pi, np.pi, (len(bare), 7))

@@ -1,4 +1,4 @@
-"""One structure module in both frameworks, against float64 and against each other."""
+"""Judges one structure module in both frameworks, against float64 and against each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ipa_parity.structure_module.cases import StructureModuleCase
 from ipa_parity.structure_module.stages import RUNNERS
 
 LONGEST_LEVER = 8.0
-"""Å; no atom of a side chain lies farther from the axis of a torsion that turns it."""
+"""Maximum distance in Å of a side chain's atom from the axis of a torsion that rotates it."""
 
 
 def judge(
@@ -24,9 +24,17 @@ def judge(
     gradients: bool = True,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Iterator[Comparison]:
-    """Every stage of a case in one dtype: each framework against the torch model in float64, and the two together.
+    """Compares every stage of a case in one dtype: each framework with float64, and the two with each other.
 
-    Where there is no torch the Haiku model in float64 is the truth; in float64 the frameworks judge each other.
+    The float64 reference is the torch model (the Haiku model if torch is missing). In float64 itself the frameworks
+    are compared with each other only.
+
+    Args:
+        case: the case, in float64.
+        dtype: the dtype to round it to and run it in: "float64" or "float32".
+        frameworks: which to run, of "jax" and "torch".
+        gradients: compare gradients too.
+        progress: is called with the name of each step before it runs.
     """
     rounded, frameworks = case.astype(dtype), tuple(frameworks)
     runs: dict[str, Arrays] = {}
@@ -59,14 +67,25 @@ def compare_stage(
     valid_only: bool = False,
     norm: Norm = "max",
 ) -> Comparison:
-    """Judges one stage by the tolerance table; with `valid_only` in residues that the mask keeps.
+    """Judges one stage by the tolerance table.
 
-    An angle is the direction of a predicted vector, whose rounding turns it the more the shorter it is: errors of
-    angles count in proportion to that length, those of atoms at the end of a lever that such an angle turns. What
-    gradients are allowed grows with the shortness of the shortest.
+    A torsion angle is the direction of a predicted vector, and rounding turns a short vector further. So errors of
+    angles are multiplied by the length of their vector, errors of groups and atoms are divided by a factor that grows
+    as the residue's shortest vector shrinks, and the bound of gradients grows as the shortest vector of all shrinks.
 
-    In float32 one of a million ReLUs, whose input is within rounding of zero, is open in one run and shut in the other,
-    and gradients jump there: they are held to a much wider bound, in the Euclidean norm.
+    In float32 about one ReLU in a million, with an input within rounding of zero, is open in one run and shut in the
+    other, and gradients jump there. They have a much wider bound, in the Euclidean norm.
+
+    Args:
+        case: the case that was run.
+        dtype: the dtype it was run in.
+        stage: name of the stage.
+        subject: name of the run that gave `arrays`.
+        arrays: stages to judge.
+        reference: name of the run that gave `expected`.
+        expected: stages of the reference.
+        valid_only: judge only the residues that the mask keeps.
+        norm: norm of the error and of the values.
     """
     actual, wanted = arrays[stage].astype(np.float64), expected[stage].astype(np.float64)
     field, _, layer = stage.partition("/")
@@ -85,7 +104,7 @@ def compare_stage(
         shortness = max(x.mean() / x.min() for x in each)
         conditioning = tolerance.KINKED if dtype == "float32" else 1 + shortness / 8
     if stage.endswith("attention_2d/bias"):
-        # Zero in mathematics, like the sum of a row of logits' gradients.
+        # Zero in exact arithmetic: a sum of gradients over whole rows of logits.
         scale = float(np.abs(expected[stage.replace("/bias", "/weights")]).max())
     return compare(
         actual[case.mask] if valid_only else actual,
@@ -102,5 +121,5 @@ def compare_stage(
 
 
 def _lengths(expected: Arrays, layer: str) -> np.ndarray:
-    """Of the predicted vectors whose directions are the torsions, (N, 7)."""
+    """Lengths of the predicted vectors whose directions are the torsions, (N, 7)."""
     return np.linalg.norm(expected[f"unnormalized_angles/{layer}"].astype(np.float64), axis=-1)

@@ -1,8 +1,8 @@
-"""The whole structure module on one case: every layer's predictions, losses and gradients in both frameworks.
+"""Runs of a whole structure module on one case: every layer's predictions, losses and gradients, in either framework.
 
 Stages are `rotation` and `translation` of the backbone and of the rigid groups, `unnormalized_angles`, `angles`,
-`atom14` and `act`, each `…/layer 1` and so on, and `loss/…`, one per term. Gradients of a random combination of every
-layer's outputs are `gradient/single`, `…/pair` and `…/<canonical parameter name>`; those of a loss's term
+`atom14` and `act`, each with `/layer 1` and so on, and `loss/…`, one per term. Gradients of a random combination of
+every layer's outputs are `gradient/single`, `…/pair` and `…/<canonical parameter name>`; gradients of one loss term are
 `gradient/loss/<term>/single` and `…/pair`.
 """
 
@@ -21,10 +21,10 @@ from ipa_parity.attention.stages import Arrays
 from ipa_parity.structure_module.cases import StructureModuleCase
 
 TERMS = ("backbone", "sidechain_fape", "chi", "angle_norm", "violation")
-"""The losses, as `StructureModuleLoss` names them."""
+"""The loss terms, by their names in `StructureModuleLoss`."""
 
 COTANGENT_SCALES = {"atom14": 0.1, "angles": 1.0, "act": 1.0}
-"""Of the combination whose gradients are compared: atoms count in units of 10 Å."""
+"""Factors in the combination of outputs whose gradients are compared; atoms count in units of 10 Å."""
 
 
 def run_jax(
@@ -44,7 +44,7 @@ def run_jax(
         output, losses = jax.tree.map(np.asarray, predict(params, inputs, aatype, mask, target))
         arrays = named_layers(output) | _named_losses(losses)
         if gradients:
-            of_combination, *of_losses = (  # not at once: memory
+            of_combination, *of_losses = (  # one at a time, to save memory
                 jax.tree.map(np.asarray, pull_back(params, inputs, aatype, mask, target, cotangents, one))
                 for one in jax.numpy.eye(1 + len(TERMS), dtype=inputs["single"].dtype)
             )
@@ -57,7 +57,7 @@ def run_jax(
 
 @lru_cache(maxsize=16)
 def _compiled_by_jax(config: StructureModuleConfig, implementation: Implementation | None) -> tuple[Callable, Callable]:
-    """Outputs with losses, and the gradients of a weighted sum; kept, since JAX compiles longer than it runs."""
+    """Functions for outputs with losses and for gradients of a weighted sum; cached, because JAX compiles slowly."""
     import jax
 
     import ipa_jax
@@ -69,7 +69,7 @@ def _compiled_by_jax(config: StructureModuleConfig, implementation: Implementati
         return output, jax.numpy.stack(_losses(ipa_jax, output, target))
 
     def weighted(params: Any, inputs: Mapping[str, Any], *others: Any) -> Any:
-        """The combination and then the terms of the loss, each by its weight."""
+        """The weighted sum of the combination of outputs (first weight) and the loss terms (the others)."""
         *target, cotangents, weights = others
         output, losses = predict(params, inputs, *target)
         return weights[0] * _combination(output, cotangents) + (weights[1:] * losses).sum()
@@ -121,7 +121,7 @@ def _combination(output: Any, cotangents: Mapping[str, Any]) -> Any:
 
 
 def target_of(ipa: Any, case: StructureModuleCase, array: Callable[[np.ndarray], Any]) -> Any:
-    """The true structure, as either package's losses take it."""
+    """The true structure as the target that the losses of `ipa` (either package) take."""
     return ipa.structure_target(
         array(case.atom37),
         array(case.atom37_mask),
@@ -138,7 +138,7 @@ def _losses(ipa: Any, output: Any, target: Any) -> list[Any]:
 
 
 def named_layers(output: Any) -> Arrays:
-    """Stages of an output whose arrays are numpy's."""
+    """Stages by name and layer from an output that holds numpy arrays."""
     fields = {
         "rotation": output.rigids.rotation,
         "translation": output.rigids.translation,

@@ -1,4 +1,4 @@
-"""Inputs of the GPU kernels, and how what comes of them is judged."""
+"""Inputs of the GPU kernels, and the judgement of their outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RAGGED = {
 
 
 def arrays_of(shape, heads, width, *, widths=(5, 2, 3, 7), mask=True, pair_dtype="float32", spread=1.0, seed=0):
-    """What `point_attention` takes, by name, and cotangents of its outputs; a pair that bfloat16 holds, if it is to."""
+    """Arguments of `point_attention` by name, and cotangents of its outputs; a bfloat16 pair is rounded to bfloat16."""
     rng = np.random.default_rng(seed)
     *batch, n = shape
     c, cv, p, pv = widths
@@ -67,14 +67,14 @@ def run(framework, arrays, cotangents, **options):
 
 
 def judge_against_the_reference(framework, arrays, cotangents):
-    """Against float64, in eps of float32; the pair's gradient, which is returned in the pair's dtype, in that's."""
+    """Judges results against float64, in eps of float32; the pair's gradient in eps of the pair's dtype."""
     outputs, gradients = run(framework, arrays, cotangents, implementation="fused")
     exact = run(framework, widened(arrays), cotangents, implementation="reference")
     names = {"case": "fused", "subject": framework.name, "reference": "reference"}
     rows = []
     for x, e in zip(outputs, exact[0], strict=True):
         rows.append(compare(x, e, stage="out", dtype="float32", **names))
-    # Gradients of logits cancel to zero where there is one key; they are judged beside what is added up to them.
+    # With one key, gradients of logits cancel to zero; their error is divided by the size of the terms.
     scale = max(abs(x).max(initial=0) for x in cotangents)
     assert set(gradients) == set(exact[1])
     for name, e in exact[1].items():
@@ -85,18 +85,18 @@ def judge_against_the_reference(framework, arrays, cotangents):
     assert not failed, "\n".join(failed)
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as conftest sets it, but on a GPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # conftest sets it, except in runs on a GPU
 interpreted = pytest.mark.usefixtures("interpreted")
 
 
 def without_triton() -> str:
-    """Why the kernels of PyTorch can neither run nor be interpreted; empty where they can."""
+    """The reason why PyTorch's kernels can neither run nor be interpreted; empty if they can."""
     if not importlib.util.find_spec("torch"):
         return "no torch"
     from ipa_torch.attention import fused
 
     installed, oldest = fused._installed_triton(), fused.OLDEST_TRITON
-    if INTERPRETED:  # 3.6 cannot under a numpy of its successors' time
+    if INTERPRETED:  # Triton 3.6's interpreter fails under newer versions of numpy
         oldest = max(oldest, (3, 7))
     return "" if installed and installed >= oldest else f"triton is {installed}"
 

@@ -1,4 +1,4 @@
-"""Inputs of the attention's core, and how what comes of them is compared."""
+"""Inputs of the attention's core, and the comparison of its outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rest(arrays):
 
 
 def core_arrays(shape=(9,), *, pair=True, mask=True, spread=1.0, dtype="float64", seed=0):
-    """Of widths that are all different; frames of neighbours lie together, however far the groups lie apart."""
+    """Random inputs of the core, with all widths different; frames lie in compact groups that may be far apart."""
     rng = np.random.default_rng(seed)
     *batch, n = shape
     heads, c, cv, p, pv, cz = 3, 4, 2, 5, 7, 6

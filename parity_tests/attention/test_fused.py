@@ -1,4 +1,4 @@
-"""The GPU kernels, interpreted, are the reference's function."""
+"""The GPU kernels, run in interpreters, compute the reference's function."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_another_triton_is_told(version, message, monkeypatch):
 @needs_triton
 @pytest.mark.skipif(not INTERPRETED, reason="kernels run on a GPU")
 def test_kernels_that_are_interpreted_unasked_are_refused(monkeypatch):
-    """As with TRITON_INTERPRET=1 on a GPU, where products with bfloat16 had come out wrong without a word."""
+    """TRITON_INTERPRET=1 on a GPU would silently give wrong products with bfloat16."""
     torch = pytest.importorskip("torch")
     from ipa_torch.attention import fused, point_attention
 
@@ -111,7 +111,9 @@ def test_chunks_are_all_queries_once(sizes):
         assert queries <= tiling.MIN_QUERIES or 4 * 12 * queries * max(tiling.stride(of), 128) <= tiling.CHUNK_BYTES
     assert (seen == 1).all()
     last = [chunk.rows for chunk in tiling.chunks(of)][-1:]
-    assert all(rows > 0.8 * next(tiling.chunks(of)).rows for rows in last), "a chunk costs as many launches as another"
+    assert all(rows > 0.8 * next(tiling.chunks(of)).rows for rows in last), (
+        "every chunk costs the same number of launches"
+    )
 
 
 @pytest.fixture
@@ -124,14 +126,14 @@ def small_chunks(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("shape", [(1, 17), (3, 3)])
 def test_in_many_chunks(framework, shape, small_chunks):
-    """Ragged ones of one example, and of several."""
+    """Chunks of unequal length, of one example and of several."""
     judge_against_the_reference(framework, *arrays_of(shape, 2, 32))
 
 
 @interpreted
 @needs_triton
 def test_far_from_the_origin(framework):
-    """Distances are sums of squared differences: 300 units off they lose nothing that the reference keeps."""
+    """300 units from the origin the kernels are as accurate as the reference, because they square differences."""
     arrays, cotangents = arrays_of((1, 12), 2, 32)
     exact = {name: x.copy() for name, x in arrays.items()}
     for name in ("q_points", "k_points"):
@@ -146,7 +148,7 @@ def test_far_from_the_origin(framework):
 @interpreted
 @needs_triton
 def test_torch_operators_are_sound():
-    """Their shapes without data, the rules of gradients and of vmap; and they compile as one graph."""
+    """Shapes without data, gradients and vmap work, and the operators compile into one graph."""
     torch = pytest.importorskip("torch")
     import ipa_torch
     from ipa_torch.attention import fused
@@ -206,8 +208,8 @@ def test_jax_other_derivatives_name_the_reference(transform):
 @interpreted
 @needs_triton
 @pytest.mark.parametrize("lies", ["turned", "shared by all examples"])
-def test_a_pair_that_lies_otherwise(lies):
-    """In memory; its gradient too."""
+def test_a_pair_with_another_memory_layout(lies):
+    """The gradient may have another memory layout too."""
     torch = pytest.importorskip("torch")
     framework = Torch()
     arrays, _ = arrays_of((2, 5), 2, 32)

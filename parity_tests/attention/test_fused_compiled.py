@@ -1,4 +1,4 @@
-"""The GPU kernels compile for a GPU, and there they are the reference's function."""
+"""The GPU kernels compile for a GPU and compute the reference's function there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ON_GPU = {
 
 @pytest.fixture(scope="module", params=["alphafold", pytest.param("every pair", marks=pytest.mark.exhaustive)])
 def resources(request):
-    """Registers and memory that kernels take of a GPU, compiled where nothing is interpreted."""
+    """Registers and memory that the kernels need, compiled in a process without the interpreter."""
     if reason := without_triton():
         pytest.skip(reason)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_resources", "--json"]
@@ -48,7 +48,7 @@ def resources(request):
 
 
 def test_the_kernels_fit_without_spilling(resources):
-    """Registers and shared memory; a float32 pair of 256 channels and the widest heads are known to spill this much."""
+    """Only a float32 pair of 256 channels and the widest heads spill, and only this much."""
     limits = {"sm_80": 163 << 10, "sm_90": 227 << 10}
     assert {x["target"] for x in resources} <= set(limits)
     assert {x["kernel"] for x in resources} >= {"logits", "attend_to_pair", "pair_gradients", "key_gradients"}
@@ -58,23 +58,23 @@ def test_the_kernels_fit_without_spilling(resources):
         assert x["shared"] <= limits[x["target"]]
         at_once = min(65536 // (32 * x["warps"] * x["registers"]), limits[x["target"]] // max(1, x["shared"]))
         if x["pair_channel"] in (32, 64, 128) and (x["kernel"], x["pair_dtype"]) != ("pair_gradients", "float32"):
-            assert at_once >= 2, x  # programs on a multiprocessor, so that one computes while another reads
+            assert at_once >= 2, x  # two programs fit on a multiprocessor, so that one computes while the other reads
 
 
 def an_abstract_gpu():
-    """Where there is no GPU, JAX from 0.11 on compiles for one that it is told of."""
+    """An abstract GPU: JAX 0.11 and later can compile for it without a real one."""
     try:
         from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
     except ImportError:
         return contextlib.nullcontext()
-    if len(inspect.signature(AbstractDevice).parameters) < 3:  # an older one, which nobody asks for
+    if len(inspect.signature(AbstractDevice).parameters) < 3:  # an older JAX does not need it
         return contextlib.nullcontext()
     device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
     return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
 
 
 def test_the_pallas_kernels_lower_for_a_gpu(monkeypatch):
-    """Both, forwards and backwards, batched or not; what Triton makes of them is not seen here."""
+    """Both kernels lower, forward and backward, batched or not; Triton's own result is not checked here."""
     jax = pytest.importorskip("jax")
     attend = jax_point_attention()
     from ipa_jax.attention import fused
@@ -97,7 +97,7 @@ def test_the_pallas_kernels_lower_for_a_gpu(monkeypatch):
 
 
 def on_gpu(test):
-    """A test that is run by `make gpu`, and skipped elsewhere."""
+    """Marks a test that `make gpu` runs; it is skipped elsewhere."""
     reason = "kernels are interpreted here; make gpu runs them on a GPU"
     return pytest.mark.gpu(pytest.mark.skipif(INTERPRETED, reason=reason)(test))
 
@@ -111,8 +111,8 @@ def test_on_a_gpu_it_is_the_reference(framework, case):
 
 
 @on_gpu
-def test_a_pair_of_more_numbers_than_32_bits_count():
-    """The last queries read what is theirs."""
+def test_a_pair_with_more_numbers_than_32_bits_can_index():
+    """The last queries read their own rows."""
     torch = pytest.importorskip("torch")
     import ipa_torch
 
@@ -131,7 +131,7 @@ def test_a_pair_of_more_numbers_than_32_bits_count():
 @on_gpu
 @pytest.mark.parametrize("implementation", ["streamed", "fused"])
 def test_a_cuda_graph_of_it(implementation):
-    """Forwards and backwards are captured, so nothing waits for the GPU; and replay computes on what is there then."""
+    """Forward and backward can be captured, so nothing waits for the GPU; a replay uses the inputs' new values."""
     torch = pytest.importorskip("torch")
     import ipa_torch
 

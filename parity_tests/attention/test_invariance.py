@@ -1,4 +1,4 @@
-"""IPA sees frames only relative to each other: motions of the whole change nothing, mirror images do."""
+"""IPA depends only on relative frames: common motions change nothing, mirror images do."""
 
 from __future__ import annotations
 
@@ -82,21 +82,21 @@ def test_padding_changes_no_valid_row(run, dtype):
 
 
 def mirrored_coordinates(case: Case) -> Case:
-    """Every atom at its mirror image, frames taken anew: by Alg. 21, R → M·R·diag(1, 1, −1), t → M·t.
+    """Frames of the mirrored atoms: by Alg. 21, R → M·R·diag(1, 1, −1), t → M·t.
 
-    The frame's third axis is a cross product, which a mirror turns about.
+    The frame's third axis is a cross product, which a mirror inverts.
     """
     flip = np.diag([1.0, 1.0, -1.0])
     return replace(case, rotation=MIRROR @ case.rotation @ flip, translation=case.translation @ MIRROR)
 
 
 def mirrored_frames(case: Case) -> Case:
-    """R → M·R, t → M·t: no rotations any more, but an isometry all the same."""
+    """R → M·R, t → M·t: an isometry, but no longer with rotations."""
     return replace(case, rotation=MIRROR @ case.rotation, translation=case.translation @ MIRROR)
 
 
 @pytest.mark.parametrize("structure", [None, idealised_peptide()], ids=["random frames", "peptide"])
-def test_mirror_images_are_told_apart(run, structure):
+def test_mirror_images_give_different_outputs(run, structure):
     """A protein's mirror image has other frames relative to each other: the output differs by more than rounding."""
     case = make_case("", IPAConfig.alphafold2(), (20,), structure=structure)
     assert (np.linalg.det(mirrored_coordinates(case).rotation) > 0).all()
@@ -104,15 +104,15 @@ def test_mirror_images_are_told_apart(run, structure):
     assert row.error > 1e12
 
 
-def test_only_handedness_of_frames_tells_them_apart(run):
-    """IPA itself uses distances and inner products alone: a reflection of frames, not of atoms, changes nothing."""
+def test_only_handedness_of_frames_distinguishes_them(run):
+    """IPA uses only distances and inner products, so reflecting the frames themselves changes nothing."""
     case = make_case("", ODD, (9,))
     row = judge(run(mirrored_frames(case)), run(case), "float64")
     assert row.passed, str(row)
 
 
 def test_attention_of_points_in_the_frames_planes_is_blind_to_mirror_images(run_stages):
-    """Where query and key points have no z the flipped third axis is not used; the values' own z still tells."""
+    """Query and key points without z do not use the inverted third axis; the values' z still shows it."""
     case = make_case("", ODD_MULTIMER, (9,))
     arrays = dict(case.weights.arrays)
     for name in (name for name in arrays if name.startswith(("q_point", "k_point"))):

@@ -59,14 +59,14 @@ def test_init_has_the_canonical_parameters(config):
 
 
 @pytest.mark.parametrize("rng", [None, jax.random.key(0), jax.random.PRNGKey(0)], ids=["None", "key", "PRNGKey"])
-def test_a_misplaced_rng_is_told(rng):
+def test_a_misplaced_rng_raises(rng):
     params, *inputs = arguments(CATALOGUE["monomer"]())
     for given in (inputs, inputs[:-1]):
         with pytest.raises(ValueError, match=r"takes no rng, .*; got (None|one) after params: leave it out"):
             ipa_jax.transform_ipa(ODD).apply(params, rng, *given)
 
 
-def test_a_missing_rng_is_told():
+def test_a_missing_rng_raises():
     config = IPATransformerConfig(block=IPABlockConfig(ipa=ODD_NO_PAIR, attention_dropout=0.5), num_layer=1)
     apply = ipa_jax.transform_ipa_transformer(config).apply
     params = Weights.random(config).to_haiku()
@@ -174,7 +174,7 @@ def test_frames_do_not_decide_the_dtype(activations, frames):
 
 
 def test_numpy_frames_in_float64_where_jax_has_none():
-    """As `load_structure` hands them out; a warning would be an error here."""
+    """`load_structure` returns such frames; a warning would be an error here."""
     case = CATALOGUE["monomer"]()
     with jax.enable_x64(False):
         params, single, pair, _, mask = arguments(case)
@@ -320,7 +320,7 @@ def test_angstroms_are_not_warned_of_in_replaced_layers(layout):
 
 
 def test_angstroms_are_not_warned_of_under_traces_and_transforms():
-    """And the check is no obstacle to any of them."""
+    """The check breaks none of these transformations."""
     params, single, pair, rigids, mask = in_angstroms()
     apply = ipa_jax.transform_ipa(ODD, implementation="reference").apply
     call = lambda t: apply(params, single, pair, ipa_jax.Rigid(rigids.rotation, t), mask)  # noqa: E731
@@ -330,13 +330,13 @@ def test_angstroms_are_not_warned_of_under_traces_and_transforms():
     jax.eval_shape(call, rigids.translation)
     jax.vmap(call)(jnp.stack([rigids.translation] * 2))
     jax.grad(lambda t: call(t).sum())(rigids.translation)
-    with pytest.warns(UserWarning, match=IN_ANGSTROMS):  # the frames' values are at hand
+    with pytest.warns(UserWarning, match=IN_ANGSTROMS):  # the frames' values can be read
         jax.grad(lambda p: constant(p).sum())(params)
     jax.jvp(call, (rigids.translation,), (rigids.translation,))
 
 
 def test_geometry_and_attention_ask_for_full_precision():
-    """On a GPU or TPU a product without Precision.HIGHEST may run in TF32 or bfloat16; the scalars' projections may."""
+    """Without Precision.HIGHEST a product may run in TF32 or bfloat16 on a GPU or TPU; only scalar projections may."""
     for config in (ODD, ODD_MULTIMER):
         params, *inputs = arguments(make_case("", config, (5,)))
         apply = ipa_jax.transform_ipa(config, implementation="reference").apply

@@ -1,4 +1,4 @@
-"""The parameter-free core on plain arrays, for anyone's own projections."""
+"""The parameter-free core on plain arrays, for users with their own projections."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_core_is_the_oracles(name, framework):
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_outputs_come_in_the_values_dtypes(framework):
-    """Half-precision scalars and pair beside float32 points: float32 inside, whatever comes in."""
+    """Scalars and pair may be in half precision beside float32 points; the core computes in float32."""
     ipa, array, _ = package(framework)
     arrays, options = arguments(CATALOGUE["monomer"]())
     half = np.dtype("bfloat16")
@@ -80,7 +80,7 @@ def test_outputs_come_in_the_values_dtypes(framework):
 @pytest.mark.parametrize("implementation", ["reference", "streamed", "fused"])
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_the_mask_is_a_constant(framework, implementation, request):
-    """A float mask has no gradient, even where it lies so close to 1 that all keys are seen."""
+    """A float mask has no gradient, even if it is so close to 1 that all keys get attention."""
     ipa, array, numpy = package(framework)
     if implementation == "fused":
         request.getfixturevalue("interpreted")

@@ -37,7 +37,7 @@ def test_it_is_the_reference(framework, options, block_size, return_attention):
 
 @pytest.mark.parametrize("spread", [1.0, 100.0])
 def test_float32_is_as_exact_as_the_reference(framework, spread):
-    """Against float64, on the same rounded inputs; twice the reference's error, gradients three times."""
+    """Errors against float64 on the same inputs are at most twice the reference's, those of gradients three times."""
     arrays, cotangents = core_arrays((60,), spread=spread, dtype="float32")
     wide = {name: None if x is None else x.astype("float64") for name, x in arrays.items()}
     exact = framework.run_attention(wide, [x.astype("float64") for x in cotangents], implementation="reference")
@@ -72,7 +72,7 @@ def test_float32_is_as_exact_as_the_reference(framework, spread):
 )
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_the_whole_module_is_the_oracles(framework, name, dtype):
-    """Every stage, and gradients to everything against the reference's."""
+    """Every stage agrees with the oracle, and all gradients with the reference's."""
     pytest.importorskip(framework)
     case = CATALOGUE[name]().astype(dtype)
     run = RUNNERS[framework]
@@ -85,7 +85,7 @@ def test_the_whole_module_is_the_oracles(framework, name, dtype):
     assert set(actual) == set(exact)
     for stage, expected in exact.items():
         if stage == "logits" or (stage == "gradient/translation" and name == "spread-50"):
-            continue  # the reference's own; and what is left where a residue sees itself alone
+            continue  # logits come from the reference anyway; residues far apart leave only rounding
         conditioning = 1.0
         if stage in ("points", "norms"):
             conditioning = tolerance.conditioning(case.translation, case.mask, exact["points"])

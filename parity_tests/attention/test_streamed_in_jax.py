@@ -1,4 +1,4 @@
-"""The streamed attention under JAX's transformations, and what it keeps in memory."""
+"""The streamed attention under JAX's transformations, and its memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_jax_keeps_nothing_of_pairs_but_the_pair_and_a_block():
     assert max(largest("reference", "q")) > pair
     streamed = largest("streamed", "pair", block_size=4)
     assert max(streamed) == pair
-    # A frozen pair has no gradient but the zeros that JAX asks for.
+    # A frozen pair has no gradient except the zeros that JAX requires.
     frozen = largest("streamed", "q", block_size=4)
     assert frozen.count(pair) < streamed.count(pair)
 
@@ -98,7 +98,7 @@ def test_jax_forward_mode_names_the_reference(transform):
 
 
 def test_jax_reverse_mode_twice_is_the_references():
-    """Gradients of gradients, which hold as much in memory as the reference."""
+    """Gradients of gradients agree; they need as much memory as the reference."""
     framework = Jax()
     jax = framework.jax
     arrays, cotangents = core_arrays()
@@ -121,7 +121,7 @@ def test_jax_reverse_mode_twice_is_the_references():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_jax_under_shard_map(check_vma):
-    """Examples lie on the devices, the weights on all of them; gradients are taken without and within."""
+    """Examples are split over devices, weights replicated; gradients are taken outside and inside shard_map."""
     framework = Jax()
     jax = framework.jax
     arrays, cotangents = core_arrays((2, 3))

@@ -1,4 +1,4 @@
-"""The streamed attention under PyTorch's transformations, and what it keeps in memory."""
+"""The streamed attention under PyTorch's transformations, and its memory."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_torch_module_takes_it():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_nothing_waits_for_a_gpu(backward):
-    """No number is asked back from the device and none is sent there: what a CUDA graph can capture."""
+    """Nothing is copied to or from the device, so a CUDA graph can capture it."""
     torch = pytest.importorskip("torch")
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -192,7 +192,7 @@ def test_nothing_waits_for_a_gpu(backward):
 
 
 def test_blocks_on_a_gpu():
-    """As large as cached logits and an eighth of the pair allow; and never none."""
+    """Blocks are as large as cached logits and an eighth of the pair allow, and at least one row."""
     for package in ("jax", "torch"):
         block_bytes = importlib.import_module(f"ipa_{package}.attention.rows").BLOCK_BYTES
         size = partial(tiling.default_block_size, block_bytes=block_bytes)

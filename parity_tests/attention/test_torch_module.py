@@ -1,4 +1,4 @@
-"""The torch IPA as PyTorch's users expect a module: initial values, state, changed projections, compilation."""
+"""The torch IPA as an ordinary module: initial values, state, changed projections, compilation."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ MODULES = {
 
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 def test_reset_parameters_initialises_everything(make):
-    """What was built without memory: at once by the module, or one by one as FSDP does."""
+    """A module built without memory is initialised at once, or submodule by submodule as in FSDP."""
     torch.manual_seed(0)
     expected = make().state_dict()
     with torch.device("meta"):
@@ -96,7 +96,7 @@ def test_layers_print_their_sizes():
 
 
 class Adapter(torch.nn.Module):
-    """As adapters of parameter-efficient training wrap a layer."""
+    """A wrapper like the adapters of parameter-efficient training."""
 
     def __init__(self, base, delta):
         super().__init__()
@@ -107,7 +107,7 @@ class Adapter(torch.nn.Module):
 
 
 class Plus(torch.nn.Module):
-    """A parametrisation."""
+    """A parametrisation that adds to the weight."""
 
     def __init__(self, delta):
         super().__init__()
@@ -147,7 +147,7 @@ PROJECTIONS = [
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize(("case", "projection"), PROJECTIONS)
 def test_changed_projections_take_effect(change, case, projection):
-    """As if the change were in the weight, forward and gradient, the pair's bias included."""
+    """Outputs and gradients are as if the weight itself had changed, also for the pair bias."""
     case = CATALOGUE[case]()
     module, merged, inputs = model(case), model(case), arguments(case)
     path, _, name = projection.rpartition(".")
@@ -174,7 +174,7 @@ def test_a_wrapped_pair_bias_compiles():
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 @pytest.mark.parametrize("projection", ["q_scalar", "q_point_local", "attention_2d", "output_projection"])
 def test_quantised_projections_take_effect(projection):
-    """As torch.ao makes them of an nn.Linear with the same weight."""
+    """Results equal those of torch.ao's quantised nn.Linear with the same weight."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("this build of torch has no quantised products")
     case = CATALOGUE["monomer"]()
@@ -214,7 +214,7 @@ def test_compiles_in_one_graph(name, backend, compiler):
 @pytest.mark.parametrize("name", ["monomer", "no-pair"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_compiles_for_inference(context, name):
-    """Where nothing wants a gradient, with which Dynamo has no place for an autograd function."""
+    """It compiles where nothing needs a gradient; Dynamo cannot trace an autograd function there."""
     case = CATALOGUE[name]()
     module, inputs = model(case).requires_grad_(False), arguments(case)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -234,7 +234,7 @@ def test_compiles_a_functions_gradient():
 
 @pytest.fixture
 def compiler():
-    """Skips a test of inductor where there is no C++ compiler."""
+    """Skips a test of inductor if there is no C++ compiler."""
 
     def need(backend):
         if backend == "inductor":

@@ -107,7 +107,7 @@ def test_frames_of_a_transformer_have_its_activations_dtype():
 
 @pytest.mark.parametrize("name", ["alphafold2", "spread-50", "offset-1000", "multimer"])
 def test_autocast_keeps_geometry_in_float32(name):
-    """CPU autocast turns float32 matrix products into bfloat16; of coordinates ±50 nothing would be left."""
+    """CPU autocast runs float32 matrix products in bfloat16, which would ruin coordinates of ±50."""
     case = CATALOGUE[name]()
     module, inputs = model(case), arguments(case)
     cotangent, parameters = torch_tensor(case.cotangent).float(), list(module.parameters())
@@ -122,7 +122,9 @@ def test_autocast_keeps_geometry_in_float32(name):
     judge(attention, exact_attention, "attention", "bfloat16")
     for actual, expected in zip(gradients, exact_gradients, strict=True):
         assert actual.isfinite().all()
-        if expected.any() and name != "spread-50":  # attention_2d's bias has none; far apart, queries' bits decide
+        if (
+            expected.any() and name != "spread-50"
+        ):  # the gradient of attention_2d's bias is zero; far apart, bits of the queries decide
             judge(actual, expected, "gradient", "bfloat16")
 
 
@@ -195,7 +197,7 @@ def test_coincident_frames_have_finite_gradients():
 
 
 def test_every_parameter_has_a_gradient():
-    """None would trip DistributedDataParallel; the pair bias's own bias has a gradient of exactly zero."""
+    """A missing gradient breaks DistributedDataParallel; that of the pair bias's own bias is exactly zero."""
     case = CATALOGUE["multimer"]()
     module = model(case)
     module(*arguments(case)).sum().backward()

@@ -102,7 +102,7 @@ def test_angstroms_are_not_warned_of_in_replaced_layers():
 
 
 def test_angstroms_are_not_warned_of_under_traces_and_transforms():
-    """And the check is no obstacle to any of them."""
+    """The check breaks none of these transformations."""
     module, (single, pair, rigids, mask) = in_angstroms()
     module.requires_grad_(False)
     call = lambda t: module(single, pair, ipa_torch.Rigid(rigids.rotation, t), mask)  # noqa: E731

@@ -1,4 +1,4 @@
-"""JAX's attention without Haiku, and the benchmark that needs no more than it."""
+"""JAX's attention without Haiku, and the GPU benchmark, which does not need Haiku."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_cases import (
 
 
 def test_jax_without_haiku():
-    """The attention has no parameters: it is imported and runs where there is JAX alone."""
+    """The core has no parameters, so it imports and runs with JAX alone."""
     pytest.importorskip("jax")
     code = """
 import importlib.abc, sys
@@ -40,7 +40,7 @@ assert out[0].shape == (3, 2, 4) and "haiku" not in sys.modules
 @needs_triton
 @pytest.mark.parametrize("pairs", [("none",), pytest.param(("float32", "none"), marks=pytest.mark.exhaustive)])
 def test_the_gpu_benchmark(pairs, tmp_path):
-    """Its command on a CPU, where its figures mean nothing: gate, table, JSON."""
+    """The command runs on a CPU (where its figures mean nothing): parity check, table, JSON."""
     pytest.importorskip("torch")
     pytest.importorskip("jax")
     systems = ["torch, fused", "torch, scaled_dot_product_attention", "JAX, streamed (jit)", "ipa_torch"]

@@ -1,4 +1,4 @@
-"""The torch module on a case, and how its output is judged."""
+"""Runs of the torch module on a case, and the judgement of its output."""
 
 from __future__ import annotations
 

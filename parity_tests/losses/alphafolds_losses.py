@@ -29,7 +29,7 @@ from ipa_bridge.proteins import residues
 
 @cache
 def alphafold():
-    """Its modules, by name."""
+    """AlphaFold's modules by name."""
     pytest.importorskip("alphafold")
     pytest.importorskip("ml_collections")
     names = ("all_atom", "all_atom_multimer", "folding", "folding_multimer", "lddt", "modules", "config", "r3")
@@ -39,7 +39,7 @@ def alphafold():
 
 
 def as_alphafold(function, p, dtype="float64"):
-    """AlphaFold's answer to a problem, under the promotion and the width it was written for; asked once."""
+    """AlphaFold's loss on a problem, under the dtype promotion and x64 setting it was written for; cached."""
     key = function, id(p.mask), dtype
     if key not in ANSWERS:
         ANSWERS[key] = p, _as_alphafold(function, p, dtype)
@@ -93,7 +93,7 @@ def to_flat_12(frames):
 
 
 def batch_of(p):
-    """AlphaFold's batch of that problem."""
+    """The problem as AlphaFold's batch."""
     dtype = p.atom14.dtype
     swap = residues.ATOM14_SWAP[p.aatype]
     turned = residues.GROUP_IS_AMBIGUOUS[p.aatype]
@@ -121,7 +121,7 @@ def batch_of(p):
 
 
 def value_of(p):
-    """AlphaFold's output of that prediction."""
+    """The prediction as AlphaFold's output."""
     layered = Frames(*(x[None] for x in p.groups))
     return {
         "traj": to_tensor_7(p.backbone),
@@ -141,7 +141,7 @@ def head_config(name="structure_module", multimer=False):
 
 
 def flat_violations(found):
-    """Ours or AlphaFold's, in one order."""
+    """Violations, ours or AlphaFold's, in a fixed order."""
     b, w = found["between_residues"], found["within_residues"]
     return [
         *(b[f"{name}_loss_mean"] for name in ("bonds_c_n", "angles_ca_c_n", "angles_c_n_ca")),
@@ -233,7 +233,7 @@ def alphafold_plddt(p):
     import haiku as hk
     import jax.numpy as jnp
 
-    def in_atom37(x):  # of which Cα alone is read, the second in both
+    def in_atom37(x):  # both read Cα only, the second atom
         return jnp.pad(x, [(0, 0), (0, 23), *[(0, 0)] * (x.ndim - 2)])
 
     batch = {
@@ -298,4 +298,4 @@ MONOMER = {
 }
 
 ROUNDED = {"chi": 1e-11, "plddt": 1e-8, "violations": 1e-6, "total": 1e-6, "backbone half clamped": 1e-6}
-"""What AlphaFold holds in float32 in any case: masks and their epsilon, bounds within residues, the clamped share."""
+"""Values that AlphaFold always holds in float32: masks and their epsilon, bounds within residues, the clamped share."""

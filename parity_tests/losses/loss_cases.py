@@ -1,4 +1,4 @@
-"""What is tested: each loss on the fields of a problem, with the twins' module as `losses`."""
+"""The tested functions: each loss on the fields of a problem, with either package's module as `losses`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ DTYPES = ("float32", "float64")
 
 
 def allowed(stage, dtype="float64"):
-    """What the tolerance table allows, relative to the largest value."""
+    """Error that the tolerance table allows, relative to the largest value."""
     return bound(stage, dtype) * epsilon(dtype)
 
 
@@ -41,7 +41,7 @@ class Jax:
         return [np.asarray(x) for x in self.jax.tree.leaves(tree)]
 
     def compiled(self, function, make):
-        """What `make` makes of a function, compiled once."""
+        """The function that `make` returns, compiled once."""
         if (function, make) not in self.cache:
             self.cache[function, make] = self.jax.jit(make(self, function))
         return self.cache[function, make]
@@ -53,7 +53,7 @@ class Jax:
         return partial(function, self.losses)
 
     def gradients(self, function, p):
-        """To all of the prediction, of the outputs weighted at random."""
+        """Gradients of a random combination of the outputs to all parts of the prediction."""
         x = inputs(self, p)
         return self.numpy(self.compiled(function, Jax.gradient)([getattr(x, name) for name in PREDICTED], x))
 
@@ -91,7 +91,7 @@ class Torch:
         return self.numpy(function(self.losses, inputs(self, p)))
 
     def gradients(self, function, p):
-        """To all of the prediction, of the outputs weighted at random."""
+        """Gradients of a random combination of the outputs to all parts of the prediction."""
         x = inputs(self, p)
         leaves = self.torch.utils._pytree.tree_leaves([getattr(x, name) for name in PREDICTED])
         for leaf in leaves:
@@ -118,12 +118,12 @@ def inputs(framework, p):
 
 @cache
 def one_of(kind):
-    """One object for all tests, since JAX compiles longer than it runs."""
+    """One object for all tests, so that JAX compiles each function once."""
     return kind()
 
 
 def assert_close(actual, expected, relative):
-    """Trees of the same arrays; floats close in relation to the largest, all else equal."""
+    """Asserts that trees agree: floats relative to the largest value, everything else exactly."""
     assert len(actual) == len(expected)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         a, e = np.asarray(a), np.asarray(e)

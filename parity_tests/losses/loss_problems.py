@@ -12,7 +12,7 @@ NUM_LAYER = 3
 
 
 class Frames(NamedTuple):
-    """numpy frames, which become each framework's Rigid."""
+    """Frames in numpy; each framework converts them to its Rigid."""
 
     rotation: np.ndarray
     translation: np.ndarray
@@ -58,7 +58,7 @@ def unit(x):
 
 
 def true_group_frames(aatype, atom37, atom37_mask):
-    """(N, 8) frames of the rigid groups, by the atoms that define them; the identity where these are not all there."""
+    """(N, 8) frames of the rigid groups from their defining atoms; the identity where one of these is missing."""
     points = np.stack([gathered(atom37, residues.GROUP_ATOMS[aatype][:, :, i]) for i in range(3)], -2)
     known = np.stack([np.take_along_axis(atom37_mask, residues.GROUP_ATOMS[aatype][:, :, i], 1) for i in range(3)], -1)
     mask = residues.GROUP_MASK[aatype] & known.all(-1)
@@ -70,7 +70,7 @@ def true_group_frames(aatype, atom37, atom37_mask):
 
 
 def true_chis(aatype, atom37, atom37_mask):
-    """(sin, cos) of χ1–χ4 and which of them are known."""
+    """(sin, cos) of χ1–χ4, and the mask of known ones."""
     slots = residues.CHI_ATOMS[aatype]
     a, b, c, d = (gathered(atom37, slots[:, :, i]) for i in range(4))
     mask = residues.CHI_MASK[aatype] & np.all([np.take_along_axis(atom37_mask, slots[:, :, i], 1) for i in range(4)], 0)
@@ -80,7 +80,7 @@ def true_chis(aatype, atom37, atom37_mask):
 
 
 def small_turns(rng, shape, spread):
-    """Random rotations of a few degrees or many."""
+    """Random rotations; a larger spread makes larger angles."""
     q = np.concatenate([np.ones((*shape, 1)), spread * rng.standard_normal((*shape, 3))], -1)
     w, x, y, z = np.moveaxis(unit(q), -1, 0)
     rows = [
@@ -92,7 +92,7 @@ def small_turns(rng, shape, spread):
 
 
 def make_problem(aatype, atom37, atom37_mask, residue_index, chain_id, mask, seed=0, noise=0.7):
-    """The structure with some atoms lost, and a prediction that is off by ångströms, more in the first layers."""
+    """The structure with some atoms removed, and a prediction with errors of a few Å, larger in the first layers."""
     rng = np.random.default_rng(seed)
     n = len(aatype)
     atom37_mask = atom37_mask & mask[:, None] & (rng.random(atom37_mask.shape) > 0.04)
@@ -103,7 +103,7 @@ def make_problem(aatype, atom37, atom37_mask, residue_index, chain_id, mask, see
     atom14_mask = exists & np.take_along_axis(atom37_mask, slots, -1)
     atom14 = np.where(atom14_mask[..., None], gathered(atom37, slots), 0)
     full_atom14 = np.where(exists[..., None], gathered(atom37, slots), 0)
-    # Ambiguous atoms half of the time under their other names.
+    # Half of the ambiguous atoms get their alternative names.
     swap = np.where(rng.random((n, 1)) < 0.5, residues.ATOM14_SWAP[aatype], np.arange(14))
     predicted = gathered(full_atom14, swap) + noise * rng.standard_normal((n, 14, 3)) * exists[..., None]
     off = noise * np.array([9.0, 3.0, 1.0]).reshape(NUM_LAYER, 1, 1)
@@ -140,7 +140,7 @@ def make_problem(aatype, atom37, atom37_mask, residue_index, chain_id, mask, see
 
 
 def load_problem(path, seed=0, noise=0.7):
-    """10 residues before and 9 after a chain's end, and 2 of padding: as many as `synthetic_problem` has."""
+    """10 residues before and 9 after a chain's end, and 2 of padding: the length of `synthetic_problem`."""
     structure = load_structure(path)
     chain = np.unique(structure.chain_id, return_inverse=True)[1].astype(np.int32)
     end = int((chain == chain[0]).sum())
@@ -156,7 +156,7 @@ def load_problem(path, seed=0, noise=0.7):
 
 
 def synthetic_problem(seed=0, noise=0.7):
-    """Every residue type once and the unknown one, in two chains, made of the literature's groups laid loosely."""
+    """Every residue type and the unknown one, in two chains, with ideal rigid groups placed roughly."""
     rng = np.random.default_rng(seed)
     aatype = np.arange(21, dtype=np.int32)
     slots = residues.ATOM14_TO_ATOM37[aatype]
@@ -173,7 +173,7 @@ def synthetic_problem(seed=0, noise=0.7):
 
 
 def map_floats(function, p):
-    """The problem with a function of name and array on its floats."""
+    """The problem with a function (of name and array) applied to its float arrays."""
 
     def each(name, x):
         if isinstance(x, Frames):
@@ -192,7 +192,7 @@ def cotangent(seed, shape):
 
 
 def two(seed_problem):
-    """A batch of two problems, and the two."""
+    """A batch of two problems, and the two problems alone."""
     other = map_floats(
         lambda name, x: x + (0.3 * cotangent(len(name), x.shape) if name == "atom14" else 0), seed_problem
     )

@@ -1,4 +1,4 @@
-"""Every loss is AlphaFold's, the same in both frameworks, and finite, invariant and differentiable everywhere."""
+"""Every loss equals AlphaFold's, agrees in both frameworks, and is finite, invariant and differentiable."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_half_precision_computes_in_float32(dtype, framework):
         assert_close(framework.call(function, half), framework.call(function, widened), allowed("loss", "float32"))
 
 
-def test_what_does_not_fit_is_refused(framework):
+def test_bad_inputs_raise(framework):
     p = synthetic_problem()
     n = len(p.mask)
     with pytest.raises(

@@ -42,7 +42,7 @@ def test_alphafold_multimers_side_chains_agree(problem, framework):
 
 
 def test_alphafold_multimers_backbone_agrees(problem, framework):
-    """Its FAPE is √max(d², ε²) where ours is √(d² + ε): they differ by less than ε/2d."""
+    """AlphaFold-Multimer uses √max(d², ε²), we use √(d² + ε): they differ by less than ε/2d."""
     p = cast(problem, "float32")
     config = head_config(multimer=True)
     known = p.group_mask[..., 0].astype(np.float32)
@@ -68,7 +68,7 @@ def test_alphafold_multimers_backbone_agrees(problem, framework):
 
 
 def test_unknown_residues_have_the_frames_of_their_backbones(framework):
-    """Of whose rotations AlphaFold predicts zeros, so that there a perfect prediction loses."""
+    """AlphaFold predicts all-zero rotations for them, so there even a perfect prediction has a loss."""
     rng = np.random.default_rng(0)
     aatype = np.full(4, residues.UNKNOWN_AATYPE, np.int32)
     rigids, angles = random_frames(rng, (4,)), unit(rng.standard_normal((4, 7, 2)))

@@ -35,7 +35,7 @@ def test_alphafolds_gradients_agree(problem, framework):
     assert_close(actual, expected, 1e-6)
 
 
-def test_a_perfect_prediction_loses_nothing(framework):
+def test_a_perfect_prediction_has_no_loss(framework):
     p = hard_problem("perfect")
     loss = framework.losses.StructureModuleLoss(*framework.call(total, p))
     floor = np.sqrt(1e-4) / 10
@@ -46,7 +46,7 @@ def test_a_perfect_prediction_loses_nothing(framework):
 
 
 def test_padding_does_not_count(structures_dir, framework):
-    """The masked residues of a chain may hold anything."""
+    """Contents of masked residues do not change the loss."""
     pytest.importorskip("gemmi")
     p = load_problem(structures_dir / "2rbg.pdb")
     padding = ~p.mask
@@ -62,7 +62,7 @@ def test_padding_does_not_count(structures_dir, framework):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
-def test_no_residue_loses_nothing(chunk_size, framework):
+def test_an_empty_chain_has_no_loss(chunk_size, framework):
     def nothing(name, x):
         if isinstance(x, Frames):
             return Frames(*(nothing(name, y) for y in x))
@@ -85,7 +85,7 @@ def test_no_residue_loses_nothing(chunk_size, framework):
 
 
 def test_the_loss_comes_in_the_predictions_dtype(framework):
-    """The truth of a structure file is float64."""
+    """The loss does not become float64 when the target, read from a file, is float64."""
     p = synthetic_problem()
     truth = {"true_groups", "true_atom14", "true_chi"}
     mixed = map_floats(lambda name, x: x if name in truth else x.astype(np.float32), p)

@@ -1,4 +1,4 @@
-"""The true structure as the losses need it, and batches of it."""
+"""The target that the losses need, and batches of targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ipa_bridge.proteins import load_structure, residues
 
 
 def test_the_target_of_a_real_protein(structures_dir, framework):
-    """Its frames, torsions and atoms are those of the atoms that are there; padding has none."""
+    """The target has frames, torsions and atoms where the file has atoms; padding has none."""
     pytest.importorskip("gemmi")
     structure = load_structure(structures_dir / "2rbg.pdb")
     aatype, mask = structure.aatype.astype(np.int32), np.arange(len(structure)) % 9 > 0
@@ -46,7 +46,7 @@ def test_the_target_of_a_real_protein(structures_dir, framework):
 
 
 def test_a_structures_float64_is_taken_in_silence(structures_dir):
-    """By JAX without float64, warnings being errors."""
+    """JAX without float64 reads it without a warning (warnings are errors here)."""
     pytest.importorskip("gemmi")
     framework = one_of(Jax)
     structure = load_structure(structures_dir / "2rbg.pdb")
@@ -64,14 +64,14 @@ def test_a_structures_float64_is_taken_in_silence(structures_dir):
 
 def target_of(framework, p, *, chains):
     atom37, mask37 = np.zeros((len(p.mask), 37, 3)), residues.ATOM37_MASK[p.aatype]
-    atom37[mask37] = p.true_atom14[residues.ATOM14_MASK[p.aatype]]  # any atoms will do
+    atom37[mask37] = p.true_atom14[residues.ATOM14_MASK[p.aatype]]  # the atoms do not matter here
     arrays = map(framework.array, (atom37, mask37, p.aatype, p.mask, p.residue_index))
     return framework.losses.structure_target(*arrays, chain_id=framework.array(p.chain_id) if chains else None)
 
 
 @pytest.mark.parametrize("chains", [False, True])
 def test_targets_collate(chains):
-    """By torch's DataLoader, alone and within other data; a monomer has no chain_id."""
+    """PyTorch's DataLoader collates targets, alone and within other data; a monomer has no chain_id."""
     framework = Torch()
     collate = framework.torch.utils.data.default_collate
     arrays = lambda target: framework.numpy(target if chains else list(target)[:-1])  # noqa: E731
@@ -88,7 +88,7 @@ def test_targets_collate(chains):
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_targets_with_and_without_chains_are_no_batch():
+def test_targets_with_and_without_chains_do_not_collate():
     framework = Torch()
     targets = [target_of(framework, synthetic_problem(), chains=chains) for chains in (True, False)]
     with pytest.raises(

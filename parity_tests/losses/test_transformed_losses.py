@@ -1,4 +1,4 @@
-"""The losses under the frameworks' transformations, and in memory."""
+"""The losses under the frameworks' transformations, and their memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_jax_chunks_keep_memory_linear():
 
 
 def test_torch_chunks_keep_memory_linear():
-    """No tensor of forward and backward is as large as frames × points, nor all that is kept between them."""
+    """No tensor in forward or backward is as large as frames × points, nor are all saved tensors together."""
     framework = one_of(Torch)
     torch = framework.torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,7 +80,7 @@ def test_torch_chunks_keep_memory_linear():
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.exhaustive)])
 @needs_torch("2.11")
 def test_torch_compiles_whole(backend):
-    """By Dynamo into one graph; and backwards, traced ahead of time, which takes much longer."""
+    """Dynamo compiles them into one graph; the slower test also traces the backward pass ahead of time."""
     framework = one_of(Torch)
     torch = framework.torch
 

@@ -24,7 +24,7 @@ def test_distances_within_residues_agree_to_the_last_digits(problem, framework):
 
 
 def test_alphafold_multimer_agrees(problem, framework):
-    """It tells chains apart by gaps in the index, and its √max(d², ε²) is √(d² + ε) here."""
+    """AlphaFold-Multimer separates chains by gaps in the index, and uses √max(d², ε²) where we use √(d² + ε)."""
     p = cast(problem, "float32")
     p = p._replace(residue_index=p.residue_index + 5 * p.chain_id)
     expected = as_alphafold(alphafold_violations_of_chains, p, "float32")
@@ -32,8 +32,8 @@ def test_alphafold_multimer_agrees(problem, framework):
     assert_close(actual, expected, 1e-4)
 
 
-def test_chains_are_told_apart(framework):
-    """Two chains, the second 50 Å away, whose numbers run on: no bond and no neighbours between them, but clashes."""
+def test_chains_are_not_bonded_to_each_other(framework):
+    """Two chains with continuous numbers, 50 Å apart: no bond between them is checked, but clashes are."""
     p = synthetic_problem()
     second = p.chain_id == 1
     steps = 2.2 * np.arange(21) + 50.0 * second  # along the diagonal: Cα 3.8 Å apart
@@ -47,7 +47,7 @@ def test_chains_are_told_apart(framework):
     *_, apart = framework.call(lambda losses, x: violations(losses, x, chains=True)[2].extreme_ca_ca_distance, p)
     assert one > 0
     assert apart == 0
-    # The bond that is none any more is a clash, were the atoms as close as bonded ones.
+    # Without the bond, atoms as close as bonded ones clash.
     c, n = 2, 0
     atom14 = 300.0 * np.arange(21)[:, None, None] + 6.0 * np.arange(14)[None, :, None] + np.zeros(3)
     atom14[ends[0] + 1, n] = atom14[ends[0], c] + [1.33, 0, 0]
@@ -57,7 +57,7 @@ def test_chains_are_told_apart(framework):
 
 
 def test_alphafold_multimers_clashes_know_chains(framework):
-    """Its asym_id is our chain_id, where numbers run on from one chain to the next."""
+    """With continuous numbers, AlphaFold-Multimer's asym_id separates chains as our chain_id does."""
     p = cast(synthetic_problem(), "float32")
     end = int(np.flatnonzero(np.diff(p.chain_id))[0])
     atom14 = p.atom14.copy()

@@ -1,4 +1,4 @@
-"""The command ipa-parity, as a person or a script runs it."""
+"""The command ipa-parity, run as a person or a script would."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytest.importorskip("torch")
 
 
 def refused(arguments: list[str], capsys) -> str:
-    """The one line that refuses a question; the command's usage stands before it only where that was wrong."""
+    """Runs the command with wrong arguments; returns its one-line error (after the usage if argparse refused)."""
     start = "ipa-parity: "
     try:
         status = cli.main(arguments)
@@ -75,7 +75,7 @@ def test_json_holds_every_comparison(capsys):
     assert "jax float32" in printed.err
 
 
-def test_ones_own_weights_and_structure(tmp_path, structures_dir, capsys):
+def test_a_users_weights_and_structure(tmp_path, structures_dir, capsys):
     Weights.random(ODD_MULTIMER).save(tmp_path / "mine.safetensors")
     arguments = ["--weights", str(tmp_path / "mine.safetensors"), "--structure", str(structures_dir / "1gcn.pdb")]
     assert cli.main([*arguments, "--quiet"]) == 0
@@ -87,10 +87,10 @@ def test_untrained_weights_are_refused(tmp_path, capsys):
     name = "output_projection/weights"
     replace(weights, arrays={**weights.arrays, name: 0 * weights.arrays[name]}).save(tmp_path / "fresh.npz")
     said = refused(["--weights", str(tmp_path / "fresh.npz")], capsys)
-    assert "output_projection is zero, as an untrained model's" in said
+    assert "output_projection is zero, as in an untrained model" in said
 
 
-def test_a_preset_tells_the_norm_that_a_file_cannot(tmp_path):
+def test_a_preset_gives_the_norm_that_a_file_lacks(tmp_path):
     weights = Weights.random(replace(ODD_MULTIMER, norm_form="add"))
     with pytest.warns(UserWarning, match=r"cannot store norm_form='add' \(Weights\.load will assume 'clamp'\)"):
         weights.save(tmp_path / "w.npz")
@@ -132,12 +132,12 @@ def test_a_structure_module_layer_by_layer(capsys, structures_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--residues", "9"], "leave --residues out"),
-        (["--dtype", "bfloat16"], "compared in float32 and float64; got --dtype bfloat16"),
+        (["--residues", "9"], "leave out --residues"),
+        (["--dtype", "bfloat16"], "takes --dtype float32 or float64; got bfloat16"),
         (["--preset", "lucidrains"], "has the presets alphafold2, alphafold-multimer, esmfold; got lucidrains"),
     ],
 )
-def test_what_a_structure_module_cannot_is_refused(arguments, message, capsys):
+def test_arguments_that_a_structure_module_does_not_take(arguments, message, capsys):
     assert message in refused(["--module", "structure-module", *arguments], capsys)
 
 
@@ -153,20 +153,20 @@ def test_a_structure_modules_weights_come_from_a_file(tmp_path, capsys):
     assert cli.main(["--weights", str(tmp_path / "module.safetensors"), "--residues", "5", "--no-gradients"]) == 0
 
 
-def test_one_framework_alone_is_said(capsys, monkeypatch):
+def test_one_framework_alone_is_reported(capsys, monkeypatch):
     monkeypatch.setattr(cli, "installed_frameworks", lambda: ("torch",))
     said = refused(["--residues", "9"], capsys)
     assert "not installed: jax. Install ipa-twins[jax], or pass --require='torch'" in said
     arguments = ["--residues", "9", "--preset", "lucidrains", "--require", "torch", "--quiet"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "torch only: the other framework, which judges float64 gradients, is not installed" in printed
+    assert "torch only: the other framework, the reference of float64 gradients, is not installed" in printed
     arguments = [*arguments, "--dtype", "float64", "--json"]
     assert cli.main(arguments) == 0
     assert not any("gradient" in row["stage"] for row in json.loads(capsys.readouterr().out)["comparisons"])
     arguments = ["--module", "structure-module", "--require", "torch", "--dtype", "float64", "--quiet", "--json"]
     assert cli.main([*arguments, "--preset", "esmfold", "--no-gradients"]) == 2
-    assert "nothing was compared: torch alone has nothing to be held against in float64" in capsys.readouterr().err
+    assert "nothing was compared: torch alone has no reference in float64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,14 +174,14 @@ def test_one_framework_alone_is_said(capsys, monkeypatch):
     [
         (["--structure", "nowhere.pdb"], "no such file: nowhere.pdb"),
         (["--weights", "nowhere.npz"], "no such file: nowhere.npz"),
-        (["--structure", "x.pdb", "--residues", "9"], "--structure brings its own residues"),
+        (["--structure", "x.pdb", "--residues", "9"], "--structure has its own residues"),
         (["--residues", "many"], "must be a whole number; got 'many'"),
-        (["--residues", "1"], "must be at least 2, for a residue alone has only itself to see; got 1"),
+        (["--residues", "1"], "must be at least 2, so that residues can attend to each other; got 1"),
         (["--preset", "alphafold9"], "invalid choice"),
         (["--require", "jax,tensorflow"], "--require takes jax, torch or both, as jax,torch; got tensorflow"),
     ],
 )
-def test_wrong_questions_give_status_2(arguments, message, capsys):
+def test_wrong_arguments_give_status_2(arguments, message, capsys):
     assert message in refused(arguments, capsys)
 
 
@@ -202,7 +202,7 @@ def test_installed_frameworks_are_found():
 
 
 @pytest.mark.parametrize("both", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
-def test_the_suite_runs_on_ones_own_files(both, tmp_path, structures_dir):
+def test_the_suite_runs_on_a_users_files(both, tmp_path, structures_dir):
     Weights.random(ODD_MULTIMER).save(tmp_path / "mine.npz")
     options = ["--weights", str(tmp_path / "mine.npz")]
     options += ["--structure", str(structures_dir / "1gcn.pdb")] if both else []
@@ -221,12 +221,12 @@ def test_a_missing_requirement_fails_the_suite():
 
 
 @pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
-def test_what_ends_a_command_is_no_traceback(raised, status, monkeypatch, capsys):
+def test_interrupts_and_closed_pipes_print_no_traceback(raised, status, monkeypatch, capsys):
     def stopped(*_, **__):
         raise raised
 
     monkeypatch.setattr(cli, "make_case", stopped)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert cli.main(["--residues", "5", "--preset", "lucidrains"]) == status
-    sys.stdout.close()  # where a closed pipe was, it is the null device
+    sys.stdout.close()  # the command replaces a closed pipe by the null device
     assert ("interrupted" in capsys.readouterr().err) == (raised is KeyboardInterrupt)

@@ -17,7 +17,7 @@ EPS = np.finfo(np.float64).eps
 
 
 def spelled_out(case: Case, i: int) -> np.ndarray:
-    """Row i of the output, with nothing but loops over the supplement's indices."""
+    """Row i of the output, written as plain loops over the supplement's indices."""
     c, p = case.config, case.weights.arrays
     h_range, residues = range(c.num_head), range(len(case.single))
 
@@ -85,7 +85,7 @@ def test_oracle_is_algorithm_22(i):
 @pytest.mark.parametrize("framework", RUNNERS)
 @pytest.mark.parametrize("name", ["monomer", "multimer", "no-pair", "batch-no-pair"])
 def test_gradients_are_the_oracles_complex_step(name, framework):
-    """Along a random direction of each input and parameter, ⟨gradient, v⟩ is the oracle's own derivative."""
+    """For a random direction v of each input and parameter, ⟨gradient, v⟩ is the oracle's complex-step derivative."""
     pytest.importorskip(framework)
     case = CATALOGUE[name]()
     gradients = {
@@ -123,7 +123,7 @@ def test_without_mask_is_a_mask_of_ones():
     )
 
 
-def test_no_residue_is_no_warning():
+def test_an_empty_chain_gives_no_warning():
     case = make_case("", ODD, (0,))
     stages = oracle.invariant_point_attention(
         case.weights.arrays, case.config, case.single, case.pair, case.rotation, case.translation, case.mask

@@ -1,4 +1,4 @@
-"""The Haiku and the PyTorch IPA are one function: every stage and gradient, and mutants that must be caught."""
+"""The Haiku and PyTorch IPA agree in every stage and gradient; deliberately wrong models must be caught."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_half_precision_activations_keep_the_float32_contract(name, dtype, compa
 
 @pytest.mark.parametrize("dtype", [*DTYPES, *HALF_DTYPES])
 def test_attention_collapsed_onto_itself(dtype, compared):
-    """Residues alone at ±100: outputs are compared, gradients through the softmax are rounding."""
+    """Residues lie alone at ±100; outputs are compared, but gradients through the softmax are only rounding."""
     case = make_case("scattered", ODD, (13,), spread=100.0)
     assert_parity(list(judge(case, dtype, frameworks=installed_frameworks(), gradients=False)), compared)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_residue(dtype):
-    """Its softmax is over itself, so logits are a constant; all else is compared."""
+    """The softmax has one entry, so logits are constant; everything else is compared."""
     case = make_case("one-residue", ODD, (1,))
     rows = list(judge(case, dtype, frameworks=installed_frameworks(), gradients=False))
     assert {row.stage for row in rows if not row.passed} == {"logits"}
@@ -78,7 +78,7 @@ def test_one_residue(dtype):
         (np.zeros(2), np.zeros(2), "the reference is all zero"),
     ],
 )
-def test_what_cannot_be_compared_does_not_pass(actual, expected, problem):
+def test_arrays_that_cannot_be_compared_do_not_pass(actual, expected, problem):
     names = {"case": "", "stage": "out", "dtype": "float64", "subject": "one", "reference": "other"}
     row = compare(actual, expected, **names)
     assert not row.passed
@@ -87,7 +87,7 @@ def test_what_cannot_be_compared_does_not_pass(actual, expected, problem):
 
 @pytest.mark.parametrize("name", installed_frameworks())
 def test_points_at_the_origin_are_as_long_as_epsilon_says(name):
-    """√(0 + ε), or √max(0, ε²): of points as random frames have them neither form tells ε from another."""
+    """The norm is √(0 + ε) or √max(0, ε²) there; points of random frames are too long to show ε."""
     module = importlib.import_module(f"ipa_{name}.invariant_point_attention")
     array = importlib.import_module("torch").zeros if name == "torch" else importlib.import_module("jax.numpy").zeros
     for config, length in ((ODD, ODD.norm_epsilon**0.5), (ODD_MULTIMER, ODD_MULTIMER.norm_epsilon)):
@@ -108,7 +108,7 @@ def transposed_rotations(case: Case) -> Case:
 
 
 def swapped_query_and_key_points(case: Case) -> Case:
-    """Value points, which the monomer layout packs behind each head's keys, stay where they are."""
+    """The value points, which the monomer layout stores after each head's key points, are not swapped."""
     arrays, config = dict(case.weights.arrays), case.config
     for leaf in ("weights", "bias"):
         if config.layout == "multimer":
@@ -124,7 +124,7 @@ def swapped_query_and_key_points(case: Case) -> Case:
 
 
 def sharper_point_weights(case: Case) -> Case:
-    """γ a thousandth larger."""
+    """γ is larger by a thousandth."""
     return _with_weights(case, {"trainable_point_weights": 1.001 * case.weights.arrays["trainable_point_weights"]})
 
 
@@ -143,7 +143,7 @@ def dropped_transpose(case: Case) -> Case:
 
 
 def point_major_points(case: Case) -> Case:
-    """Points read with the coordinate innermost."""
+    """Points are read with the coordinate as the last axis."""
     multimer = case.config.layout == "multimer"
     name = "v_point_projection/point_projection/weights" if multimer else "kv_point_local/weights"
     weights = case.weights.arrays[name]
@@ -173,7 +173,7 @@ def _with_weights(case: Case, changed: dict) -> Case:
 
 @pytest.fixture(scope="module")
 def users_own(request) -> Case:
-    """AlphaFold 2's sizes and the idealised peptide where the command line names no weights or no protein."""
+    """The user's weights and protein; by default AlphaFold 2's sizes and the idealised peptide."""
     weights_file, structure_file, preset = (
         request.config.getoption(name) for name in ("--weights", "--structure", "--preset")
     )
@@ -237,7 +237,7 @@ def honest_run(framework: str, name: str, dtype: str) -> Arrays:
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_negative_controls_are_caught(mutate: Callable[[Case], Case], framework, name, dtype, monkeypatch):
-    """A framework that runs a slightly other function fails against the oracle, on outputs and on gradients."""
+    """A framework that runs a slightly different function fails against the oracle, in outputs and in gradients."""
     if len(installed_frameworks()) < 2:
         pytest.skip("one framework is held against the other, and one of them is not installed")
     from ipa_parity.attention import stages

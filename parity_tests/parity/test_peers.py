@@ -54,7 +54,7 @@ def test_a_published_implementation_agrees(peer, dtype, protein, request, compar
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_the_packages_own_example(paired):
-    """Its README's: width 64, 8 heads, 256 residues whose frames are all the identity, with and without pairs."""
+    """The example of its README: width 64, 8 heads, 256 residues with identity frames, with and without pairs."""
     pytest.importorskip("invariant_point_attention")
     options = {"heads": 8, "scalar_key_dim": 16, "scalar_value_dim": 16, "point_key_dim": 4, "point_value_dim": 4}
     config = IPAConfig.lucidrains(64, require_pairwise_repr=paired, **options)
@@ -82,7 +82,7 @@ def assert_agreement(case: Case, dtype: str, framework: str, theirs: dict, ours:
     bias = "gradient/attention_2d/bias"
     scale_of_bias = None
     if case.pair is not None:
-        # Exactly zero in ours; in theirs a sum over all pairs that cancels to rounding.
+        # Exactly zero in ours; in theirs a sum over all pairs that cancels except for rounding.
         assert (ours[bias] == 0).all()
         scale_of_bias = np.abs(theirs["gradient/attention_2d/weights"]).max() / np.abs(case.pair).max()
     rows = [

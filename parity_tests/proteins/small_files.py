@@ -17,7 +17,7 @@ from ipa_bridge.proteins.frames import (
 pytest.importorskip("gemmi", reason="structures are read by gemmi")
 
 POSITIONS = np.round(np.stack(build_backbone([(-60.0, -45.0)] * 12), 1), 3)
-"""(12, 3, 3): N, CA and C of a helix, with the decimals of a PDB file."""
+"""(12, 3, 3): N, CA and C of a helix, rounded to a PDB file's decimals."""
 
 
 class Atom(NamedTuple):
@@ -34,13 +34,13 @@ class Atom(NamedTuple):
 
 
 def residue(name: str, number: int, *, place: int | None = None, shift: float = 0.0, **fields) -> list[Atom]:
-    """The backbone of a residue, where residue `place` (else `number`) of the helix stands."""
+    """Backbone atoms of a residue at position `place` of the helix (`number` by default)."""
     atoms = zip(("N", "CA", "C"), POSITIONS[number if place is None else place] + shift, strict=True)
     return [Atom(atom, name, number, tuple(xyz), **fields) for atom, xyz in atoms]
 
 
 def pdb(atoms: list[Atom], *, after: dict[int, str] | None = None) -> str:
-    """The PDB file of these atoms; `after` puts a line behind the atom of that index."""
+    """The atoms as a PDB file; `after` adds a line after the atom with that index."""
     lines: list[str] = []
     for i, a in enumerate(atoms):
         if a.model != (atoms[i - 1].model if i else 1):
@@ -59,7 +59,7 @@ def pdb(atoms: list[Atom], *, after: dict[int, str] | None = None) -> str:
 
 
 def mmcif(atoms: list[Atom]) -> str:
-    """The same as mmCIF, without a list of entities."""
+    """The atoms as mmCIF, without a list of entities."""
     items = (
         "group_PDB id type_symbol label_atom_id label_alt_id label_comp_id label_asym_id label_seq_id Cartn_x Cartn_y "
         "Cartn_z occupancy auth_seq_id auth_asym_id pdbx_PDB_ins_code pdbx_PDB_model_num"

@@ -64,7 +64,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("content", "name", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_damaged_files_say_so(tmp_path, content, name, message):
+def test_damaged_files_raise(tmp_path, content, name, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_structure(written(tmp_path, content, name))
     assert type(caught.value) is ValueError
@@ -72,7 +72,7 @@ def test_damaged_files_say_so(tmp_path, content, name, message):
 
 
 @pytest.mark.parametrize("write", [pdb, mmcif])
-def test_wherever_a_file_is_cut_it_is_refused_or_read_up_to_there(tmp_path, write):
+def test_a_truncated_file_raises_or_is_read_up_to_the_cut(tmp_path, write):
     content = write(WHOLE)
     outcomes = [
         _load_or_refuse(written(tmp_path, content[:length], f"cut.{write.__name__[-3:]}"))

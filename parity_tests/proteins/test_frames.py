@@ -1,4 +1,4 @@
-"""Random frames are uniform rigid motions; the idealised peptide has the geometry it is built from."""
+"""Random frames are uniform rigid motions; the idealised peptide has its specified geometry."""
 
 from __future__ import annotations
 

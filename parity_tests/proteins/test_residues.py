@@ -94,7 +94,7 @@ def test_distance_bounds_are_alphafolds(bonds, overlap, alphafold):
 
 
 def test_tables_are_read_only():
-    """In a process of its own: torch.compile leaves arrays that it has traced writable."""
+    """This runs in a process of its own, because torch.compile leaves traced arrays writable."""
     code = "from ipa_bridge.proteins import residues; residues.ATOM14_POSITIONS[0, 0] = 0"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "read-only" in run.stderr

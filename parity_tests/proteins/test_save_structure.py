@@ -1,4 +1,4 @@
-"""save_structure: what it writes is read back, by load_structure and by Biopython; what it cannot write it refuses."""
+"""save_structure writes files that load_structure and Biopython read back, and refuses what it cannot write."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def save(path: Path, structure: Structure, **options) -> Path:
 
 
 def assert_same(left: Structure, right: Structure) -> None:
-    """Equal, the positions to a thousandth of an Å."""
+    """Asserts that structures are equal, positions to a thousandth of an Å."""
     for field in (field.name for field in dataclasses.fields(Structure) if field.name not in ("name", "rotation")):
         x, y = getattr(left, field), getattr(right, field)
         if x.dtype.kind == "f":
@@ -44,7 +44,7 @@ def assert_same(left: Structure, right: Structure) -> None:
 
 
 def of_every_kind() -> Structure:
-    """Two chains, all residue types, unknown ones too, insertion codes, gaps in the numbering, missing atoms."""
+    """A structure with two chains, all residue types and unknown ones, insertion codes, gaps and missing atoms."""
     rng = np.random.default_rng(7)
     aatype = np.concatenate([np.arange(21), rng.permutation(21)])
     mask = ATOM37_MASK[aatype] & (rng.random((N, 37)) < 0.9)
@@ -122,7 +122,7 @@ def test_residue_numbers_at_the_ends(tmp_path, suffix):
 
 
 def test_many_residues_in_mmcif(tmp_path):
-    """What PDB cannot hold."""
+    """A PDB file cannot hold so many."""
     numbers = np.arange(N) + 123_456
     back = load_structure(save(tmp_path / "x.cif", PEPTIDE, residue_number=numbers, b_factor=np.full(N, 12345.0)))
     assert back.residue_number.tolist() == numbers.tolist()
@@ -132,7 +132,7 @@ def test_many_residues_in_mmcif(tmp_path):
 
 
 def biopython(path: Path):
-    """Every warning is an error in this suite."""
+    """The file's structure as Biopython reads it; warnings are errors in this suite."""
     parsers = pytest.importorskip("Bio.PDB", reason="Biopython is not installed")
     parser = parsers.PDBParser() if path.suffix == ".pdb" else parsers.MMCIFParser()
     return next(iter(parser.get_structure("x", path)))
@@ -175,7 +175,7 @@ def test_alphafold_reads_the_same(structures_dir, tmp_path, suffix):
 
 
 def test_columns_of_a_pdb_file(tmp_path):
-    """By the format's own columns, as strict readers take them."""
+    """Fields are in the columns of the format, as strict readers need."""
     original = of_every_kind()
     lines = save(tmp_path / "x.pdb", original, name="A test").read_text().splitlines()
     assert {len(line) for line in lines} == {80}
@@ -202,7 +202,7 @@ def test_columns_of_a_pdb_file(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pdb", ".cif"])
 def test_entities_and_sequences(tmp_path, suffix):
-    """Residues without atoms stay in the sequence; chains of one sequence are one entity; an empty chain goes."""
+    """Residues without atoms stay in the sequence, equal chains share an entity, and an empty chain is left out."""
     import gemmi
 
     mask = PEPTIDE.atom37_mask.copy()
@@ -229,7 +229,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, suffix):
     first, second = (save(tmp_path / f"{folder}{suffix}", PEPTIDE, name="x").read_bytes() for folder in "aa")
     assert first == second
     assert first.startswith(b"\x1f\x8b") == suffix.endswith(".gz")
-    assert not suffix.endswith(".gz") or first[4:8] == bytes(4), "a time stamp"
+    assert not suffix.endswith(".gz") or first[4:8] == bytes(4), "the file contains a time stamp"
     assert b"ALA" in (gzip.decompress(first) if suffix.endswith(".gz") else first)
 
 
@@ -277,7 +277,7 @@ def test_plain_lists(tmp_path):
 
 @pytest.mark.parametrize("dtype", [bool, np.int32, np.float32])
 def test_masks_of_any_dtype(tmp_path, dtype):
-    """And whatever where they are 0."""
+    """Values where the mask is 0 do not matter."""
     mask = PEPTIDE.atom37_mask.copy()
     mask[4, 3] = False
     atom37 = np.where(mask[..., None], PEPTIDE.atom37, np.nan)

@@ -53,7 +53,7 @@ def test_highest_occupancy_wins_per_atom_and_the_first_of_equals(load):
 
 @pytest.mark.parametrize(("occupancies", "sequence"), [((0.4, 0.6), "GTV"), ((0.6, 0.4), "GSV"), ((0.5, 0.5), "GSV")])
 @pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
-def test_of_two_residues_at_one_position_one_stays(load, occupancies, sequence, apart):
+def test_one_of_two_residues_at_one_position_is_kept(load, occupancies, sequence, apart):
     ser = residue("SER", 2, altloc="A", occupancy=occupancies[0])
     thr = residue("THR", 2, altloc="B", occupancy=occupancies[1], shift=0.5)
     gly, val = residue("GLY", 1), residue("VAL", 3)
@@ -120,7 +120,7 @@ def test_backbone_on_a_line_has_no_frame(load):
     np.testing.assert_array_equal(structure.translation[1], np.zeros(3))
 
 
-def test_atoms_of_zero_occupancy_are_there(load):
+def test_atoms_of_zero_occupancy_are_read(load):
     structure = load([*residue("ALA", 1, occupancy=0.0), *residue("ALA", 2)])
     assert structure.mask.all()
 
@@ -139,7 +139,7 @@ def test_ligands_waters_ions_caps_and_dna_are_left_out(load):
     dna = [
         [Atom(x, "DA", i, (40.0 + i, y, 0.0), chain="B") for y, x in enumerate(("P", "C3'", "O3'"))] for i in (1, 2, 4)
     ]
-    # So may a modified nucleotide.
+    # A modified nucleotide may too.
     dna.insert(2, residue("QQQ", 3, chain="B", het=True))
     structure = load([cap, *protein, *others, *(atom for nucleotide in dna for atom in nucleotide)])
     assert structure.sequence == "AAA"
@@ -234,7 +234,7 @@ def test_atoms_stay_where_there_is_no_frame(load, missing):
 
 @pytest.mark.parametrize("second_ter", [False, True])
 def test_two_chains_of_one_name_apart_by_ter(tmp_path, second_ter):
-    """As molecular dynamics programs write them, without chain names."""
+    """Molecular dynamics programs write such files, without chain names."""
     atoms = [a for i, name in enumerate(("ALA", "GLY", "SER", "VAL"), 1) for a in residue(name, i, chain=" ")]
     structure = load_structure(written(tmp_path, pdb(atoms, after={5: "TER", **({11: "TER"} if second_ter else {})})))
     assert structure.sequence == "AGSV"
@@ -255,7 +255,7 @@ def test_numbering_that_starts_anew_in_one_chain_is_refused(tmp_path, names):
 
 
 @pytest.mark.parametrize("garbage", ["********", "        ", "  1.2.3 "])
-def test_coordinates_that_are_no_numbers_are_refused(tmp_path, garbage):
+def test_coordinates_that_are_not_numbers_raise(tmp_path, garbage):
     lines = pdb(residue("ALA", 1)).splitlines(keepends=True)
     lines[1] = lines[1][:38] + garbage + lines[1][46:]
     with pytest.raises(ValueError, match=r"line 2: expected coordinates"):

@@ -1,4 +1,4 @@
-"""Frames of a structure: Algorithm 21, in a model's unit, and what warns of the wrong one."""
+"""Frames of a structure: Algorithm 21, the model's unit, and the warning about a wrong unit."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("config", UNKNOWN.values(), ids=UNKNOWN)
-def test_an_unknown_unit_raises_and_the_message_mends_it(config):
+def test_an_unknown_unit_raises_with_the_remedy(config):
     structure = idealised_peptide()
     with pytest.raises(ValueError, match=r"config\.frame_unit is None.*dataclasses\.replace") as caught:
         structure.rigids(config)
@@ -67,7 +67,7 @@ def test_an_unknown_unit_raises_and_the_message_mends_it(config):
     np.testing.assert_array_equal(structure.rigids(mended)[1], structure.translation / 10)
 
 
-def test_what_takes_no_frames_raises():
+def test_configs_without_frames_raise():
     with pytest.raises(ValueError, match="which takes frames was expected; got PredictedLDDTConfig"):
         idealised_peptide().rigids(PredictedLDDTConfig())
 
@@ -76,7 +76,7 @@ IN_ANGSTROMS = r"in units of 10 Å.*median of 3\.8 units apart.*dataclasses\.rep
 
 
 def frames_in_angstroms(residues: int = 42) -> tuple[np.ndarray, np.ndarray]:
-    """A peptide's, from the middle of it, and which of them are valid."""
+    """Frames of a peptide in Å, centred, and their mask."""
     return idealised_peptide().translation[10 : 10 + residues], np.ones(42, bool)[10 : 10 + residues]
 
 
@@ -109,7 +109,7 @@ def test_nothing_else_is_warned_of(what):
         translation = translation / 10
     elif what == "no neighbours":
         mask = np.arange(30) % 2 == 0
-    elif what == "noise":  # whose median step is a Cα–Cα distance too
+    elif what == "noise":  # random frames whose median step is also a Cα–Cα distance
         translation = random_frames(np.random.default_rng(0), (200,), spread=2.9)[1]
         assert 3.6 < np.median(np.linalg.norm(np.diff(translation, axis=0), axis=-1)) < 4.0
         mask = np.ones(200, bool)
@@ -117,7 +117,7 @@ def test_nothing_else_is_warned_of(what):
 
 
 def test_nucleic_acids_in_angstroms_are_not_detected():
-    """The documented limit: phosphates or C1' of an A-form strand lie 5 to 7 Å apart."""
+    """This is the documented limit: phosphates or C1' of an A-form strand lie 5 to 7 Å apart."""
     turn, rise, radius = np.deg2rad(32.7) * np.arange(20), 2.81 * np.arange(20), 8.7
     strand = np.stack([radius * np.cos(turn), radius * np.sin(turn), rise], -1)
     assert 5 < np.linalg.norm(strand[1] - strand[0]) < 7

@@ -25,7 +25,7 @@ RESIDUES = {
     "3zee.cif": {"A": 84},
     "4zey.cif": {"A": 84},
 }
-"""Observed residues per chain; all have a full backbone."""
+"""Number of observed residues per chain; all have a full backbone."""
 
 PDB_FILES = [name for name in RESIDUES if name.endswith(".pdb")]
 
@@ -155,7 +155,7 @@ def test_alphafold_reads_the_same(structures_dir, name):
 
 @pytest.mark.parametrize("name", PDB_FILES)
 def test_atom_lines_alone_are_enough(structures_dir, name, tmp_path):
-    """No TER, SEQRES or MODRES to tell ligands, waters and modified residues apart."""
+    """Files without TER, SEQRES and MODRES, which mark ligands, waters and modified residues, are read the same."""
     lines = (structures_dir / name).read_text().splitlines(keepends=True)
     bare = written(tmp_path, "".join(line for line in lines if line.startswith(("ATOM", "HETATM"))))
     assert_same(load_structure(bare), load_structure(structures_dir / name))

@@ -1,4 +1,4 @@
-"""Layers with the parameters and calls of other systems, computed by numpy, and how before and after are judged."""
+"""Layers with the parameters and calls of other systems, computed by numpy, and the judgement of replaced ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
 
 
 class Rotation:
-    """As OpenFold's, float32 whatever it is given."""
+    """OpenFold's Rotation, which casts to float32."""
 
     def __init__(self, rot_mats, quats=None):
         assert quats is None
@@ -33,7 +33,7 @@ class Rotation:
 
 
 class Rigid:
-    """As OpenFold's."""
+    """OpenFold's Rigid."""
 
     def __init__(self, rots, trans):
         self.rots, self.trans = rots, trans.float()
@@ -54,7 +54,7 @@ class Array:
 
 
 class Rigid3Array:
-    """As OpenFold's in its multimer models."""
+    """Rigid of OpenFold's multimer models."""
 
     def __init__(self, rotation, translation):
         self.rotation, self.translation = Array(rotation), Array(translation)
@@ -65,9 +65,9 @@ class Rigid3Array:
 
 
 class OpenFold(nn.Module):
-    """OpenFold's signature and parameters' names; numbers are float64 numpy's, written from its conventions.
+    """A layer with OpenFold's signature and parameter names; float64 numpy computes it from OpenFold's conventions.
 
-    Gradients are our module's, which the rest of the suite holds against numpy's complex steps.
+    Gradients are our module's, which the rest of the suite checks against numpy's complex steps.
     """
 
     dialect = "openfold"
@@ -115,7 +115,7 @@ class FrameFlow(OpenFold):
 
 
 class FrameDiff(FrameFlow):
-    """FrameDiff's and FoldFlow's classes, whose checkpoints hold a layer that no forward calls."""
+    """FrameDiff's and FoldFlow's classes; their checkpoints hold a layer that no forward pass calls."""
 
     dialect = "framediff"
 
@@ -137,7 +137,7 @@ class MultiFlow(FrameFlow):
 
 
 class FlashIPA(FrameFlow):
-    """FlashIPA's call, where what only its flash mode takes comes before the frames."""
+    """FlashIPA's call; the arguments of its flash mode come before the frames."""
 
     def __init__(self, config, use_flash_attn=False):
         super().__init__(config)
@@ -150,14 +150,14 @@ class FlashIPA(FrameFlow):
 
 
 class OpenFoldMultimer(OpenFold):
-    """OpenFold 2's monomer class with is_multimer, which takes lengths in another form than its class for multimers."""
+    """OpenFold 2's monomer class with is_multimer; its norm has another form than in the multimer class."""
 
     def __init__(self, config):
         super().__init__(replace(config, norm_form="add"))
 
 
 class TFold(OpenFold1):
-    """tFold's call; float32 frames do not multiply float64 points."""
+    """tFold's call; it cannot multiply float32 frames with float64 points."""
 
     def forward(self, s, z=None, r=None, mask=None):
         if s.dtype is torch.float64:
@@ -166,7 +166,7 @@ class TFold(OpenFold1):
 
 
 class FastFold(OpenFold1):
-    """FastFold's call, which takes no batch axis, nor float64."""
+    """FastFold's call, which takes neither a batch axis nor float64."""
 
     def forward(self, s, z, r, mask):
         if s.ndim != 2 or s.dtype is torch.float64:
@@ -199,7 +199,7 @@ def rigids(case):
 
 
 def stand_in(which: str, dtype=np.float32):
-    """A layer with weights, its inputs, and our own module with the same."""
+    """A layer with weights, inputs, and our own module with the same weights."""
     kind, config = STAND_INS[which]
     case = make_case(which, config, (1, 7)).astype(np.dtype(dtype).name)
     layer = kind(config).to(torch.from_numpy(case.single).dtype)

@@ -24,7 +24,7 @@ import ipa_torch
 @pytest.mark.parametrize("implementation", [None, "streamed", "reference"])
 @pytest.mark.parametrize("which", STAND_INS)
 def test_layers_of_openfold_and_framediff(which, implementation):
-    """Against the oracle by their own forward, and with gradients against our module."""
+    """Outputs agree with the oracle, and gradients with our module."""
     layer, ours, case = stand_in(which, np.float64)
     before = copy.deepcopy(layer)
     report = ipa_torch.replace_ipa(layer, implementation=implementation)
@@ -39,10 +39,10 @@ def test_layers_of_openfold_and_framediff(which, implementation):
 
     inputs = [single.requires_grad_(), pair.requires_grad_()]
     frames = ipa_torch.Rigid(*(torch.from_numpy(x) for x in (case.rotation, case.translation)))
-    if case.config.layout == "monomer":  # as theirs
+    if case.config.layout == "monomer":  # as the original layer does
         frames = frames.astype(torch.float32)
     cotangent = torch.from_numpy(case.cotangent)
-    # Our own module centres frames in their dtype, the layer those that its inputs have made float64.
+    # Our module centres frames in their dtype; the layer centres them in float64, its inputs' dtype.
     expected = torch.autograd.grad(
         (ours(*inputs, frames.astype(torch.float64), mask) * cotangent).sum(), [*inputs, *ours.parameters()]
     )
@@ -64,8 +64,8 @@ def test_layers_of_openfold_and_framediff(which, implementation):
 
 
 @pytest.mark.parametrize(("kind", "names"), [(MultiFlow, ["attention_mask"]), (FlashIPA, ["z_factor_1", "z_factor_2"])])
-def test_arguments_that_change_nothing_at_one_value(kind, names):
-    """In their order and by name; at another value the call names the argument."""
+def test_arguments_accepted_at_one_value_only(kind, names):
+    """They are accepted by position and by name; another value raises an error that names the argument."""
     layer, _, case = stand_in(f"FrameFlow, {kind.__name__}")
     before = copy.deepcopy(layer)
     ipa_torch.replace_ipa(layer)
@@ -91,8 +91,8 @@ def test_arguments_that_change_nothing_at_one_value(kind, names):
         layer(s=single, z=pair, r=rigids(case), **nothing)
 
 
-def test_their_flags_are_taken():
-    """In their order and by name; the pair in a list, from which nobody else holds it."""
+def test_their_flags_are_accepted():
+    """Flags are accepted by position and by name; the pair comes in a list that holds the only reference to it."""
     layer, _, case = stand_in("OpenFold 2")
     ipa_torch.replace_ipa(layer)
     single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))
@@ -110,7 +110,7 @@ def test_their_flags_are_taken():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("pair", [True, False])
 def test_lucidrains_attention(pair, dtype, monkeypatch):
-    """Its own call, masked rows and gradients included."""
+    """The package's own call gives the same result, including masked rows and gradients."""
     pytest.importorskip("invariant_point_attention")
     config = ODD_NO_BIAS if pair else replace(ODD_NO_BIAS, pair_channel=None)
     case = make_case("lucidrains", config, (2, 7)).astype(dtype)
@@ -149,7 +149,7 @@ def with_swapped(monkeypatch, maker: str, run, case, **options):
 def assert_same(before, after, dtype):
     assert set(before) == set(after)
     for stage, x in before.items():
-        if stage == "gradient/attention_2d/bias":  # zero, or a sum that cancels to rounding
+        if stage == "gradient/attention_2d/bias":  # zero, or a sum that cancels except for rounding
             assert not after[stage].any()
         else:
             judge(after[stage], x, None, stage, dtype)
@@ -169,7 +169,7 @@ def test_again_changes_the_implementation():
 
 
 def test_fewer_batch_axes_are_broadcast():
-    """As in theirs; and no pair at all is told."""
+    """The original layer broadcasts them too; a missing pair raises."""
     layer, _, case = stand_in("OpenFold 2", np.float32)
     ipa_torch.replace_ipa(layer)
     single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))

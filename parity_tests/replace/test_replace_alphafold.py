@@ -1,4 +1,4 @@
-"""AlphaFold building our attention: the same function under the same names, and AlphaFold's own again afterwards."""
+"""AlphaFold builds our attention with the same function and names, and its own again afterwards."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_attention_and_its_gradients(config, dtype, implementation):
         after = peers.run_alphafold(case)
     assert set(before) == set(after)
     for stage, x in before.items():
-        if stage == "gradient/attention_2d/bias":  # zero, or a sum that cancels to rounding
+        if stage == "gradient/attention_2d/bias":  # zero, or a sum that cancels except for rounding
             assert not after[stage].any()
         else:
             meaningful = np.broadcast_to(case.mask[..., None], x.shape) if stage == "out" else None
@@ -68,7 +68,7 @@ def test_the_attention_and_its_gradients(config, dtype, implementation):
 @pytest.mark.parametrize("num_layer", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("layout", ["monomer", "multimer"])
 def test_the_structure_module(layout, num_layer):
-    """So many layers of it, all outputs of valid residues; torsions are divided by lengths near zero here and there."""
+    """All outputs of valid residues agree; a few torsions are divided by lengths near zero."""
     multimer = layout == "multimer"
     config = StructureModuleConfig.alphafold_multimer() if multimer else StructureModuleConfig.alphafold2()
     config = replace(config, num_layer=num_layer)
@@ -119,7 +119,7 @@ def test_the_whole_of_alphafold():
 
 
 def predict_as_the_readme_says(predict, features):
-    """Its lines, with this in place of AlphaFold's own runner of a published model."""
+    """Runs the README's lines with a small model runner in place of AlphaFold's."""
     built = []
 
     class ModelRunner:
@@ -135,7 +135,7 @@ def predict_as_the_readme_says(predict, features):
 
 
 def attention(seen):
-    """A function that builds whichever attention AlphaFold has at that time."""
+    """A function that builds the attention that AlphaFold has at the time of the call."""
     forward = peers.alphafold_forward(ODD)
 
     def call(*arguments):
@@ -148,8 +148,8 @@ def attention(seen):
     return jax.jit(transformed.apply), (case.weights.to_haiku(), *map(jax.numpy.asarray, arrays))
 
 
-def test_what_was_traced_before_is_traced_again():
-    """There and back: JAX would go on with what it has."""
+def test_functions_traced_before_are_traced_again():
+    """This holds for replacing and restoring; otherwise JAX would use its cached traces."""
     seen: list = []
     function, arguments = attention(seen)
     with jax.numpy_dtype_promotion("standard"):
@@ -188,7 +188,7 @@ def test_one_within_another_and_errors_within():
 
 
 def test_restored_in_order_only():
-    """Else AlphaFold would keep ours for good, or lose what somebody else put there."""
+    """Otherwise AlphaFold would keep our attention, or lose another package's replacement."""
     first = ipa_jax.replace_alphafold_ipa(verify=False)
     second = ipa_jax.replace_alphafold_ipa(verify=False)
     with pytest.raises(ValueError, match="undo that first"):
@@ -198,7 +198,7 @@ def test_restored_in_order_only():
 
 
 def test_half_precision_comes_back_as_theirs_does():
-    """AlphaFold's concatenated features are float32, and so is what they are projected to."""
+    """AlphaFold concatenates features in float32, so their projection is float32 too."""
     case = make_case("AlphaFold", ODD).astype("float32")
     arrays = (case.single, case.pair, case.mask, case.rotation, case.translation)
     transformed = hk.without_apply_rng(hk.transform(peers.alphafold_forward(ODD)))
@@ -212,7 +212,7 @@ def test_half_precision_comes_back_as_theirs_does():
     judge(after, before, "out", "bfloat16", np.broadcast_to(case.mask[..., None], before.shape))
 
 
-def test_another_function_is_seen_and_nothing_replaced(monkeypatch):
+def test_a_different_function_is_detected_and_nothing_is_replaced(monkeypatch):
     class Doubled(ITS_OWN[folding_multimer]):
         def __call__(self, *arguments, **named):
             return 2 * super().__call__(*arguments, **named)

@@ -1,4 +1,4 @@
-"""What others put on a replaced layer, hooks, modules, classes and forwards, is called or refused."""
+"""Hooks, modules, classes and forwards that others put on a replaced layer are called or raise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ipa_torch
 
 
 class Wrapper(nn.Module):
-    """As adapters are put around a layer."""
+    """A wrapper such as adapters use."""
 
     def __init__(self, base):
         super().__init__()
@@ -25,8 +25,8 @@ class Wrapper(nn.Module):
         return 2 * self.linear(x)
 
 
-def test_what_is_put_around_a_submodule_later_is_called_or_refused():
-    """Of the pair's bias, and of OpenFold 2's point projections, only a part is read."""
+def test_wrappers_of_submodules_are_called_or_raise():
+    """Only a part of the pair bias and of OpenFold 2's point projections is read, so wrappers around them raise."""
     for name, kind in (("linear_b", OpenFold), ("linear_q_points", OpenFold), ("linear_b", OpenFold1)):
         layer = kind(ONE_WIDTH)
         ipa_torch.replace_ipa(layer)
@@ -52,7 +52,7 @@ def test_what_is_put_around_a_submodule_later_is_called_or_refused():
 
 
 def test_a_class_or_a_forward_on_top_must_go_first():
-    """As FSDP, parametrisations and accelerate put there; nothing is restored by halves."""
+    """FSDP, parametrisations and accelerate add such classes; restoring is all or nothing."""
     model = nn.ModuleDict({"first": OpenFold(ONE_WIDTH), "second": OpenFold(ONE_WIDTH)})
     ipa_torch.replace_ipa(model)
     layer = model["second"]
@@ -76,7 +76,7 @@ def test_a_class_or_a_forward_on_top_must_go_first():
 
 
 def test_hooks_are_called_or_the_call_raises():
-    """Backward hooks as much as forward ones; of modules that are not called, as of those that are read."""
+    """This holds for forward and backward hooks, on modules that are called, read or neither."""
     layer, _, case = stand_in("FrameFlow, MultiFlow")
     ipa_torch.replace_ipa(layer)
     single, pair, mask = (torch.from_numpy(x) for x in (case.single, case.pair, case.mask))

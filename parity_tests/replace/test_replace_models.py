@@ -1,4 +1,4 @@
-"""Whole models of other people, replaced by the README's lines, compute and learn the same and keep what they have."""
+"""Whole models replaced by the README's lines compute and learn the same and keep their state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_a_block_keeps_its_call():
-    """The attention inside another system's block, by the README's lines, at a length that streams."""
+    """The README's lines replace the attention inside another system's block, at a length that streams."""
     pytest.importorskip("invariant_point_attention")
     from invariant_point_attention import IPABlock
 
@@ -56,7 +56,7 @@ def test_a_block_keeps_its_call():
 
 @pytest.fixture(scope="module")
 def esmfold():
-    """Hugging Face's model, a small trunk around a whole structure module with weights of the size of trained ones."""
+    """Hugging Face's ESMFold: a small trunk and a whole structure module, with weights as large as trained ones."""
     pytest.importorskip("transformers")
     sys.path.insert(0, str(EXAMPLES))
     try:
@@ -70,7 +70,7 @@ def esmfold():
 
 @pytest.fixture
 def swapped(esmfold, monkeypatch, capsys):
-    """By the README's lines, which load a published one; and they print what the README shows."""
+    """A model replaced by the README's lines, which must print what the README shows."""
     ours = copy.deepcopy(esmfold)
     monkeypatch.setattr(type(esmfold), "from_pretrained", lambda name: ours)
     code, shown = readme("facebook/esmfold_v1", r"```python\n([^`]*)```\n\n```console\n([^`]*)```")
@@ -83,7 +83,7 @@ def swapped(esmfold, monkeypatch, capsys):
 
 
 def readme(of: str, pattern: str = r"```python\n([^`]*)```") -> tuple[str, ...] | str:
-    """The one block of code in the README that says this."""
+    """The one code block in the README that contains the text `of`."""
     (found,) = (x for x in re.findall(pattern, README) if of in str(x))
     return found
 
@@ -120,7 +120,7 @@ def test_esmfold_predicts_the_same(esmfold, swapped):
 
 
 def test_esmfold_learns_the_same(esmfold, swapped):
-    """Gradients of a loss on its atoms, to every parameter that has one; in float32 through its ReLUs."""
+    """Gradients of a loss on the atoms agree for every parameter; they are float32 gradients through ReLUs."""
     from ipa_bridge.tolerance import KINKED
 
     gradients = []
@@ -138,14 +138,14 @@ def test_esmfold_learns_the_same(esmfold, swapped):
     for name, x in before.items():
         if name.endswith("ipa.linear_b.bias"):
             assert not after[name].any()
-        elif x.norm() <= nothing:  # as that of a bias that a softmax removes: rounding
+        elif x.norm() <= nothing:  # only rounding, as for a bias that a softmax removes
             assert after[name].norm() <= nothing
         else:
             judge(after[name], x, None, f"gradient/{name}", "float32", norm="euclidean", conditioning=KINKED)
 
 
 def test_a_checkpoint_is_the_same(esmfold, swapped, tmp_path):
-    """Saved after the swap, loaded into the class as it is."""
+    """A checkpoint saved after the swap loads into the original class."""
     swapped.save_pretrained(tmp_path)
     loaded = type(esmfold).from_pretrained(tmp_path)
     expected = esmfold.state_dict()
@@ -157,7 +157,7 @@ def test_a_checkpoint_is_the_same(esmfold, swapped, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(esmfold, dtype):
-    """Ours is nearer to float32 than the bound of half precision, with half weights and under autocast."""
+    """Our result is within the half-precision bound of float32, with half-precision weights and under autocast."""
     layer = copy.deepcopy(esmfold.trunk.structure_module.ipa)
     (row,) = ipa_torch.replace_ipa(copy.deepcopy(layer).to(dtype)).replaced
     assert row.dtype == str(dtype).removeprefix("torch.")
@@ -182,7 +182,7 @@ def test_half_precision(esmfold, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_structure_module_in_half_precision(esmfold, swapped, dtype):
-    """Eight layers: atoms are no more than twice as far from float32's as they were before the swap."""
+    """After eight layers, atoms are at most twice as far from float32 as before the swap."""
     torch.manual_seed(0)
     single, pair = torch.randn(1, 110, 384), torch.randn(1, 110, 110, 128)
     mask = torch.ones(1, 110)
@@ -199,7 +199,7 @@ def test_a_structure_module_in_half_precision(esmfold, swapped, dtype):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of what ESMFold's own rigids do
 def test_it_compiles(esmfold, swapped):
-    """The layer as one graph, and the structure module around it, which is not one."""
+    """The layer compiles as one graph; the structure module around it compiles with graph breaks."""
     from transformers.models.esm.openfold_utils import Rigid, Rotation
 
     layer = swapped.trunk.structure_module.ipa
@@ -232,7 +232,7 @@ NAMES_IN_OLD_PICKLES = {
 
 
 def pickled_formerly(layer) -> bytes:
-    """As `ipa_torch.replace` pickled a layer while it was one file."""
+    """A layer as `ipa_torch.replace` pickled it when it was a single file."""
 
     def formerly(now: re.Match) -> bytes:
         return b"cipa_torch.replace\n" + NAMES_IN_OLD_PICKLES[now[1]] + b"\n"
@@ -240,8 +240,8 @@ def pickled_formerly(layer) -> bytes:
     return re.sub(rb"cipa_torch\.replace\.\w+\n(\w+)\n", formerly, pickle.dumps(layer, protocol=2))
 
 
-def test_everything_of_a_layer_stays(esmfold):
-    """The object, its tensors, hooks, an optimiser's state; copies and pickles; and the way back."""
+def test_a_layer_keeps_everything(esmfold):
+    """It keeps the object, tensors, hooks and optimiser state; it copies and pickles; and it can be restored."""
     model = copy.deepcopy(esmfold)
     layer = model.trunk.structure_module.ipa
     kind, tensors, keys = type(layer), dict(layer.named_parameters()), list(model.state_dict())

@@ -1,4 +1,4 @@
-"""Whose layers are known, and what is left alone and why."""
+"""Layers that are recognised, and those that are left alone with the reason."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import nn
 import ipa_torch
 
 
-def test_parameters_that_no_forward_reads():
-    """The report names them; they stay in the state dict, and get no gradient; one that is read would show."""
+def test_parameters_that_no_forward_pass_reads():
+    """The report names them; they stay in the state dict without gradients. If one were read, the check would fail."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"ipa_0": FrameDiff(DOWN_Z), "ipa_1": FrameFlow(DOWN_Z)})
-    model["ipa_0"].linear_rbf.requires_grad_(False)  # as FoldFlow's
+    model["ipa_0"].linear_rbf.requires_grad_(False)  # as in FoldFlow
     keys = list(model.state_dict())
     report = ipa_torch.replace_ipa(model)
     assert [x.unused for x in report.replaced] == [("linear_rbf.bias", "linear_rbf.weight"), ()]
@@ -52,7 +52,7 @@ class SomePointAttention(nn.Module):
 
 
 class Unnamed(nn.Module):
-    """Some of OpenFold's names."""
+    """A module with only some of OpenFold's names."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Variadic(OpenFold):
 
 
 class OpenFold1WithoutBias(OpenFold1):
-    """What has no pair bias, and reads no pair."""
+    """A layer without a pair bias, which reads no pair."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -141,7 +141,7 @@ def without_epsilon(layer):
         (lambda: ipa_torch.InvariantPointAttention(ODD), "it is this project's own"),
     ],
 )
-def test_what_is_left_alone_and_why(make, reason):
+def test_layers_left_alone_are_listed_with_the_reason(make, reason):
     model = nn.ModuleDict({"known": OpenFold(ONE_WIDTH), "other": make()})
     report = ipa_torch.replace_ipa(model, verify=False)
     assert [x.path for x in report.replaced] == ["known"]
@@ -158,7 +158,7 @@ def test_a_model_without_one():
 
 
 def test_the_report_is_in_the_models_order():
-    """Whosever the layers are; and so is what is left alone."""
+    """Layers of all systems, and those left alone, are in the model's order."""
     kinds = {"b": OpenFold1, "a": OpenFold, "d": OpenFold1, "c": FrameFlow}
     model = nn.ModuleDict({name: kind(DOWN_Z if kind is FrameFlow else ONE_WIDTH) for name, kind in kinds.items()})
     model.update({"z": SomePointAttention(), "y": Unnamed(), "x": OtherCall(ONE_WIDTH)})
@@ -187,7 +187,7 @@ assert not foreign, foreign
 
 
 def published(kind, path="", **attributes):
-    """A layer of that class at a path, which tells its epsilon as such."""
+    """A layer of the given class at a path, with its ε in the class's own attribute."""
     layer = kind(ONE_WIDTH)
     del layer.eps
     for name, value in attributes.items():
@@ -200,13 +200,13 @@ def published(kind, path="", **attributes):
 @pytest.mark.parametrize(
     ("path", "told", "system"),
     [
-        ("trunk.structure_module.ipa", {"eps": 1e-8}, "ESMFold"),  # the original: OpenFold 1's class
+        ("trunk.structure_module.ipa", {"eps": 1e-8}, "ESMFold"),  # the original ESMFold uses OpenFold 1's class
         ("trunk.structure_module.ipa", {"config": SimpleNamespace(epsilon=1e-8)}, "ESMFold"),
         ("ipa", {"config": SimpleNamespace(epsilon=1e-8)}, "ESMFold"),
         ("ipa", {"eps": 1e-8}, "OpenFold 1"),
         ("ipa", {"eps": 1e-8, "config": SimpleNamespace(epsilon=1e-8)}, "OpenFold 1"),
     ],
 )
-def test_epsilon_is_told_in_either_place(path, told, system):
+def test_epsilon_is_read_from_either_attribute(path, told, system):
     (row,) = ipa_torch.replace_ipa(published(OpenFold1, path, **told)).replaced
     assert (row.path, row.system) == (path, system)

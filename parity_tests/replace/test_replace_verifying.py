@@ -1,4 +1,4 @@
-"""A layer is compared before and after: another function is seen, and what cannot be compared is told."""
+"""Layers are compared before and after: a different function is detected, and failed comparisons are reported."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ import ipa_torch
 
 
 class WithoutPair(OpenFold):
-    """OpenFold's parameters, but its bias is dropped."""
+    """A layer with OpenFold's parameters that ignores the pair bias."""
 
     def forward(self, s, z, r, mask) -> torch.Tensor:
         return super().forward(s, 0 * z, r, mask)
 
 
 class OtherEpsilon(OpenFold):
-    """Says one, computes another."""
+    """A layer that computes with another ε than its attribute."""
 
     def __init__(self, config):
         super().__init__(config, eps=1.0)
@@ -54,8 +54,8 @@ class DetachesThePair(OpenFold):
 
 
 @pytest.mark.parametrize("kind", [WithoutPair, OtherEpsilon, MaskedToZero, DropsInTraining, DetachesThePair])
-def test_another_function_is_seen_and_nothing_replaced(kind):
-    """Also while the output layer is zero, as it starts, or next to it beside a large bias: outputs are equal then."""
+def test_a_different_function_is_detected_and_nothing_is_replaced(kind):
+    """It is detected even if the output layer is zero, or tiny beside a large bias, so that outputs are equal."""
     torch.manual_seed(0)
     for factor in (0, 1e-7, 1):
         model = nn.ModuleDict({"right": OpenFold(ONE_WIDTH), "wrong": kind(ONE_WIDTH)})
@@ -88,8 +88,8 @@ def test_a_layer_that_does_not_run_cannot_be_compared():
 
 @pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_large_weights_are_no_other_function(dtype):
-    """Theirs are off by more then, and ours may be by as much."""
+def test_large_weights_are_not_a_different_function(dtype):
+    """The original layer has larger errors then, and ours may have the same."""
     pytest.importorskip("transformers")
     case = make_case("large", IPAConfig.alphafold2(), (7,)).astype("float32")
     layer = peers.esmfold_module(case)
@@ -101,7 +101,7 @@ def test_large_weights_are_no_other_function(dtype):
 
 
 class Frames(Rigid):
-    """Rigids of another package."""
+    """Another package's rigids."""
 
 
 ru = ModuleType("rigid_utils")
@@ -109,7 +109,7 @@ ru.Frames = Frames
 
 
 class ConfDiff(FrameFlow):
-    """ConfDiff's annotation."""
+    """A layer whose forward annotates its rigids, as in ConfDiff."""
 
     def forward(self, s, z: torch.Tensor | None, r: ru.Frames, mask, _offload_inference=False, _z_reference_list=None):
         assert type(r) is Frames
@@ -117,7 +117,7 @@ class ConfDiff(FrameFlow):
 
 
 def elsewhere(monkeypatch, module: str, **contents):
-    """A layer whose class stands in a module with these contents, and which takes Frames only."""
+    """A layer that takes only Frames, and whose class is in a module with the given contents."""
     monkeypatch.setitem(sys.modules, module, ModuleType(module))
     vars(sys.modules[module]).update(contents)
 
@@ -132,7 +132,7 @@ def elsewhere(monkeypatch, module: str, **contents):
 
 
 def test_the_class_of_the_rigids(monkeypatch):
-    """By the annotation, else beside the layer, in what is imported there, or beside those who call it."""
+    """It is found by annotation, else in the layer's module or its imports, or in a module that calls it."""
     assert ipa_torch.replace_ipa(ConfDiff(DOWN_Z)).replaced[0].error <= bound("out", "float32")
     monkeypatch.setattr(ru, "Rigid", Frames, raising=False)
     assert ipa_torch.replace_ipa(elsewhere(monkeypatch, "layers", Rigid=Frames)).replaced
@@ -152,7 +152,7 @@ class OddWithoutPair(TFold):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [TFold, FastFold])
 def test_a_layer_that_runs_neither_in_float64_nor_with_a_batch(kind, dtype):
-    """It is held against itself in float32, with more of a bound only as rounding explains it."""
+    """It is compared in float32, with a bound that is wider only by what rounding explains."""
     torch.manual_seed(0)
     case = make_case("float32", ONE_WIDTH, (7,)).astype("float32")
     layer = kind(ONE_WIDTH)
@@ -185,7 +185,7 @@ def test_a_layer_that_runs_neither_in_float64_nor_with_a_batch(kind, dtype):
 
 
 def precisions() -> Mapping[str, object]:
-    """What PyTorch's switches say; the older one raises once a newer one was used."""
+    """The state of PyTorch's precision switches; the older one raises once a newer one was used."""
     matmuls = {name: getattr(getattr(torch.backends, name), "matmul", None) for name in ("cuda", "mkldnn")}
     newer = {name: getattr(matmul, "fp32_precision", None) for name, matmul in matmuls.items()}
     try:
@@ -199,7 +199,7 @@ NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 @pytest.mark.parametrize("switch", ["none", "older", "cuda", "mkldnn", "all"])
 def test_it_leaves_the_precision_of_products_alone(switch):
-    """Whichever of PyTorch's switches says it; while comparing none of them rounds."""
+    """All of PyTorch's switches keep their state; during the comparison none of them allows rounding."""
     if not NEWER and switch not in ("none", "older"):
         pytest.skip("this version of PyTorch has no such switch")
     start, seen = precisions(), []
@@ -237,7 +237,7 @@ def test_it_leaves_the_precision_of_products_alone(switch):
 
 @pytest.mark.skipif(not NEWER, reason="this version of PyTorch has no such switch")
 def test_a_layer_that_reads_the_older_switch():
-    """As lucidrains' does, so that after a newer one was used it cannot run as it is."""
+    """The layer of lucidrains reads it, so it cannot run unchanged after a newer switch was used."""
     pytest.importorskip("invariant_point_attention")
     matmul, layer = torch.backends.cuda.matmul, peers.lucidrains_module(ODD_NO_BIAS)
     before = matmul.fp32_precision
@@ -252,7 +252,7 @@ def test_a_layer_that_reads_the_older_switch():
 
 @pytest.mark.parametrize("made_there", [False, True])
 def test_in_inference_mode(made_there):
-    """Layers made before or in it, at a length that streams."""
+    """Layers made before it or in it work, at a length that streams."""
     pytest.importorskip("transformers")
     case = make_case("inference", IPAConfig.alphafold2(), (1, 100)).astype("float32")
     with torch.inference_mode() if made_there else nullcontext():

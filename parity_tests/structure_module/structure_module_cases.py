@@ -1,4 +1,4 @@
-"""Structure modules of odd sizes, the frames they start from, and how two runs of one are compared."""
+"""Structure modules of odd sizes, their start frames, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIGS = {
 
 
 def start_of(case):
-    """The idealised peptide's frames, as (rotation, translation)."""
+    """Frames of the idealised peptide as (rotation, translation)."""
     peptide, (*batch, number, _) = idealised_peptide(), case.single.shape
     return (
         np.broadcast_to(peptide.rotation[:number], (*batch, number, 3, 3)).astype(case.single.dtype),
@@ -49,7 +49,7 @@ def odd_case(name="odd", dtype="float64"):
 
 
 def assert_same(actual, expected, dtype="float64", rows=slice(None), conditioning=1.0):
-    """Every layer of every output, by the tolerance table."""
+    """Asserts that every layer of every output agrees within the tolerance table."""
     assert set(actual) == set(expected)
     for stage, x in expected.items():
         conditions = conditioning

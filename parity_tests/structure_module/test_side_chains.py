@@ -11,13 +11,13 @@ from ipa_bridge.proteins.frames import random_frames
 from ipa_parity.report import compare
 
 RMSD = {"1gcn.pdb": 0.284, "2rbg.pdb": 0.148, "5nmu.pdb": 0.002}
-"""Å between a protein and its rebuilt self: what ideal bonds and angles cost. 5nmu.pdb, a prediction, has them."""
+"""RMSD in Å of rebuilt proteins, caused by ideal bonds and angles; 5nmu.pdb, a prediction, already has ideal ones."""
 
 PROTEINS = tuple(RMSD)
 
 
 def drawn(shape, seed=0, dtype="float64"):
-    """Frames, unit angles and every residue type."""
+    """Random frames and unit angles for every residue type."""
     rng = np.random.default_rng(seed)
     rotation, translation = random_frames(rng, shape)
     angles = rng.standard_normal((*shape, 7, 2))
@@ -33,7 +33,7 @@ def judge(actual, expected, stage, dtype, reference="oracle", conditioning=1.0):
 
 
 def spread(atoms):
-    """How much larger coordinates are than bonds: the bits that a torsion's differences of coordinates lose."""
+    """Ratio of coordinates to bond lengths, by which torsions lose accuracy in coordinate differences."""
     return 1 + np.abs(atoms).max() / 1.5
 
 
@@ -75,7 +75,7 @@ def test_transforms(framework, transform):
 
 
 def test_angles_come_back(framework):
-    """φ and pre-ω belong to neighbours' atoms, so only ψ and the χs of a residue are its own."""
+    """Only ψ and the χs come back, because φ and pre-ω depend on atoms of the previous residue."""
     rotation, translation, angles, aatype = drawn((42,))
     atoms = oracle.atom14(*oracle.rigid_groups(rotation, translation, angles, aatype), aatype)
     atoms, aatype = framework.array(atoms), framework.array(aatype)
@@ -105,7 +105,7 @@ def test_atom_slots_go_both_ways(framework):
 
 @pytest.mark.parametrize("name", PROTEINS[:2])
 def test_frames_and_torsions_are_alphafolds(framework, name, structures_dir):
-    """In float32, which its tables are in; where an angle or a frame is not defined ours says zero or the identity."""
+    """AlphaFold's tables are float32; undefined angles and frames are zero and the identity in ours."""
     pytest.importorskip("alphafold")
     jax = pytest.importorskip("jax")
     from alphafold.model import all_atom
@@ -137,7 +137,7 @@ def test_frames_and_torsions_are_alphafolds(framework, name, structures_dir):
 
 @pytest.mark.parametrize("name", PROTEINS[:2])
 def test_frames_and_torsions_are_alphafold_multimers(framework, name, structures_dir):
-    """Whose functions are of its own; it gives χ in radians and takes the alternative frames on request."""
+    """AlphaFold-Multimer has its own functions; it returns χ in radians, and alternative frames on request."""
     pytest.importorskip("alphafold")
     jax = pytest.importorskip("jax")
     from alphafold.model import all_atom_multimer, geometry
@@ -169,7 +169,7 @@ def test_frames_and_torsions_are_alphafold_multimers(framework, name, structures
 
 @pytest.mark.parametrize("name", PROTEINS)
 def test_real_proteins_are_rebuilt_from_frames_and_torsions(framework, name, structures_dir):
-    """To within the idealisation of bond lengths and angles; missing atoms neither hinder nor count."""
+    """Errors come from ideal bond lengths and angles only; missing atoms are left out."""
     structure = load_structure(structures_dir / name)
     atoms, mask, aatype = (framework.array(x) for x in (structure.atom37, structure.atom37_mask, structure.aatype))
     torsions = framework.geometry.atom37_to_torsion_angles(atoms, mask, aatype)
@@ -185,7 +185,7 @@ def test_real_proteins_are_rebuilt_from_frames_and_torsions(framework, name, str
 
 
 def rmsd(structure, built, torsion_known):
-    """Å over the atoms that are there and whose torsions are known."""
+    """RMSD in Å over the atoms that exist and whose torsions are known."""
     groups = np.concatenate([np.ones((len(structure), 1), bool), torsion_known], -1)
     whole = np.take_along_axis(groups, residues.ATOM14_GROUP[structure.aatype], -1)
     compared = in_atom37(whole[..., None], structure.aatype)[..., 0] & structure.atom37_mask & structure.mask[:, None]
@@ -201,7 +201,7 @@ def in_atom37(atom14, aatype):
 
 @pytest.mark.parametrize("name", PROTEINS[:2])
 def test_alphafold_rebuilds_real_proteins_no_better(name, structures_dir):
-    """The reference figure of the RMSDs: its own torsions, frames and tables all the way."""
+    """AlphaFold's own torsions, frames and tables give the reference values of the RMSDs."""
     pytest.importorskip("alphafold")
     jax = pytest.importorskip("jax")
     from alphafold.model import all_atom, r3
@@ -221,7 +221,7 @@ def test_alphafold_rebuilds_real_proteins_no_better(name, structures_dir):
 
 
 def test_rebuilt_atoms_are_alphafolds(framework, structures_dir):
-    """From the same frames and torsions, in float32, in both its forms: the RMSDs above are its tables' too."""
+    """Both of AlphaFold's versions rebuild the same atoms from the same frames and torsions, in float32."""
     pytest.importorskip("alphafold")
     jax = pytest.importorskip("jax")
     from alphafold.model import all_atom, all_atom_multimer, geometry, r3
@@ -245,7 +245,7 @@ def test_rebuilt_atoms_are_alphafolds(framework, structures_dir):
 
 
 def test_atoms_that_do_not_fit_the_sequence_are_refused(framework):
-    """All layers at once, or a batch where the sequence has none."""
+    """Atoms of all layers at once raise, and so does a batch axis that the sequence lacks."""
     aatype = framework.array(np.arange(14))
     atom14, atom37 = (framework.array(np.zeros((8, 14, slots, 3))) for slots in (14, 37))
     mask = framework.array(np.ones((8, 14, 37), bool))
@@ -278,7 +278,7 @@ def test_unbonded_neighbours_have_no_common_torsions(framework, structures_dir):
 
 
 def test_gradients_are_finite_where_atoms_are_missing(framework):
-    """Residues without any atom, glycine, alanine, and atoms that coincide."""
+    """This covers residues without atoms, glycine, alanine and coinciding atoms."""
     aatype = np.arange(21)
     atoms = np.zeros((21, 37, 3))
     atoms[1:3] = np.random.default_rng(0).standard_normal((2, 37, 3))

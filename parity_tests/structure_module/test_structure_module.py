@@ -1,4 +1,4 @@
-"""The structure module is AlphaFold's and the same in both frameworks, layer by layer."""
+"""The structure module agrees with AlphaFold's and in both frameworks, layer by layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PEERS = {
     "esmfold": ("transformers", peers.run_esmfold_structure_module),
 }
 FEW_PEERS = [pytest.param(x, marks=[pytest.mark.exhaustive] * (x == "alphafold-multimer")) for x in PEERS]
-"""The multimer's is held against ours by `test_dialects.py` and `test_replace_alphafold.py` too."""
+"""`test_dialects.py` and `test_replace_alphafold.py` compare the multimer's too."""
 
 LAYERED = ("rotation", "translation", "group_", "unnormalized_angles", "angles", "atom14", "act")
 
@@ -57,7 +57,7 @@ def test_init_has_the_canonical_parameters(config, framework):
 
 @pytest.mark.parametrize("preset", ["alphafold2", "alphafold-multimer"])
 def test_manifest_is_alphafolds_key_for_key(preset):
-    """What alphafold-colabfold's own structure module initialises, by name and shape; and its confidence head."""
+    """The manifest equals what alphafold-colabfold's own structure module and confidence head initialise."""
     jax, hk = pytest.importorskip("jax"), pytest.importorskip("haiku")
     pytest.importorskip("alphafold")
     case = replace(make_case(preset, PRESETS[preset]()), single=np.zeros((5, 384)), pair=np.zeros((5, 5, 128)))
@@ -70,7 +70,7 @@ def test_manifest_is_alphafolds_key_for_key(preset):
 
 
 def test_the_confidence_head_is_alphafolds(framework):
-    """The parameters by name and shape, and the logits."""
+    """Its parameters agree by name and shape, and so do its logits."""
     jax, hk = pytest.importorskip("jax"), pytest.importorskip("haiku")
     modules = pytest.importorskip("alphafold.model.modules")
     ml_collections = pytest.importorskip("ml_collections")
@@ -157,7 +157,7 @@ def judge_frameworks(case, dtype, **options):
 def test_errors_are_no_more_than_twice_a_published_implementations(
     preset, protein, structures_dir, compared_with_structure_modules
 ):
-    """Every layer in float32 against our float64, which the published one agrees with as well as we do."""
+    """Errors of float32 runs, ours and theirs, are measured against our float64 in every layer."""
     package, run_theirs = PEERS[preset]
     pytest.importorskip("gemmi")
     pytest.importorskip(package)
@@ -174,7 +174,7 @@ def test_errors_are_no_more_than_twice_a_published_implementations(
         theirs = runs[package].pop("atom37/layer 8")
         assert np.abs(theirs - atom37)[case.mask].max() <= 32 * np.finfo(np.float32).eps * np.abs(atom37).max()
     groups = residues.GROUP_MASK[case.aatype]
-    groups[:, :4] = True  # backbone, pre-ω, φ and ψ; of absent χs theirs are zero or anything
+    groups[:, :4] = True  # backbone, pre-ω, φ and ψ; their values of absent χs are arbitrary
     for stage, x in runs[package].items():
         if stage.startswith("group_"):
             present = np.expand_dims(groups, tuple(range(2, x.ndim)))
@@ -198,7 +198,7 @@ def test_errors_are_no_more_than_twice_a_published_implementations(
 @pytest.mark.parametrize("num_layer", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("preset", FEW_PEERS)
 def test_gradients_are_those_of_a_published_implementation(preset, num_layer, structures_dir):
-    """To both representations and every parameter, through all layers."""
+    """Gradients to both representations and every parameter, through all layers, agree."""
     package, run_theirs = PEERS[preset]
     pytest.importorskip("gemmi")
     pytest.importorskip(package)
@@ -206,8 +206,8 @@ def test_gradients_are_those_of_a_published_implementation(preset, num_layer, st
     case = make_case(preset, config, structure=load_structure(structures_dir / "1gcn.pdb"))
     valid = {name: x * case.mask.reshape(1, -1, *[1] * (x.ndim - 2)) for name, x in case.cotangents.items()}
     if package == "alphafold":
-        valid["act"][:-1] = 0  # it returns the last layer's only
-    dtype = "float64" if preset == "alphafold2" else "float32"  # the others' own geometry is float32
+        valid["act"][:-1] = 0  # AlphaFold returns only the last layer's
+    dtype = "float64" if preset == "alphafold2" else "float32"  # the other implementations compute geometry in float32
     case = replace(case, cotangents=valid).astype(dtype)
     theirs = run_theirs(case)
     for name in installed_frameworks():

@@ -1,4 +1,4 @@
-"""The structure module's gradients, and controls: other functions that must be told from it."""
+"""The structure module's gradients, and negative controls: different functions that must be detected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ipa_parity.structure_module.stages import named_layers
 
 
 def started(case):
-    """A case, and the frames it starts from."""
+    """A case and its start frames."""
     return case, start_of(case)
 
 
@@ -70,7 +70,7 @@ def test_hard_cases_have_finite_gradients(framework, kind):
 
 @pytest.mark.parametrize("name", ["odd", "odd multimer", pytest.param("alphafold2", marks=pytest.mark.exhaustive)])
 def test_the_frameworks_agree_on_the_whole_losss_gradients(name):
-    """To representations, start frames and every parameter; in multimer, of chains."""
+    """Gradients to representations, start frames and every parameter agree; the multimer case has several chains."""
     case = odd_case(name) if name in CONFIGS else make_case(name, PRESETS[name]())
     if name == "odd multimer":
         case = replace(case, chain_id=(np.arange(len(case.mask)) > 20).astype(np.int64))
@@ -84,7 +84,7 @@ def test_the_frameworks_agree_on_the_whole_losss_gradients(name):
 
 
 def test_rotations_pass_no_gradient_between_layers(framework):
-    """With one layer the start rotations have a gradient through atoms; of two, the second sends none back by them."""
+    """With one layer, start rotations get a gradient through the atoms; with two, the second layer adds none."""
     case = odd_case()
     one = replace(case, weights=Weights(case.weights.arrays, replace(case.config, num_layer=1)))
     gradients = {name: rotation_gradient(framework, x) for name, x in (("one", one), ("three", case))}
@@ -94,7 +94,7 @@ def test_rotations_pass_no_gradient_between_layers(framework):
 
 
 def rotation_gradient(framework, case, patched=False):
-    """Of all layers' atoms to the rotations of the start; patched, without the stops between layers."""
+    """Gradient of all layers' atoms to the start rotations; if patched, without the stops between layers."""
     rigid = framework.package.Rigid
     with pytest.MonkeyPatch.context() as patch:
         if patched:
@@ -115,7 +115,7 @@ def rotation_gradient(framework, case, patched=False):
         return np.asarray(framework.jax.jit(framework.jax.grad(scalar))(rigids.rotation))
 
 
-# Controls: other functions that must be told from ours.
+# Negative controls: different functions that must be detected.
 
 
 def chi_turned_the_other_way(module, side_chains, patch):

@@ -1,4 +1,4 @@
-"""What dtypes and what inputs the structure module takes, and what it refuses."""
+"""Dtypes and inputs that the structure module accepts and refuses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_half(framework, case):
 
 @pytest.mark.parametrize("name", ["odd", "untied multimer"])
 def test_float32_representations_and_float64_parameters(framework, name):
-    """As in a model that is refined in float64: frames are float64, the activations float32."""
+    """Frames are then float64 and activations float32, as when a model is refined in float64."""
     case = odd_case(name)
     mixed = replace(case, single=case.single.astype(np.float32), pair=case.pair.astype(np.float32))
     if isinstance(framework, Jax):
@@ -56,7 +56,7 @@ def test_float32_representations_and_float64_parameters(framework, name):
 
 
 def test_start_frames_do_not_decide_the_dtype(framework):
-    """Those of a protein come in float64; a model in float32 stays in it."""
+    """A protein's start frames are float64; a float32 model stays in float32."""
     case = odd_case("odd", "float32")
     rotation, translation = start_of(case)
     exact = framework.run_structure_module(case, rigids=(rotation.astype(np.float64), translation.astype(np.float64)))
@@ -81,7 +81,7 @@ def test_masks_of_any_dtype(framework):
         ({"mask": np.zeros((1, 4), bool)}, "mask must be"),
     ],
 )
-def test_what_does_not_fit_is_refused(framework, change, message):
+def test_bad_inputs_raise(framework, change, message):
     case = odd_case()
     fits = {
         "single": np.zeros((4, 11)),
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused(framework, change, message):
 
 
 def test_residue_types_of_padding_may_be_anything(framework):
-    """Where a residue is valid and its type is at hand, those that are none are refused."""
+    """At valid residues, types out of range raise if their values can be read."""
     case = odd_case()
     assert not case.mask.all()
     unknown, padded, wrong = (
@@ -106,7 +106,7 @@ def test_residue_types_of_padding_may_be_anything(framework):
         framework.run_structure_module_eagerly(wrong)
 
 
-def test_start_frames_and_update_masks_that_do_not_fit_are_refused(framework):
+def test_bad_start_frames_and_update_masks_raise(framework):
     case = odd_case()
     rotation, translation = start_of(case)
     with pytest.raises(ValueError, match=r"rigids\.translation must be"):

@@ -1,4 +1,4 @@
-"""The structure module moves with its start; padding, frozen residues, batches and untied layers mean what they say."""
+"""The structure module moves with its start frames; padding, frozen residues, batches and untied layers work."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ipa_bridge.weights import Weights
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(["odd", "odd multimer"]))
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_what_is_predicted_moves_with_the_start(framework, dtype, seed, name):
-    """SE(3): atoms and frames move, angles and activations stay; the inputs' rounding grows with the distance."""
+def test_predictions_move_with_the_start_frames(framework, dtype, seed, name):
+    """Atoms and frames move along, angles and activations stay; the inputs' rounding grows with the distance."""
     case = odd_case(name)
     start = start_of(case)
     turn, shift = random_frames(np.random.default_rng(seed), (), spread=30.0)
@@ -119,8 +119,8 @@ def test_start_frames_are_alphafolds_where_none_are_given(framework):
     assert_same(framework.run_structure_module(case), framework.run_structure_module(case, rigids=origin))
 
 
-def test_untied_layers_are_layers_of_their_own(framework):
-    """With every layer's weights the same they are tied ones; with other ones in the last, the last differs."""
+def test_untied_layers_have_their_own_weights(framework):
+    """With equal weights in all layers they equal tied layers; new weights in the last layer change only the last."""
     tied, config = odd_case(), UNTIED_MODULE
     arrays = dict(tied.weights.arrays)
     for name, x in tied.weights.arrays.items():

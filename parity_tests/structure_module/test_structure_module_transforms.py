@@ -45,7 +45,7 @@ def test_jax_transforms_are_the_same_function():
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("split", ["proteins", "start frames", "parameters", "one layer's parameters"])
 def test_jax_under_shard_map(split, check_vma):
-    """Devices have proteins of their own, or start frames of one protein, or parameters; they share the rest."""
+    """Each device has its own proteins, start frames of one protein, or parameters; the rest is replicated."""
     framework, case = Jax(), odd_case()
     jax, jnp = framework.jax, framework.jax.numpy
     params, single, pair, aatype, mask, rigids, _ = framework.arguments(case, start_of(case), None)
@@ -62,7 +62,7 @@ def test_jax_under_shard_map(split, check_vma):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
 
     def scalar(inputs):
-        """Without side chains, which take long to compile."""
+        """A scalar of the outputs without side chains, which take long to compile."""
         output = structure_module.apply(
             inputs["parameters"],
             jax.random.key(0),
@@ -74,7 +74,7 @@ def test_jax_under_shard_map(split, check_vma):
 
     mapped = jax.shard_map(scalar, mesh=mesh, in_specs=(specs,), out_specs=own, check_vma=check_vma)
     gradients = [jax.grad(lambda xs, f=f: f(inputs | {"parameters": xs}).sum()) for f in (mapped, scalar)]
-    if split != "proteins" or not check_vma:  # types that do not fit are found before anything is compiled
+    if split != "proteins" or not check_vma:  # tracing alone finds wrong types, so nothing is compiled
         jax.eval_shape(gradients[0], params)
         return
     found, expected = (framework.jax.jit(gradient)(params) for gradient in gradients)
@@ -105,7 +105,7 @@ def test_jax_dropout_is_explicit_and_only_in_training():
 
 
 def test_jax_layers_do_not_share_their_dropout():
-    """Were one mask used in every layer, identical layers in would be identical layers out."""
+    """If every layer used one mask, layers with equal inputs would have equal outputs."""
     framework, case = one_of(Jax), odd_case("untied")
     jax, drawn = framework.jax, []
     params, single, pair, aatype, mask, *_ = framework.arguments(case, None, None)

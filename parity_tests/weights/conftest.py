@@ -12,13 +12,13 @@ from ipa_bridge.weights import Weights
 
 @pytest.fixture
 def torch():
-    """Without which ipa-port is not tried."""
+    """PyTorch; tests of ipa-port are skipped without it."""
     return pytest.importorskip("torch")
 
 
 @pytest.fixture
 def alphafold(tmp_path):
-    """A file such as AlphaFold's: a structure module, a confidence head and other parts."""
+    """A file like AlphaFold's, with a structure module, a confidence head and other parts."""
     parts = {
         f"{ALPHAFOLD}/structure_module": Weights.random(SMALL_MODULE),
         f"{ALPHAFOLD}/predicted_lddt_head": Weights.random(PredictedLDDTConfig(num_channel=11)),

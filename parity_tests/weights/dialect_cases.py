@@ -1,4 +1,4 @@
-"""Models of several systems, and their weights in each system's names."""
+"""Models of several systems, and their weights under each system's names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ipa_parity.attention.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIA
 
 ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
 SMALL_MODULE = StructureModuleConfig(ipa=ONE_WIDTH, sidechain_channel=5, num_layer=8)
-"""Odd, distinct widths, where a system has one for scalar queries, keys and values."""
+"""Odd, distinct widths, for systems with one width for scalar queries, keys and values."""
 FRAMEDIFF = replace(ODD_DOWN_Z, num_scalar_v=ODD.num_scalar_qk, pair_channel=8, pair_value_channel=2)
 
 NATIVE = {
@@ -57,7 +57,7 @@ NATIVE = {
     "alphafold confidence head": ("alphafold", PredictedLDDTConfig(num_channel=5, hidden_channel=4, num_bin=3)),
     "openfold confidence head": ("openfold", PredictedLDDTConfig(num_channel=5, hidden_channel=4, num_bin=3)),
 }
-"""By what the parameters are: whose, and with which config."""
+"""Cases by name: the system whose parameters they are, and the config."""
 
 
 def state_of(weights: Weights, dialect: str) -> dict[str, np.ndarray]:
@@ -76,7 +76,7 @@ def assert_same_bits(actual, expected):
 
 
 def replace_untold(config):
-    """What names and shapes do not tell, put aside."""
+    """The config with fixed values in the fields that names and shapes do not determine."""
     if isinstance(config, StructureModuleConfig):
         return replace(config, ipa=replace(replace_untold(config.ipa), frame_unit=1.0), position_scale=1.0)
     if isinstance(config, IPAConfig):

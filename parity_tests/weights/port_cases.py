@@ -1,4 +1,4 @@
-"""Runs of ipa-port, and files for it."""
+"""Runs of ipa-port, and its input files."""
 
 from __future__ import annotations
 

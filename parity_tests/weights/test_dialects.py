@@ -1,4 +1,4 @@
-"""Converted weights are the same function in both frameworks, and the way back is bitwise."""
+"""Converted weights compute the same function in both frameworks, and converting back gives the same bits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ WHOLE = {
     "openfold_v1, structure module": ("openfold_v1", StructureModuleConfig.alphafold2(), None),
     "esmfold, structure module": ("esmfold", StructureModuleConfig.esmfold(), "transformers"),
 }
-"""Rows of the README's table: whose, at its real size, and the package whose module is run; None for the semantics."""
+"""Rows of the README's table: system, config at its real size, and package to run; None for the numpy semantics."""
 
 
 def in_other_layout(weights: Weights, layout: str) -> Weights:
@@ -65,7 +65,7 @@ def in_other_layout(weights: Weights, layout: str) -> Weights:
 
 
 def random_state(dialect: str, config, seed: int) -> dict[str, np.ndarray]:
-    """Parameters drawn under their names, no matter what ours are."""
+    """Random parameters drawn directly under the system's names."""
     rng = np.random.default_rng(seed)
     state = {}
     for ours, (theirs, transform) in find_dialect(dialect).names(config).items():
@@ -96,9 +96,9 @@ def from_state(state, dialect: str, config) -> Weights:
 @pytest.mark.parametrize("num_layer", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_same_function_in_both_frameworks(name, num_layer, direction, conversions):
-    """Their parameters in our modules, and ours in theirs, which load them strictly: outputs are the same.
+    """Their parameters in our modules, and ours in theirs (loaded strictly), give the same outputs.
 
-    Of structure modules after that many layers, which have one set of weights.
+    A structure module is compared after `num_layer` layers, which share one set of weights.
     """
     dialect, config, package = WHOLE[name]
     if isinstance(config, StructureModuleConfig):
@@ -148,7 +148,7 @@ def test_the_same_function_in_both_frameworks(name, num_layer, direction, conver
 
 
 def run_theirs(case, dialect: str, package: str | None) -> dict[str, np.ndarray]:
-    """By stage: of the package's module, or of the dialect's semantics in float64."""
+    """Outputs by stage, of the package's module or of the dialect's semantics in float64."""
     if isinstance(case.config, StructureModuleConfig):
         if package:
             found = peers.PEERS[dialect].run_structure_module(case, gradients=False)
@@ -174,7 +174,7 @@ def test_the_readmes_table_has_these_rows():
     assert re.findall(r"^\| ([^|]+?) \|", section, re.M)[1:] == list(WHOLE)
 
 
-# --- There and back
+# --- Round trips
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -196,7 +196,7 @@ def with_biases_of_zero(weights: Weights) -> Weights:
 
 
 def exact_pairs() -> set[tuple[str, str]]:
-    """Whose parameters another system can say, without loss, where biases are zero."""
+    """Pairs (case, system) where the system can store the case's parameters without loss if biases are zero."""
     pairs = set()
     for name, (_, config) in NATIVE.items():
         if isinstance(config, IPAConfig):
@@ -233,10 +233,10 @@ EXPECTED = {
     "alphafold confidence head": {"alphafold", "openfold", "openfold_v1"},
     "openfold confidence head": {"alphafold", "openfold", "openfold_v1"},
 }
-"""Scalar values of another width keep AlphaFold's from the rest."""
+"""Lossless targets by case; AlphaFold's attention has scalar values of another width, which the others lack."""
 
 
-def test_who_can_say_what():
+def test_which_system_can_store_which_parameters():
     found = exact_pairs()
     ours = {"ipa_jax", "ipa_torch"}
     for name, targets in EXPECTED.items():
@@ -255,7 +255,7 @@ def test_there_and_back_through_another_system_is_bitwise(name, target):
     there, _ = convert(from_state(state, source, config), target)
     arrived = from_state(state_of(there, target), target, there.config)
     back, conversion = convert(arrived, source)
-    # Of two layouts that say the same, the one it is in is kept: ask for the one it came in.
+    # Conversion keeps the layout it is given if both fit, so convert to the original layout first.
     home = in_other_layout(back, attention_of(config).layout) if hasattr(config, "layout") else back
     home, _ = convert(home, source)
     assert not conversion.losses
@@ -263,7 +263,7 @@ def test_there_and_back_through_another_system_is_bitwise(name, target):
 
 
 def test_an_attention_without_a_pair_in_openfolds_names_is_unknown():
-    """MDGen's scales its logits as with a pair; nothing in its names or shapes tells."""
+    """MDGen's attention scales its logits as with a pair, which its names and shapes do not show."""
     config = replace(ONE_WIDTH, pair_channel=None)
     state = random_state("openfold_v1", config, seed=0)
     with pytest.raises(ValueError, match=r"always reads a pair representation; .* Pass config= if the scale is"):
@@ -290,7 +290,7 @@ WIDTHS = st.integers(1, 4)
 @settings(max_examples=60)
 @given(WIDTHS, WIDTHS, WIDTHS, WIDTHS, st.sampled_from(["float16", "float32", "float64"]), st.integers(0, 2**32 - 1))
 def test_any_transform_is_inverted_bitwise(inputs, heads, points, width, dtype, seed):
-    """Shapes, orders and bit patterns at random, NaNs and zeros of either sign among them."""
+    """Shapes, orders and bit patterns are random, and include NaNs and signed zeros."""
     rng = np.random.default_rng(seed)
     shape = (inputs, heads, 3 * points * width)
     outputs = rng.permutation(heads * 3 * points * width)
@@ -311,7 +311,7 @@ def test_any_transform_is_inverted_bitwise(inputs, heads, points, width, dtype, 
         assert transform.apply(transform.invert(there)).tobytes() == there.tobytes()
 
 
-def test_orders_are_what_they_say():
+def test_orders_do_what_their_names_say():
     config = replace(ODD, num_head=2, num_point_qk=2)
     indices = Order(ours="h c q", theirs="h q c").indices(config)
     h, c, q = np.unravel_index(indices, (2, 3, 2))

@@ -1,4 +1,4 @@
-"""What may stand beside an attention's own weights, and what damage to names and shapes comes to."""
+"""Other parameters beside an attention's own, and damaged names and shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ipa_bridge.weights.translation import from_dialect
 
 
 def with_linear_rbf(torch, blocks: int = 2) -> dict:
-    """A trunk of FrameDiff's: each block owns what no forward reads."""
+    """A FrameDiff trunk in which each block has parameters that no forward pass reads."""
     state = {}
     for b in range(blocks):
         own = Weights.random(FRAMEDIFF, seed=b).to_torch(dialect="frameflow", root=f"trunk.ipa_{b}")
@@ -34,7 +34,7 @@ def with_linear_rbf(torch, blocks: int = 2) -> dict:
     return state
 
 
-def test_what_no_forward_reads_is_ignored_with_a_word(tmp_path):
+def test_parameters_that_no_forward_pass_reads_are_ignored_with_a_message(tmp_path):
     torch = pytest.importorskip("torch")
     state = with_linear_rbf(torch)
     expected = Weights.random(FRAMEDIFF, seed=1)
@@ -56,8 +56,8 @@ def test_what_no_forward_reads_is_ignored_with_a_word(tmp_path):
         Weights.from_torch(state, root="trunk.ipa_1", dialect="frameflow")
 
 
-def test_it_is_written_for_those_whose_strict_load_asks_for_it():
-    """FrameDiff's; FrameFlow's and MultiFlow's would refuse it."""
+def test_unread_parameters_are_written_where_strict_loading_needs_them():
+    """FrameDiff needs linear_rbf; FrameFlow and MultiFlow would refuse it."""
     torch = pytest.importorskip("torch")
     weights = Weights.random(FRAMEDIFF, dtype=np.float64)
     state = weights.to_torch(dialect="framediff", root="trunk.ipa_0")
@@ -73,7 +73,7 @@ def test_it_is_written_for_those_whose_strict_load_asks_for_it():
 
 @pytest.mark.parametrize("root", ["", "mpnn_layers.0"])
 def test_modules_beside_an_attentions_own_do_not_hide_it(root, tmp_path):
-    """As in lociPARSE, whose layer holds the attention's parameters and those of a transition and layer norms."""
+    """In lociPARSE one layer holds the parameters of the attention, a transition and layer norms."""
     torch = pytest.importorskip("torch")
     weights = Weights.random(ONE_WIDTH)
     others = {"norm.0.weight": 11, "norm.1.bias": 11, "node_dense.W_in.weight": 44, "transition.weight": 3}
@@ -91,14 +91,14 @@ def test_modules_beside_an_attentions_own_do_not_hide_it(root, tmp_path):
     "name",
     ["linear_x.weight", "q_norm.weight", "logit_scale", "linear_out_2.0.weight", "point_gate.weight", "down_z.bias"],
 )
-def test_what_may_be_the_attentions_own_is_refused(name):
+def test_parameters_that_may_be_the_attentions_own_raise(name):
     torch = pytest.importorskip("torch")
     state = Weights.random(ONE_WIDTH).to_torch(dialect="openfold_v1") | {name: torch.ones(2)}
     with pytest.raises(ValueError, match=rf"unexpected {re.escape(name).replace('weight', 'weights?')} \(2,\)"):
         Weights.from_torch(state, dialect="openfold_v1", config=ONE_WIDTH)
 
 
-# --- The semantics can tell
+# --- Wrong conversions
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_may_be_the_attentions_own_is_refused(name):
         ("openfold confidence head", lambda s: s | {"linear_1.bias": -s["linear_1.bias"]}),
     ],
 )
-def test_a_wrong_conversion_is_seen(name, damage):
+def test_a_wrong_conversion_is_detected(name, damage):
     dialect, config = NATIVE[name]
     weights = Weights.random(config)
     state = state_of(weights, dialect)
@@ -129,7 +129,7 @@ def swapped(state: dict, a: str, b: str) -> dict:
     return state | {a: state[b], b: state[a]}
 
 
-# --- Anything at all
+# --- Arbitrary names and shapes
 
 
 LANDMARK_PARTS = {
@@ -154,7 +154,7 @@ def test_any_names_and_shapes_are_read_or_refused(shapes, dialect):
 @settings(max_examples=200)
 @given(st.sampled_from(sorted(NATIVE)), st.data())
 def test_any_damage_to_names_and_shapes_is_named(name, data):
-    """A parameter lost, renamed or of another shape: an error, whatever the system."""
+    """In every system, a missing, renamed or reshaped parameter raises."""
     dialect, config = NATIVE[name]
     names = find_dialect(dialect).names(config)
     shapes = {theirs: transform.their_shape for theirs, transform in names.values()}

@@ -1,4 +1,4 @@
-"""Names and shapes tell whose weights these are; what a system cannot say is refused or told."""
+"""Names and shapes identify the system of weights; what a system cannot store raises or warns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ipa_parity.report import compare
 
 @pytest.mark.parametrize("root", ["", "model.structure_module", "a.b"])
 @pytest.mark.parametrize("name", [name for name, (dialect, _) in NATIVE.items() if dialect != "alphafold"])
-def test_names_and_shapes_tell_the_dialect(name, root):
+def test_names_and_shapes_identify_the_dialect(name, root):
     dialect, config = NATIVE[name]
     if "confidence" in name:
         root = f"{root}.plddt".removeprefix(".")
@@ -45,14 +45,14 @@ def test_names_and_shapes_tell_the_dialect(name, root):
     state = {f"{root}.{x}".removeprefix("."): y.shape for x, y in state_of(Weights.random(config), dialect).items()}
     found, inferred, _ = find_module(state)
     alike = {"esmfold": {"openfold_v1"} if "trunk" not in root else set()}
-    if "confidence" not in name:  # OpenFold's versions call it the same
+    if "confidence" not in name:  # OpenFold's versions use the same name
         assert found.dialect.name in {dialect} | alike.get(dialect, set())
     assert (found.kind, found.root) == (type(config), root)
     assert replace_untold(inferred) == replace_untold(config)
 
 
-def test_an_untold_difference_is_an_error_not_a_guess(monkeypatch):
-    """Were ESMFold's function another than OpenFold's under the same names."""
+def test_an_ambiguous_system_raises(monkeypatch):
+    """The test gives ESMFold another function than OpenFold under the same names."""
     state = {name: x.shape for name, x in state_of(Weights.random(ONE_WIDTH), "openfold_v1").items()}
     other = replace(DIALECTS["esmfold"], finish=lambda config: replace(config, norm_epsilon=1e-12))
     monkeypatch.setitem(DIALECTS, "esmfold", other)
@@ -60,10 +60,10 @@ def test_an_untold_difference_is_an_error_not_a_guess(monkeypatch):
         ValueError, match=r"several dialects.*'openfold_v1' \(OpenFold 1\) or 'esmfold' \(ESMFold\), or config="
     ):
         find_module(state)
-    assert find_module(state, config=ONE_WIDTH)[1] == ONE_WIDTH  # told what it computes, they read it alike
+    assert find_module(state, config=ONE_WIDTH)[1] == ONE_WIDTH  # with the config given, both read it the same
 
 
-def test_a_name_too_many_is_not_passed_over():
+def test_an_extra_name_is_not_ignored():
     """FrameDiff's down_z under OpenFold's name is another function."""
     torch = pytest.importorskip("torch")
     state = {name: torch.tensor(x) for name, x in state_of(Weights.random(ONE_WIDTH), "openfold_v1").items()}
@@ -73,7 +73,7 @@ def test_a_name_too_many_is_not_passed_over():
         Weights.from_torch(state | {"down_z.weight": torch.ones(2, 2)}, dialect="openfold_v1", config=ONE_WIDTH)
 
 
-def test_shapes_are_named_in_both_tongues():
+def test_shape_errors_give_both_names():
     torch = pytest.importorskip("torch")
     state = Weights.random(ONE_WIDTH).to_torch(dialect="openfold")
     state["linear_q.weight"] = torch.ones(3, 11)
@@ -86,7 +86,7 @@ def test_shapes_are_named_in_both_tongues():
 
 
 def test_openfolds_checkpoints_hold_several(tmp_path):
-    """Lightning's and DeepSpeed's prefixes, an average beside the weights: one must be named."""
+    """With Lightning's or DeepSpeed's prefixes and an average beside the weights, the user must choose one."""
     torch = pytest.importorskip("torch")
     weights = [Weights.random(SMALL_MODULE, seed=seed) for seed in (1, 2)]
     plain, averaged = (x.to_torch(dialect="openfold") for x in weights)
@@ -109,7 +109,7 @@ def test_openfolds_checkpoints_hold_several(tmp_path):
     assert_same_bits(Weights.load(tmp_path / "deepspeed.pt").arrays, weights[0].arrays)
 
 
-# --- What cannot be said
+# --- What a system cannot store
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_openfolds_checkpoints_hold_several(tmp_path):
         (PredictedLDDTConfig(), "esmfold", "ESMFold has no confidence head"),
     ],
 )
-def test_what_a_system_cannot_say_is_refused(config, target, message):
+def test_what_a_system_cannot_store_raises(config, target, message):
     with pytest.raises(ValueError, match=message):
         convert(Weights.random(config), target, allow_lossy=list(LOSSES))
 
@@ -159,8 +159,8 @@ def test_losses_have_names_and_are_allowed_by_them(config, target, losses, apart
         convert(weights, target, allow_lossy=["everything"])
 
 
-def test_of_two_layouts_the_less_grave_loss_is_taken():
-    """A guard of a length at 1e-8 rather than biases."""
+def test_the_layout_with_the_smaller_loss_is_chosen():
+    """Losing the form of a norm's ε at 1e-8 is preferred to losing biases."""
     config = replace(ONE_WIDTH, layout="multimer", scalar_bias=True, norm_form="clamp")
     weights = Weights.random(config)
     for allowed in (["norm"], ["norm", "scalar_bias"]):
@@ -171,7 +171,7 @@ def test_of_two_layouts_the_less_grave_loss_is_taken():
     assert [loss.name for loss in conversion.losses] == ["scalar_bias"]
 
 
-def test_what_a_file_cannot_say_is_told(tmp_path):
+def test_what_a_file_cannot_store_is_reported(tmp_path):
     pytest.importorskip("torch")
     weights = Weights.random(
         replace(SMALL_MODULE, position_scale=3.0, ipa=replace(ONE_WIDTH, norm_epsilon=1e-6, frame_unit=3.0))
@@ -181,7 +181,7 @@ def test_what_a_file_cannot_say_is_told(tmp_path):
     messages = [str(x.message) for x in told]
     assert any("construct it with eps=1e-06" in x for x in messages)
     assert any("construct it with 3 for what is called position_scale here" in x for x in messages)
-    again = Weights.load(tmp_path / "of.safetensors")  # which knows it all the same
+    again = Weights.load(tmp_path / "of.safetensors")  # the weights themselves know it
     assert again.config == weights.config
     with pytest.warns(UserWarning, match="its `rotations` are the transpose of ours"):
         Weights.random(ODD_NO_BIAS).save(tmp_path / "l.safetensors", dialect="lucidrains")
@@ -190,7 +190,7 @@ def test_what_a_file_cannot_say_is_told(tmp_path):
 
 
 def test_transformers_reads_what_is_written(tmp_path):
-    """Its loader asks .safetensors for a format."""
+    """Its loader needs a format entry in .safetensors metadata."""
     pytest.importorskip("torch")
     from safetensors import safe_open
 
@@ -211,7 +211,7 @@ MANIFESTS = json.loads((Path(__file__).parents[1] / "data" / "manifests.json").r
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_names_and_shapes_are_theirs(name):
-    """At their real sizes; the lists are of `CONVENTIONS` and not of our tables."""
+    """The lists, at real sizes, were written from `CONVENTIONS` and not from our tables."""
     manifest = MANIFESTS[name]
     presets = {"ipa": IPAConfig, "structure module": StructureModuleConfig}
     config = getattr(presets[manifest["module"]], manifest["preset"])()
@@ -220,8 +220,8 @@ def test_names_and_shapes_are_theirs(name):
 
 
 @pytest.mark.parametrize("dialect", [None, "openfold_v1", "esmfold"])
-def test_two_systems_of_the_same_function_are_no_ambiguity(dialect, tmp_path):
-    """OpenFold 1's names and ESMFold's are the same, and so are the functions: a structure module's is all told."""
+def test_two_systems_with_the_same_function_are_not_ambiguous(dialect, tmp_path):
+    """OpenFold 1 and ESMFold have the same names and functions, so a structure module's config is fully known."""
     pytest.importorskip("torch")
     state = Weights.random(SMALL_MODULE).to_torch(dialect="openfold_v1", root="model.structure_module")
     found = Weights.from_torch(state, dialect=dialect)
@@ -231,7 +231,7 @@ def test_two_systems_of_the_same_function_are_no_ambiguity(dialect, tmp_path):
 
 
 def test_an_attention_in_openfold_1s_names_may_be_anothers():
-    """ABodyBuilder3 has another ε under these names: only who names the system tells it."""
+    """ABodyBuilder3 has another ε under these names, so ε is known only if the user names the system."""
     pytest.importorskip("torch")
     state = Weights.random(ONE_WIDTH).to_torch(dialect="openfold_v1", root="a")
     assert set(Weights.from_torch(state).assumed_function) == {"norm_epsilon"}
@@ -255,8 +255,8 @@ def test_an_attention_in_openfold_1s_names_may_be_anothers():
         ("lucidrains transformer", {"block.ipa.norm_epsilon", "block.post_norm", "detach_rotations"}),
     ],
 )
-def test_a_system_tells_what_all_its_models_share(name, assumed):
-    """And not what its constructors take."""
+def test_a_system_determines_what_all_its_models_share(name, assumed):
+    """It does not determine what its constructors take as arguments."""
     dialect, config = NATIVE[name]
     state = {f"a.{x}": y.shape for x, y in state_of(Weights.random(config), dialect).items()}
     for each in (None, dialect):
@@ -264,8 +264,8 @@ def test_a_system_tells_what_all_its_models_share(name, assumed):
         assert {path for path in found if is_functional(path)} == assumed
 
 
-def test_esmfolds_epsilon_is_its_published_classs():
-    """Where value points have no length, it is all there is of them: 1e-12 in its place would be seen."""
+def test_esmfolds_epsilon_is_that_of_its_published_class():
+    """Value points of zero length have a norm of ε alone, so 1e-12 in its place would show."""
     pytest.importorskip("transformers")
     from transformers.models.esm.configuration_esm import StructureModuleConfig as EsmConfig
 

@@ -1,4 +1,4 @@
-"""Files are read lazily, never unpickled, and replaced whole or not at all."""
+"""Files are read lazily, never unpickled, and replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def torch():
 
 
 class Bomb:
-    """Touches a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -92,7 +92,7 @@ def test_flipped_bytes_are_read_or_refused_plainly(suffix, tmp_path):
             Weights.load(path)
 
 
-def test_what_a_pt_file_must_hold(tmp_path, torch):
+def test_contents_that_a_pt_file_must_have(tmp_path, torch):
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="it holds a list"), open_arrays(tmp_path / "list.pt"):
         pass
@@ -162,7 +162,7 @@ def test_written_files_replace_and_have_ordinary_permissions(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_folder_that_is_not_there_is_named(suffix, tmp_path):
+def test_a_missing_folder_is_named(suffix, tmp_path):
     path = tmp_path / "nowhere" / f"x{suffix}"
     with pytest.raises(FileNotFoundError, match=rf"x\{suffix}: no such folder: .*nowhere$"):
         Weights.random(ODD).save(path)

@@ -1,8 +1,8 @@
-"""Modules of ipa_torch that users saved whole with `torch.save` keep loading, whatever moves within the packages.
+"""Modules of ipa_torch saved whole with `torch.save` still load after code has moved within the packages.
 
-`data/modules.pt` holds one of each, and `data/replaced.pt` another package's layer that computes as ours, with inputs
-and what they gave, of version 0.1.0. `python -m parity_tests.weights.test_pickles` writes both; write them anew only
-where a version is meant to break old pickles.
+`data/modules.pt` holds one module of each kind, and `data/replaced.pt` another package's layer that was replaced by
+ours; both hold inputs and outputs, from version 0.1.0. `python -m parity_tests.weights.test_pickles` writes both files.
+Write them again only for a version that is meant to break old pickles.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STRUCTURE_MODULE = dataclasses.replace(
 
 
 def modules() -> dict:
-    """One of each, with the arguments of a call."""
+    """One module of each kind, with the arguments of a call."""
     torch.manual_seed(0)
     single, pair, rigids, mask = (
         torch.randn(5, 8),
@@ -61,13 +61,13 @@ def modules() -> dict:
 
 
 def tensors(output) -> list:
-    """All in a tensor or in tuples of them."""
+    """All tensors in a tensor or nested tuples."""
     return [y for x in output for y in tensors(x)] if isinstance(output, tuple) else [output]
 
 
 @pytest.fixture(scope="module")
 def saved():
-    return torch.load(SAVED, weights_only=False)  # a file of our own
+    return torch.load(SAVED, weights_only=False)  # the file is our own, so unpickling it is safe
 
 
 @pytest.mark.parametrize("name", list(modules()))
@@ -90,7 +90,7 @@ def test_a_replaced_layer_saved_whole_still_loads_and_computes_the_same():
 
 
 def replaced() -> tuple:
-    """An attention of the package `invariant-point-attention` with ours in it, and the arguments of a call."""
+    """An attention of `invariant-point-attention` replaced by ours, and the arguments of a call."""
     from invariant_point_attention import InvariantPointAttention
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The command ipa-port, as a person runs it: conversions, what it tells, and what it refuses to lose."""
+"""The command ipa-port, run as a person would: conversions, reports, and refused losses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_there_and_back_through_openfold(alphafold, tmp_path, capsys):
     assert (code, out.splitlines()[-1]) == (0, "the same function: 45 parameters, number for number")
 
 
-def test_json_says_all_of_it(alphafold, tmp_path, capsys):
+def test_json_holds_everything(alphafold, tmp_path, capsys):
     code, out, _ = run(capsys, "convert", alphafold, tmp_path / "e.pt", "--to", "esmfold", "--verify", "--json")
     report = json.loads(out)
     assert code == 0
@@ -64,7 +64,7 @@ def test_json_says_all_of_it(alphafold, tmp_path, capsys):
     }
 
 
-def test_inspect_says_what_is_there(alphafold, tmp_path, capsys, torch):
+def test_inspect_lists_what_a_file_holds(alphafold, tmp_path, capsys, torch):
     code, out, _ = run(capsys, "inspect", alphafold)
     assert code == 0
     for line in ("AlphaFold's structure module at", "num_layer = 8", f"  {ALPHAFOLD}/evoformer: 2 arrays"):
@@ -132,7 +132,7 @@ def test_down_z_can_be_merged(tmp_path, capsys):
     assert (code, zeros in out) == (0, True)
 
 
-def test_dtype_rounds_and_verify_says_how_much(tmp_path, capsys):
+def test_dtype_rounds_and_verify_prints_the_error(tmp_path, capsys):
     Weights.random(ODD).save(tmp_path / "a.npz")
     code, out, _ = run(
         capsys, "convert", tmp_path / "a.npz", tmp_path / "b.safetensors", "--dtype", "bfloat16", "--verify", "--json"
@@ -148,8 +148,8 @@ def test_dtype_rounds_and_verify_says_how_much(tmp_path, capsys):
 
 @pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16"], ["--to", "openfold", "--allow-lossy", "down_z"]])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_a_conversion_that_does_not_hold_writes_nothing(tmp_path, capsys, monkeypatch, options, zeros):
-    """Neither half precision nor an allowed loss hides it, nor an output projection that has not been trained."""
+def test_a_conversion_that_fails_verification_writes_nothing(tmp_path, capsys, monkeypatch, options, zeros):
+    """Half precision, an allowed loss or an untrained output projection do not hide a wrong conversion."""
     config = replace(ODD_DOWN_Z, num_scalar_v=ODD.num_scalar_qk, position_scale=1.0)
     weights = Weights.random(config)
     if zeros:
@@ -173,7 +173,7 @@ def test_a_conversion_that_does_not_hold_writes_nothing(tmp_path, capsys, monkey
     assert not (tmp_path / "c.pt").exists()
 
 
-def test_what_overflows_is_not_called_verified(tmp_path, capsys):
+def test_overflow_is_not_verified(tmp_path, capsys):
     weights = Weights.random(ODD, dtype=np.float64)
     replace(weights, arrays={name: x * 1e200 for name, x in weights.arrays.items()}).save(tmp_path / "a.npz")
     with np.errstate(all="ignore"):
@@ -183,8 +183,8 @@ def test_what_overflows_is_not_called_verified(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
-def test_what_the_default_target_cannot_say_is_told(tmp_path, capsys, suffix):
-    """A conversion is followed by a comparison that finds nothing, or by a word of what to tell the reader."""
+def test_what_the_default_target_cannot_store_is_reported(tmp_path, capsys, suffix):
+    """After a conversion, `compare` finds no difference, or the command says which config to pass when reading."""
     source, destination = tmp_path / "esm.pt", tmp_path / f"ours{suffix}"
     config = IPATransformerConfig.lucidrains(6, depth=1, heads=2, original_composition_order=True)
     torch = pytest.importorskip("torch")
@@ -196,8 +196,8 @@ def test_what_the_default_target_cannot_say_is_told(tmp_path, capsys, suffix):
     assert same or "cannot store original_composition_order=True (Weights.load will assume False)" in out
 
 
-def test_what_is_assumed_is_shown_and_said(tmp_path, capsys, torch):
-    """A file of .pt carries no config, so that post_norm of a block is a guess; .safetensors marks it."""
+def test_assumed_fields_are_reported(tmp_path, capsys, torch):
+    """A .pt file holds no config, so a block's post_norm is assumed; .safetensors marks it as assumed."""
     source, marked, told = (tmp_path / f"{x}" for x in ("a.pt", "b.safetensors", "c.safetensors"))
     config = IPABlockConfig(ipa=ODD_NO_BIAS)
     torch.save(Weights.random(config).to_torch(), source)
@@ -220,7 +220,7 @@ def test_what_is_assumed_is_shown_and_said(tmp_path, capsys, torch):
     assert set(report["assumed"]) == set(Weights.load(marked).assumed)
 
 
-def test_modules_beside_an_attentions_own_are_left(tmp_path, capsys, torch):
+def test_modules_beside_an_attentions_own_are_skipped(tmp_path, capsys, torch):
     state = Weights.random(ONE_WIDTH).to_torch(dialect="openfold_v1", root="layers.0")
     torch.save(state | {"layers.0.norm.0.weight": torch.ones(3)}, tmp_path / "l.pt")
     code, out, _ = run(capsys, "convert", tmp_path / "l.pt", tmp_path / "ours.npz")

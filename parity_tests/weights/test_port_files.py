@@ -1,4 +1,4 @@
-"""ipa-port leaves files whole: existing ones, links, full disks."""
+"""ipa-port never damages files: existing ones, links, full disks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ipa_parity.attention.cases import ODD
 pytestmark = pytest.mark.usefixtures("torch")
 
 
-def test_what_exists_is_replaced_by_force_only(tmp_path, capsys):
+def test_existing_files_are_replaced_only_with_force(tmp_path, capsys):
     source, destination = tmp_path / "a.npz", tmp_path / "b.pt"
     Weights.random(ODD).save(source)
     destination.write_text("precious")
@@ -69,7 +69,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, capsys, monkeypatch, suffix):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.npz", f"b{suffix}"]
 
 
-def test_what_comes_to_be_meanwhile_is_left_alone(tmp_path, capsys, monkeypatch):
+def test_a_file_created_meanwhile_is_left_alone(tmp_path, capsys, monkeypatch):
     source, destination = tmp_path / "a.npz", tmp_path / "b.pt"
     Weights.random(ODD).save(source)
     real = files.os.fsync
@@ -95,7 +95,7 @@ def test_saving_refuses_links_and_pipes(tmp_path):
 
 
 def test_a_disk_that_fills_midway(tmp_path):
-    """For real: a limit on the size of files, met while the parameters are written."""
+    """A real limit on file sizes is hit while the parameters are written."""
     Weights.random(StructureModuleConfig.alphafold2()).save(tmp_path / "a.npz")
     (tmp_path / "b.pt").write_text("precious")
     script = (
@@ -118,7 +118,7 @@ def test_the_path_in_the_destination(tmp_path, capsys):
     Weights.random(ONE_WIDTH).save(source)
     to = ("--to", "esmfold", "--force", "--to-root")
     assert run(capsys, "convert", source, tmp_path / "b.pt", *to, "trunk.structure_module.ipa.")[0] == 0
-    assert not Weights.load(tmp_path / "b.pt").assumed  # the path tells whose it is
+    assert not Weights.load(tmp_path / "b.pt").assumed  # the path identifies the system
     code, _, err = run(capsys, "convert", source, tmp_path / "b.pt", *to, "trunk..ipa")
     assert code == 2
     assert "must be names with '.' between them" in err

@@ -24,7 +24,7 @@ from ipa_parity.attention.cases import ODD
 pytestmark = pytest.mark.usefixtures("torch")
 
 
-def test_a_pickle_is_refused_with_the_way_out(tmp_path, capsys):
+def test_a_pickle_is_refused_with_the_remedy(tmp_path, capsys):
     (tmp_path / "params.pkl").write_bytes(b"\x80\x04N.")
     code, _, err = run(capsys, "convert", tmp_path / "params.pkl", tmp_path / "b.npz")
     assert code == 2
@@ -78,7 +78,7 @@ def test_members_that_claim_too_much(tmp_path, capsys, member, message):
 
 
 def test_a_small_file_that_claims_a_large_module(tmp_path, capsys):
-    """A bomb of zeros: consistent shapes, a thousandfold compressed. It is refused by its size, unread."""
+    """The file holds zeros, compressed a thousandfold, in consistent shapes. It is refused by its size, unread."""
     path = tmp_path / "bomb.npz"
     huge = replace(ODD, num_channel=1 << 21)
     zeros = bytes(1 << 20)
@@ -105,7 +105,7 @@ def test_a_large_module_in_a_large_file_is_no_bomb(tmp_path, monkeypatch, suffix
     assert Weights.from_torch(weights.to_torch()).config == ODD
 
 
-def test_what_cannot_be_read_does_not_hide_what_is_wrong(tmp_path, capsys):
+def test_an_unreadable_member_does_not_hide_other_errors(tmp_path, capsys):
     for seed, root in enumerate(("one", "two")):
         Weights.random(ODD, seed=seed).save(tmp_path / f"{root}.npz", root=root)
     with zipfile.ZipFile(tmp_path / "one.npz", "a") as archive, zipfile.ZipFile(tmp_path / "two.npz") as other:
@@ -118,7 +118,7 @@ def test_what_cannot_be_read_does_not_hide_what_is_wrong(tmp_path, capsys):
     assert "'README.txt'" in err
 
 
-def test_what_is_not_finite_or_no_number_is_named(tmp_path, capsys):
+def test_values_that_are_not_finite_numbers_are_named(tmp_path, capsys):
     arrays = {
         f"ipa//{name}" if "/" not in name else f"ipa/{name.replace('/', '//')}": x
         for name, x in Weights.random(ODD).arrays.items()
@@ -134,7 +134,7 @@ def test_what_is_not_finite_or_no_number_is_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
 def test_mutated_files_are_converted_or_refused(tmp_path, capsys, suffix):
-    """Bytes flipped, dropped, doubled: a clean error or a file, nothing else, and never half of one."""
+    """With bytes flipped, dropped or doubled, the command gives a clean error or a complete file."""
     source, destination = tmp_path / f"a{suffix}", tmp_path / "b.safetensors"
     Weights.random(ODD).save(source)
     whole, rng = source.read_bytes(), np.random.default_rng(1)
@@ -142,7 +142,7 @@ def test_mutated_files_are_converted_or_refused(tmp_path, capsys, suffix):
     for _ in range(80):
         damaged = bytearray(whole)
         start, length = rng.integers(0, len(whole)), int(rng.integers(1, 64))
-        # Most of what matters to a reader is in the headers, at either end.
+        # Readers mostly need the headers, which are at either end of the file.
         start = [start, start % 512, len(whole) - 1 - start % 2048][int(rng.integers(3))]
         match int(rng.integers(4)):
             case 0:
@@ -180,7 +180,7 @@ print(code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 102
     ("suffix", "target"), [(".npz", "openfold"), (".safetensors", "alphafold"), (".pt", "alphafold")]
 )
 def test_a_whole_model_takes_little_memory(tmp_path, suffix, target, torch):
-    """400 MB of parameters, of which the structure module is 8: less than 300 MB more than its imports."""
+    """Of 400 MB of parameters the structure module has 8; converting it takes under 300 MB beyond the imports."""
     weights = Weights.random(StructureModuleConfig.alphafold2())
     source = tmp_path / f"whole{suffix}"
     other = {f"evoformer/block_{i}//weights": np.ones((25, 1000, 1000), np.float32) for i in range(4)}
@@ -231,7 +231,7 @@ def test_metadata_is_not_believed(tmp_path, capsys, config):
 
 
 def test_a_checkpoint_that_multiplies(tmp_path, capsys, torch):
-    """Dictionaries within dictionaries, each twice: a kilobyte that would be four million names."""
+    """Nested dictionaries, each used twice: one kilobyte would expand to four million names."""
     nested = {"x": torch.ones(1)}
     for _ in range(22):
         nested = {"a": nested, "b": nested}
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_multiplies(tmp_path, capsys, torch):
         assert len(file.ignored) == 22
 
 
-def test_tensors_that_are_none(tmp_path, capsys, torch):
+def test_tensors_without_plain_memory(tmp_path, capsys, torch):
     good = Weights.random(ODD).to_torch()
     bad = {
         "expanded": torch.zeros(1).expand(good["q_scalar.weight"].shape),
@@ -264,7 +264,7 @@ def test_tensors_that_are_none(tmp_path, capsys, torch):
     assert "not named arrays: 3, optimizer" in out
 
 
-def test_what_is_wrong_elsewhere_is_no_hindrance(alphafold, tmp_path, capsys):
+def test_errors_elsewhere_in_a_file_do_not_matter(alphafold, tmp_path, capsys):
     with zipfile.ZipFile(alphafold, "a") as archive:
         archive.writestr("README.txt", "hello")
         archive.writestr("other//objects.npy", header_of("(3,)", "|O") + bytes(24))

@@ -1,4 +1,4 @@
-"""Weights go round through Haiku, PyTorch and files, bit by bit, and an attention is found in a larger model."""
+"""Weights round-trip bit for bit through Haiku, PyTorch and files; an attention is found in a larger model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_torch_round_trip(config, dtype):
     point_bias=st.booleans(),
     paired=st.booleans(),
 )
-def test_any_config_is_inferred_and_goes_round(widths, layout, scalar_bias, point_bias, paired):
+def test_any_config_is_inferred_and_round_trips(widths, layout, scalar_bias, point_bias, paired):
     pytest.importorskip("torch")
     c_s, c_z, h, qk, v, p, pv = widths
     norm = {"norm_form": "clamp"} if layout == "multimer" and point_bias else {}
@@ -120,7 +120,7 @@ def test_config_travels_in_safetensors_and_can_be_overridden(tmp_path):
 
 
 @pytest.mark.parametrize("junk", ["{", "[1]", "null", '{"num_head": 3}', '{"heads": 3}'])
-def test_metadata_that_is_no_config(junk, tmp_path):
+def test_metadata_that_is_not_a_config(junk, tmp_path):
     path = tmp_path / "w.safetensors"
     Weights.random(ODD).save(path)
     with files.open_arrays(path) as file:
@@ -132,7 +132,7 @@ def test_metadata_that_is_no_config(junk, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
-def test_names_tell_the_layout_whatever_the_suffix(suffix, tmp_path):
+def test_names_identify_the_layout_whatever_the_suffix(suffix, tmp_path):
     pytest.importorskip("torch")
     weights = Weights.random(ODD_MULTIMER)
     haiku = {f"{module}//{leaf}": x for module, leaves in weights.to_haiku().items() for leaf, x in leaves.items()}

@@ -1,4 +1,4 @@
-"""What names and shapes do not tell of a model is assumed, and known to be."""
+"""What names and shapes do not determine is assumed and marked as assumed."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ UNTOLD = {
     ),
     "confidence head": (HEAD, set()),
 }
-"""By kind of module, what a trained one computes by and neither names nor shapes tell."""
+"""Fields by kind of module that change its function but that names and shapes do not determine."""
 
 
 @pytest.mark.parametrize("name", UNTOLD)
-def test_what_names_and_shapes_do_not_tell_is_assumed(name):
+def test_what_names_and_shapes_do_not_determine_is_assumed(name):
     pytest.importorskip("torch")
     config, untold = UNTOLD[name]
     weights = Weights.random(config)
@@ -63,8 +63,8 @@ def test_what_names_and_shapes_do_not_tell_is_assumed(name):
 
 @pytest.mark.parametrize("name", [name for name, (_, untold) in UNTOLD.items() if untold])
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt"])
-def test_saving_what_is_assumed_warns_once_with_the_config_to_pass(name, suffix, tmp_path, recwarn):
-    """The guess differs from what was meant in post_norm, in the number of layers, in Å."""
+def test_saving_assumed_fields_warns_once_with_the_config_to_pass(name, suffix, tmp_path, recwarn):
+    """The assumed post_norm, number of layers and unit differ from the true ones."""
     pytest.importorskip("torch")
     config, untold = UNTOLD[name]
     weights = Weights.random(config)
@@ -80,7 +80,7 @@ def test_saving_what_is_assumed_warns_once_with_the_config_to_pass(name, suffix,
 
 
 @pytest.mark.parametrize("name", [name for name, (_, untold) in UNTOLD.items() if untold])
-def test_a_file_keeps_what_is_assumed_apart(name, tmp_path):
+def test_a_file_marks_assumed_fields(name, tmp_path):
     pytest.importorskip("torch")
     config, untold = UNTOLD[name]
     weights = Weights.random(config)
@@ -97,8 +97,8 @@ def test_a_file_keeps_what_is_assumed_apart(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", UNTOLD)
-def test_our_own_modules_tell(name, tmp_path):
-    """Alone and within a model of someone else's."""
+def test_our_own_modules_determine_their_config(name, tmp_path):
+    """This holds alone and within another model."""
     torch = pytest.importorskip("torch")
     import ipa_torch
 
@@ -145,8 +145,8 @@ def test_a_part_has_the_status_of_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["monomer", "multimer"])
-def test_alphafolds_own_files_tell_everything(layout, tmp_path):
-    """Its path tells whose it is: each module converts to any system without a warning."""
+def test_alphafolds_own_files_determine_everything(layout, tmp_path):
+    """The path identifies AlphaFold, so each module converts to any system without a warning."""
     pytest.importorskip("torch")
     ipa = {
         "monomer": dataclasses.replace(ODD, num_scalar_v=4),
@@ -190,7 +190,7 @@ def test_metadata_that_marks_no_fields(junk, tmp_path):
 
 
 def test_a_field_that_a_files_config_leaves_out_is_assumed(tmp_path):
-    """As of a file that is older than the field."""
+    """This happens with a file that is older than the field."""
     path = tmp_path / "w.safetensors"
     Weights.random(ODD).save(path)
     with files.open_arrays(path) as file:
@@ -227,13 +227,13 @@ def test_weights_print_in_a_line_or_two():
 
 
 @pytest.mark.parametrize(("unit", "suffix"), [(1.0, ".npz"), (None, ".pt")])
-def test_the_unit_of_frames_that_a_file_cannot_say_is_warned_of(unit, suffix, tmp_path):
-    """A protein's frames would come ten times too small, and nothing else would tell."""
+def test_a_unit_of_frames_that_a_file_cannot_store_warns(unit, suffix, tmp_path):
+    """Otherwise a protein's frames could be ten times too small without any sign."""
     weights = Weights.random(dataclasses.replace(IPAConfig.alphafold2(), frame_unit=unit))
     with pytest.warns(UserWarning, match=rf"cannot store frame_unit={unit} \(Weights\.load will assume 10\.0\)"):
         weights.save(tmp_path / f"w{suffix}")
 
 
-def test_what_is_no_config_has_no_weights():
+def test_weights_need_a_config():
     with pytest.raises(ValueError, match=r"config must be one of IPAConfig, .*; got 'alphafold2'"):
         Weights.random("alphafold2")

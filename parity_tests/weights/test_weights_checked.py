@@ -1,4 +1,4 @@
-"""What is wrong with weights is named; and what is taken stays as it was taken."""
+"""Errors in weights are named, and accepted weights never change afterwards."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_torch_parameters_in_the_wrong_shape_are_refused():
         Weights.from_torch(state)
 
 
-def test_what_is_no_tensor_is_named():
+def test_values_that_are_not_tensors_are_named():
     pytest.importorskip("torch")
     state = Weights.random(ODD).to_torch()
     state |= {"_extra_state": {"step": 1}, "q_scalar.bias": state["q_scalar.bias"].numpy()}
@@ -131,14 +131,14 @@ def test_what_is_no_tensor_is_named():
         Weights.from_torch([])
 
 
-def test_parameters_noncontiguous_or_with_gradients_are_taken():
+def test_parameters_noncontiguous_or_with_gradients_are_accepted():
     torch = pytest.importorskip("torch")
     state = Weights.random(ODD).to_torch()
     odd = {name: torch.nn.Parameter(x.T.contiguous().T if x.ndim == 2 else x) for name, x in state.items()}
     assert_same_bits(Weights.from_torch(odd).arrays, Weights.from_torch(state).arrays)
 
 
-def test_jax_arrays_are_taken():
+def test_jax_arrays_are_accepted():
     jax = pytest.importorskip("jax")
     weights = Weights.random(ODD, dtype=ml_dtypes.bfloat16)
     tree = jax.tree.map(jax.numpy.asarray, weights.to_haiku())

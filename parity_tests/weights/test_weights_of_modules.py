@@ -23,7 +23,7 @@ from ipa_parity.attention.cases import ODD
 
 
 def test_alphafolds_file_holds_a_structure_module_an_attention_and_a_head(tmp_path):
-    """Each is found among a whole model's parameters, by what it is or by where."""
+    """Each is found among a whole model's parameters by its config or its path."""
     config, head = StructureModuleConfig.alphafold_multimer(), PredictedLDDTConfig()
     module, confidence = Weights.random(config), Weights.random(head)
     tree = module.to_haiku(root=f"{ITERATION}/structure_module")
@@ -55,7 +55,7 @@ def test_files_of_whole_modules_round_trip(name, suffix, tmp_path):
     assert_same_bits(dict(sorted(again.arrays.items())), dict(sorted(weights.arrays.items())))
 
 
-def test_safetensors_keep_what_shapes_do_not_tell(tmp_path):
+def test_safetensors_keep_what_shapes_do_not_determine(tmp_path):
     config = StructureModuleConfig(
         ipa=dataclasses.replace(ODD, frame_unit=3.0), num_layer=5, position_scale=3.0, dropout=0.5
     )
@@ -69,7 +69,7 @@ def test_safetensors_keep_what_shapes_do_not_tell(tmp_path):
     "config", [IPAConfig.alphafold2(), StructureModuleConfig.alphafold_multimer(), IPABlockConfig.lucidrains(8)]
 )
 def test_files_saved_before_the_frames_unit_was_known_load(config, tmp_path):
-    """Their metadata do not tell it: it is unknown."""
+    """Their metadata lack it, so it is unknown."""
     weights = Weights.random(config)
     weights.save(tmp_path / "new.safetensors")
     with safetensors.safe_open(tmp_path / "new.safetensors", "numpy") as file:

@@ -1,4 +1,4 @@
-"""Configs whose weights are tried, and what their arrays must keep."""
+"""Configs whose weights are tested, and checks of their arrays."""
 
 from __future__ import annotations
 
