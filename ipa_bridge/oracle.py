@@ -36,6 +36,8 @@ def invariant_point_attention(
     rotation: ndarray,
     translation: ndarray,
     mask: ndarray | None = None,
+    key_mask: ndarray | None = None,
+    pair_mask: ndarray | None = None,
 ) -> Stages:
     """Computes all stages of one invariant point attention, with parameters by canonical name.
 
@@ -48,12 +50,17 @@ def invariant_point_attention(
     bias = None
     if pair is not None:
         pair = _double(pair)
+    if config.pair_channel is not None and config.pair_bias:
         bias = einsum("...ijc,ch->...hij", pair, p["attention_2d/weights"])  # line 4
-        bias = bias + p["attention_2d/bias"][:, None, None]
+        bias = bias + p.get("attention_2d/bias", np.zeros(config.num_head))[:, None, None]
     projections = _project(p, config, single)  # lines 1–3
-    gamma = p["trainable_point_weights"]
-    stages = attend(config, projections, pair, bias, gamma, rotation, translation / config.position_scale, mask)
-    if config.pair_value_channel is not None:
+    gamma, translation = p["trainable_point_weights"], translation / config.position_scale
+    masks = (mask, key_mask, pair_mask)
+    stages = attend(config, projections, pair, bias, gamma, rotation, translation, *masks)
+    if config.pair_value_per_head:
+        weights = p["pair_value/weights"].reshape(-1, config.num_head, config.pair_value_channel or 0)
+        stages = stages._replace(o_pair=einsum("...hc,chd->...hd", stages.o_pair, weights))
+    elif config.pair_value_channel is not None:
         stages = stages._replace(o_pair=stages.o_pair @ p["down_z/weights"] + p["down_z/bias"])
     _, _, o, o_points, norms, o_pair, _ = stages
     parts = [o, *np.moveaxis(o_points, -1, 0), norms, *([] if o_pair is None else [o_pair])]
@@ -71,10 +78,14 @@ def attend(
     rotation: ndarray,
     translation: ndarray,
     mask: ndarray | None = None,
+    key_mask: ndarray | None = None,
+    pair_mask: ndarray | None = None,
 ) -> Stages:
     """Computes lines 5–10 from q, k, v (*B, N, H, C) and local points (*B, N, H, P, 3); `out` is left empty.
 
-    Only the config's widths and norm are used. The pair may differ from the one that gave the bias (*B, H, N, N).
+    Only the config's widths and forms are used. The pair may differ from the one that gave the bias (*B, H, N, N).
+    Keys that key_mask (*B, N) or pair_mask (*B, N, N) hides, or the residue mask from a valid query beside them, have a
+    weight of zero; a query without keys gets zeros.
     """
     q, k, v, *local_points = projections
     rotation, translation = _double(rotation), _double(translation)
@@ -88,17 +99,27 @@ def attend(
     if bias is not None:
         logits = logits + bias
     w_c = math.sqrt(2 / (9 * config.num_point_qk))
-    point_weights = np.log1p(np.exp(gamma))
-    distance2 = np.stack([_distance2(q_points, k_points, head) for head in range(config.num_head)], -3)
-    logits = logits - 0.5 * w_c * point_weights[:, None, None] * distance2
+    point_weights = np.log1p(np.exp(gamma)) if config.point_weight_form == "softplus" else gamma
+    distance = np.stack([_distance(config, q_points, k_points, head) for head in range(config.num_head)], -3)
+    logits = logits - 0.5 * w_c * point_weights[:, None, None] * distance
     logits = math.sqrt(1 / config.num_logit_terms) * logits
-    logits = logits - 1e5 * (mask[..., :, None] * (1 - mask[..., None, :]))[..., None, :, :]
+    masked = mask[..., :, None] * (1 - mask[..., None, :])
+    logits = logits - 1e5 * masked[..., None, :, :]
     attention = _softmax(logits)  # line 7
+    sees = np.ones(mask.shape)
+    if key_mask is not None or pair_mask is not None:
+        seen = masked == 0
+        seen = seen if key_mask is None else seen & (key_mask[..., None, :] != 0)
+        seen = seen if pair_mask is None else seen & (pair_mask != 0)
+        sees = seen.any(-1)
+        attention = _softmax(np.where((seen | ~sees[..., None])[..., None, :, :], logits, -np.inf))
+        attention = attention * sees[..., None, :, None]
 
     o = einsum("...hij,...jhc->...ihc", attention, v)  # line 9
     o_pair = None if pair is None else einsum("...hij,...ijc->...ihc", attention, pair)  # line 8
     o_points = einsum("...hij,...jhpx->...ihpx", attention, v_points)  # line 10
     o_points = einsum("...nyx,...nhpy->...nhpx", rotation, o_points - translation[..., None, None, :])
+    o_points = o_points * sees[..., None, None, None]
     length2 = einsum("...x,...x->...", o_points, o_points)
     epsilon = config.norm_epsilon
     if config.norm_form == "add":
@@ -120,20 +141,36 @@ def _project(p: Mapping[str, ndarray], config: IPAConfig, single: ndarray) -> tu
     if config.layout == "multimer":
         scalars = [linear(f"{letter}_scalar_projection") for letter in "qkv"]
         points = [linear(f"{letter}_point_projection/point_projection") for letter in "qkv"]
-        return *scalars, *(np.swapaxes(x.reshape(*batch, h, 3, x.shape[-1] // 3), -1, -2) for x in points)
+        points = [np.swapaxes(x.reshape(*batch, h, 3, x.shape[-1] // 3), -1, -2) for x in points]
+        return _rotate(p, scalars[0]), _rotate(p, scalars[1]), scalars[2], *points
     qk, p_qk = config.num_scalar_qk, config.num_point_qk
     q = linear("q_scalar").reshape(*batch, h, qk)
     kv = linear("kv_scalar").reshape(*batch, h, qk + config.num_scalar_v)
     q_points = np.moveaxis(linear("q_point_local").reshape(*batch, 3, h, p_qk), -3, -1)
     kv_points = linear("kv_point_local").reshape(*batch, 3, h, p_qk + config.num_point_v)
     kv_points = np.moveaxis(kv_points, -3, -1)
-    return q, kv[..., :qk], kv[..., qk:], q_points, kv_points[..., :p_qk, :], kv_points[..., p_qk:, :]
+    q, k = _rotate(p, q), _rotate(p, kv[..., :qk])
+    return q, k, kv[..., qk:], q_points, kv_points[..., :p_qk, :], kv_points[..., p_qk:, :]
 
 
-def _distance2(q_points: ndarray, k_points: ndarray, head: int) -> ndarray:
-    """Σ_p|q⃗_ip − k⃗_jp|² of one head, (*B, N, N); for all heads at once, the offsets would take far more memory."""
+def _rotate(p: Mapping[str, ndarray], x: ndarray) -> ndarray:
+    """The rotary embedding, if there is one: channels 2i and 2i + 1 turn by n · frequencies[i]."""
+    if "rotary_frequencies" not in p:
+        return x
+    angle = np.arange(x.shape[-3])[:, None, None] * p["rotary_frequencies"]
+    even, odd, cos, sin = x[..., 0::2], x[..., 1::2], np.cos(angle), np.sin(angle)
+    return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
+
+
+def _distance(config: IPAConfig, q_points: ndarray, k_points: ndarray, head: int) -> ndarray:
+    """Σ_p|q⃗_ip − k⃗_jp|² of one head, (*B, N, N), or the sum of lengths that are not squared.
+
+    One head at a time, since the offsets of all heads would take far more memory.
+    """
     offset = q_points[..., :, None, head, :, :] - k_points[..., None, :, head, :, :]
-    return einsum("...ijpx,...ijpx->...ij", offset, offset)
+    if config.distance_form == "squared":
+        return einsum("...ijpx,...ijpx->...ij", offset, offset)
+    return np.sqrt(einsum("...x,...x->...", offset, offset) + config.distance_epsilon).sum(-1)
 
 
 def _softmax(logits: ndarray) -> ndarray:

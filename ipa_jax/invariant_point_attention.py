@@ -20,9 +20,10 @@ from ipa_bridge.checks import (
     warn_if_in_angstroms,
 )
 from ipa_bridge.config import Implementation, IPAConfig
-from ipa_jax.attention import check_implementation, point_attention
+from ipa_jax.attention import check_implementation, masks, point_attention
 from ipa_jax.dtypes import at_least_float32
-from ipa_jax.layers import Initializer, Linear, without_rng
+from ipa_jax.layers import Initializer, Linear, initial_frequencies, rotate_by_index, without_rng
+from ipa_jax.numerics import safe_sqrt
 from ipa_jax.rigid import Rigid
 from ipa_jax.values import at_hand
 
@@ -63,6 +64,8 @@ class InvariantPointAttention(hk.Module):
         rigids: Rigid,
         mask: Shaped[Array, "*B N"] | None = None,
         *,
+        key_mask: Shaped[Array, "*B N"] | None = None,
+        pair_mask: Shaped[Array, "*B N N"] | None = None,
         return_attention: Literal[False] = False,
     ) -> Float[Array, "*B N c_s"]: ...
 
@@ -74,6 +77,8 @@ class InvariantPointAttention(hk.Module):
         rigids: Rigid,
         mask: Shaped[Array, "*B N"] | None = None,
         *,
+        key_mask: Shaped[Array, "*B N"] | None = None,
+        pair_mask: Shaped[Array, "*B N N"] | None = None,
         return_attention: Literal[True],
     ) -> tuple[Float[Array, "*B N c_s"], Float[Array, "*B H N N"]]: ...
 
@@ -85,6 +90,8 @@ class InvariantPointAttention(hk.Module):
         rigids: Rigid,
         mask: Shaped[Array, "*B N"] | None = None,
         *,
+        key_mask: Shaped[Array, "*B N"] | None = None,
+        pair_mask: Shaped[Array, "*B N N"] | None = None,
         return_attention: bool = False,
     ) -> Float[Array, "*B N c_s"] | tuple[Float[Array, "*B N c_s"], Float[Array, "*B H N N"]]: ...
 
@@ -95,6 +102,8 @@ class InvariantPointAttention(hk.Module):
         rigids: Rigid,
         mask: Shaped[Array, "*B N"] | None = None,
         *,
+        key_mask: Shaped[Array, "*B N"] | None = None,
+        pair_mask: Shaped[Array, "*B N N"] | None = None,
         return_attention: bool = False,
     ) -> Float[Array, "*B N c_s"] | tuple[Float[Array, "*B N c_s"], Float[Array, "*B H N N"]]:
         """The update of the single representation, in its dtype (Alg. 22, lines 1–11).
@@ -108,6 +117,9 @@ class InvariantPointAttention(hk.Module):
                 single and pair, at least float32.
             mask: 1 or True where a residue is valid. Valid residues ignore masked ones; masked residues attend to all.
                 The inputs of masked residues must be finite, too.
+            key_mask: 1 or True where residues may attend to a residue. It holds for masked residues too.
+            pair_mask: 1 or True where residue i (row) may attend to residue j (column). A residue that may attend to
+                none reads zeros.
             return_attention: also return the attention weights, heads first.
 
         Raises:
@@ -117,7 +129,7 @@ class InvariantPointAttention(hk.Module):
             UserWarning: a protein's frames seem to be in Å although config.frame_unit is 10 Å or more. Checked only on
                 CPU, outside traces and transforms, where values can be read. Nucleic acids in Å are not detected.
         """
-        check_arrays(single=single, pair=pair, mask=mask)
+        check_arrays(single=single, pair=pair, mask=mask, key_mask=key_mask, pair_mask=pair_mask)
         single, pair = jnp.asarray(single), None if pair is None else jnp.asarray(pair)
         check_rigids(rigids)
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
@@ -126,19 +138,23 @@ class InvariantPointAttention(hk.Module):
         rigids = centre(rigids.astype(at_least_float32(dtype, *(x.dtype for x in rigids))), mask).astype(dtype)
         if self.config.position_scale != 1:
             rigids = rigids.scale_translation(1 / self.config.position_scale)
-        pair_bias_weight, point_weights = self.logit_weights(single.dtype)
+        pair_bias_weight, weights = self.logit_weights(single.dtype)
         o, o_points, o_pair, *attention = point_attention(
             *self.project(single, rigids),
             pair,
             pair_bias_weight=pair_bias_weight,
-            point_weights=point_weights,
+            point_weights=weights,
             mask=mask,
+            key_mask=key_mask,
+            pair_mask=pair_mask,
+            logit_terms=self.config.num_logit_terms,
+            distance_form=self.config.distance_form,
+            distance_epsilon=self.config.distance_epsilon,
             implementation=self.implementation,
             return_attention=return_attention,
         )
-        if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: may follow the sum
-            o_pair = Linear(self.config.pair_value_channel, name="down_z")(o_pair)
-        read = features(self.config, o, rigids.apply_inverse(o_points), o_pair)
+        o_points = masks.zero_where_blind(rigids.apply_inverse(o_points), mask, key_mask, pair_mask)
+        read = features(self.config, o, o_points, self._pair_values(o_pair))
         initializer: Initializer = "zeros" if self.config.zero_init else "linear"
         output_projection = Linear(self.config.num_channel, initializer=initializer, name="output_projection")
         output = output_projection(read).astype(single.dtype)  # line 11
@@ -153,14 +169,26 @@ class InvariantPointAttention(hk.Module):
         monomer = self.config.layout == "monomer"
         projections = self._project_monomer(single) if monomer else self._project_multimer(single)
         q, k, v, q_points, k_points, v_points = (x.astype(rigids.translation.dtype) for x in projections)
+        if self.config.rotary_embedding:
+            width = self.config.num_scalar_qk
+            frequencies = hk.get_parameter(
+                "rotary_frequencies",
+                (width // 2,),
+                at_least_float32(single.dtype),
+                lambda shape, dtype: initial_frequencies(width).astype(dtype),
+            )
+            q, k = (rotate_by_index(x, frequencies) for x in (q, k))
         return q, k, v, rigids.apply(q_points), rigids.apply(k_points), rigids.apply(v_points)
 
     @hk.name_like("__call__")
     def logit_weights(self, dtype: DTypeLike = jnp.float32) -> tuple[Float[Array, "c_z H"] | None, Float[Array, " H"]]:
-        """Weight from pair to one bias per head (line 4; None without a pair), and softplus(γ) (line 7)."""
+        """Weight from pair to one bias per head (line 4), and point weights: softplus(γ) (line 7), or γ itself.
+
+        The weight is None without a pair, and without a bias from it.
+        """
         pair_bias_weight = None
-        if self.config.pair_channel is not None:
-            attention_2d = Linear(self.config.num_head, name="attention_2d")
+        if self.config.pair_channel is not None and self.config.pair_bias:
+            attention_2d = Linear(self.config.num_head, use_bias=self.config.attention_2d_bias, name="attention_2d")
             # Its bias adds a constant to all logits of a head, which cancels in the softmax. It is a parameter because
             # AlphaFold has it.
             pair_bias_weight, _ = attention_2d.parameters(self.config.pair_channel, dtype)
@@ -170,7 +198,18 @@ class InvariantPointAttention(hk.Module):
             at_least_float32(dtype),
             hk.initializers.Constant(self.config.point_weight_init),
         )
-        return pair_bias_weight, jax.nn.softplus(gamma.astype(at_least_float32(gamma.dtype)))
+        return pair_bias_weight, point_weights(self.config, gamma)
+
+    @hk.name_like("__call__")
+    def _pair_values(self, o_pair: Float[Array, "*B N H c_z"] | None) -> Float[Array, "*B N H c"] | None:
+        """The attended pair as it is read: projected, if there is a projection. It is linear, so may follow the sum."""
+        if o_pair is None or self.config.pair_value_channel is None:
+            return o_pair
+        if not self.config.pair_value_per_head:
+            return Linear(self.config.pair_value_channel, name="down_z")(o_pair)
+        shape = (self.config.num_head, self.config.pair_value_channel)
+        per_head = Linear(shape, use_bias=False, name="pair_value")(o_pair)
+        return jnp.swapaxes(jnp.diagonal(per_head, axis1=-3, axis2=-2), -1, -2)
 
     @hk.name_like("__call__")
     def _project_monomer(self, single: Float[Array, "*B N c_s"]) -> Projections:
@@ -239,10 +278,13 @@ def transform_ipa(config: IPAConfig, *, implementation: Implementation | None = 
         rigids: Rigid,
         mask: Shaped[Array, "*B N"] | None = None,
         *,
+        key_mask: Shaped[Array, "*B N"] | None = None,
+        pair_mask: Shaped[Array, "*B N N"] | None = None,
         return_attention: bool = False,
     ) -> Float[Array, "*B N c_s"] | tuple[Float[Array, "*B N c_s"], Float[Array, "*B H N N"]]:
         ipa = InvariantPointAttention(config, implementation=implementation)
-        return ipa(single, pair, rigids, mask, return_attention=return_attention)
+        hidden = {"key_mask": key_mask, "pair_mask": pair_mask}
+        return ipa(single, pair, rigids, mask, **hidden, return_attention=return_attention)
 
     check_config(config, IPAConfig)
     check_implementation(implementation)
@@ -273,11 +315,17 @@ def features(
     return jnp.concatenate([jax.lax.collapse(part, part.ndim - 2) for part in parts], -1)
 
 
+def point_weights(config: IPAConfig, gamma: Float[Array, " H"]) -> Float[Array, " H"]:
+    """Weights of the heads' points, from γ."""
+    gamma = gamma.astype(at_least_float32(gamma.dtype))
+    return jax.nn.softplus(gamma) if config.point_weight_form == "softplus" else gamma
+
+
 def lengths(config: IPAConfig, points: Float[Array, "*B 3"]) -> Float[Array, "*B"]:
-    """Lengths of points; config.norm_form and norm_epsilon keep them above zero."""
+    """Lengths of points by config.norm_form; the gradient is finite even if a length is zero."""
     length2 = jnp.sum(points * points, -1)
     if config.norm_form == "add":
-        return jnp.sqrt(length2 + config.norm_epsilon)
+        return safe_sqrt(length2) if config.norm_epsilon == 0 else jnp.sqrt(length2 + config.norm_epsilon)
     return jnp.sqrt(jnp.maximum(length2, config.norm_epsilon**2))
 
 

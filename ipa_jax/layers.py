@@ -109,6 +109,20 @@ def weight_initializer(initializer: Initializer, num_input: int) -> hk.initializ
     return hk.initializers.TruncatedNormal(stddev=stddev)
 
 
+def initial_frequencies(num_channel: int) -> Float[Array, " C/2"]:
+    """Frequencies of a rotary embedding before training, 10000^(−2i/C) radians per residue (Su et al. 2021)."""
+    return 10000.0 ** (-jnp.arange(0, num_channel, 2, dtype=jnp.float32) / num_channel)
+
+
+def rotate_by_index(x: Float[Array, "*B N H C"], frequencies: Float[Array, " C/2"]) -> Float[Array, "*B N H C"]:
+    """Rotates channels 2i and 2i + 1 of the n-th residue by n · frequencies[i] (Su et al. 2021)."""
+    index = jnp.arange(x.shape[-3], dtype=x.dtype)
+    angle = (index[:, None] * frequencies.astype(x.dtype))[:, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
+
+
 def with_rng(transformed: hk.Transformed, call: str) -> hk.Transformed:
     """Makes apply raise a ValueError that shows the call if the rng is left out.
 

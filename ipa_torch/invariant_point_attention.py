@@ -18,9 +18,10 @@ from ipa_bridge.checks import (
     warn_if_in_angstroms,
 )
 from ipa_bridge.config import Implementation, IPAConfig
-from ipa_torch.attention import check_implementation, point_attention
+from ipa_torch.attention import check_implementation, masks, point_attention
 from ipa_torch.dtypes import at_least_float32, without_autocast
-from ipa_torch.layers import Linear, Module
+from ipa_torch.layers import Linear, Module, initial_frequencies, rotate_by_index
+from ipa_torch.numerics import safe_sqrt
 from ipa_torch.rigid import Rigid
 from ipa_torch.values import at_hand
 
@@ -61,15 +62,23 @@ class InvariantPointAttention(Module):
             self.q_point_projection = PointProjection(c_s, h, c.num_point_qk, use_bias=c.point_bias)
             self.k_point_projection = PointProjection(c_s, h, c.num_point_qk, use_bias=c.point_bias)
             self.v_point_projection = PointProjection(c_s, h, c.num_point_v, use_bias=c.point_bias)
-        if c.pair_channel is not None:
-            self.attention_2d = Linear(c.pair_channel, h)
-            if c.pair_value_channel is not None:
+        if c.rotary_embedding:
+            self.rotary_frequencies = nn.Parameter(initial_frequencies(c.num_scalar_qk))
+        if c.pair_channel is not None and c.pair_bias:
+            self.attention_2d = Linear(c.pair_channel, h, use_bias=c.attention_2d_bias)
+        if c.pair_channel is not None and c.pair_value_channel is not None:
+            if c.pair_value_per_head:
+                self.pair_value = Linear(c.pair_channel, h * c.pair_value_channel, use_bias=False)
+            else:
                 self.down_z = Linear(c.pair_channel, c.pair_value_channel)
         self.output_projection = Linear(c.num_feature, c_s, initializer="zeros" if c.zero_init else "linear")
 
     def reset_parameters(self) -> None:
         """Initialises the parameters again, in the order of construction."""
         nn.init.constant_(self.trainable_point_weights, self.config.point_weight_init)
+        if self.config.rotary_embedding:
+            with torch.no_grad():
+                self.rotary_frequencies.copy_(initial_frequencies(self.config.num_scalar_qk))
         super().reset_parameters()
 
     @overload
@@ -80,6 +89,8 @@ class InvariantPointAttention(Module):
         rigids: Rigid,
         mask: Shaped[Tensor, "*B N"] | None = None,
         *,
+        key_mask: Shaped[Tensor, "*B N"] | None = None,
+        pair_mask: Shaped[Tensor, "*B N N"] | None = None,
         return_attention: Literal[False] = False,
     ) -> Float[Tensor, "*B N c_s"]: ...
 
@@ -91,6 +102,8 @@ class InvariantPointAttention(Module):
         rigids: Rigid,
         mask: Shaped[Tensor, "*B N"] | None = None,
         *,
+        key_mask: Shaped[Tensor, "*B N"] | None = None,
+        pair_mask: Shaped[Tensor, "*B N N"] | None = None,
         return_attention: Literal[True],
     ) -> tuple[Float[Tensor, "*B N c_s"], Float[Tensor, "*B H N N"]]: ...
 
@@ -102,6 +115,8 @@ class InvariantPointAttention(Module):
         rigids: Rigid,
         mask: Shaped[Tensor, "*B N"] | None = None,
         *,
+        key_mask: Shaped[Tensor, "*B N"] | None = None,
+        pair_mask: Shaped[Tensor, "*B N N"] | None = None,
         return_attention: bool = False,
     ) -> Float[Tensor, "*B N c_s"] | tuple[Float[Tensor, "*B N c_s"], Float[Tensor, "*B H N N"]]: ...
 
@@ -112,6 +127,8 @@ class InvariantPointAttention(Module):
         rigids: Rigid,
         mask: Shaped[Tensor, "*B N"] | None = None,
         *,
+        key_mask: Shaped[Tensor, "*B N"] | None = None,
+        pair_mask: Shaped[Tensor, "*B N N"] | None = None,
         return_attention: bool = False,
     ) -> Float[Tensor, "*B N c_s"] | tuple[Float[Tensor, "*B N c_s"], Float[Tensor, "*B H N N"]]:
         """The update of the single representation, in its dtype (Alg. 22, lines 1–11).
@@ -125,6 +142,9 @@ class InvariantPointAttention(Module):
                 single and pair, at least float32.
             mask: 1 or True where a residue is valid. Valid residues ignore masked ones; masked residues attend to all.
                 The inputs of masked residues must be finite, too.
+            key_mask: 1 or True where residues may attend to a residue. It holds for masked residues too.
+            pair_mask: 1 or True where residue i (row) may attend to residue j (column). A residue that may attend to
+                none reads zeros.
             return_attention: also return the attention weights, heads first.
 
         Raises:
@@ -135,30 +155,34 @@ class InvariantPointAttention(Module):
                 CPU, outside traces and transforms, where values can be read. Nucleic acids in Å are not detected.
         """
         check_rigids(rigids, Tensor)
-        check_arrays(Tensor, single=single, pair=pair, mask=mask)
+        check_arrays(Tensor, single=single, pair=pair, mask=mask, key_mask=key_mask, pair_mask=pair_mask)
         check_ipa_inputs(self.config, single, pair, rigids.rotation, rigids.translation, mask)
         _check_unit(self.config, rigids, mask)
         dtype = at_least_float32(*(x.dtype for x in (single, pair) if x is not None))
         rigids = centre(rigids.astype(at_least_float32(dtype, *(x.dtype for x in rigids))), mask).astype(dtype)
         if self.config.position_scale != 1:
             rigids = rigids.scale_translation(1 / self.config.position_scale)
-        pair_bias_weight, point_weights = self.logit_weights()
+        pair_bias_weight, weights = self.logit_weights()
         attended = pair
-        if pair is not None and pair_bias_weight is None:
+        if pair is not None and pair_bias_weight is None and self.config.pair_bias:
             attended, pair_bias_weight = self._with_bias(pair)
         o, o_points, o_pair, *attention = point_attention(
             *self.project(single, rigids),
             attended,
             pair_bias_weight=pair_bias_weight,
-            point_weights=point_weights,
+            point_weights=weights,
             mask=mask,
+            key_mask=key_mask,
+            pair_mask=pair_mask,
+            logit_terms=self.config.num_logit_terms,
+            distance_form=self.config.distance_form,
+            distance_epsilon=self.config.distance_epsilon,
             implementation=self.implementation,
             return_attention=return_attention,
         )
         o_pair = o_pair if attended is pair else o_pair[..., : self.config.pair_channel]
-        if self.config.pair_value_channel is not None:  # linear, and weights sum to 1: may follow the sum
-            o_pair = self.down_z(o_pair)
-        read = features(self.config, o, rigids.apply_inverse(o_points), o_pair)
+        o_points = masks.zero_where_blind(rigids.apply_inverse(o_points), mask, key_mask, pair_mask)
+        read = features(self.config, o, o_points, self._pair_values(o_pair))
         output = self.output_projection(read).to(single.dtype)  # line 11
         return (output, *attention) if return_attention else output
 
@@ -173,19 +197,29 @@ class InvariantPointAttention(Module):
         monomer = self.config.layout == "monomer"
         projections = self._project_monomer(single) if monomer else self._project_multimer(single)
         q, k, v, q_points, k_points, v_points = (x.to(rigids.translation.dtype) for x in projections)
+        if self.config.rotary_embedding:
+            q, k = (rotate_by_index(x, self.rotary_frequencies) for x in (q, k))
         return q, k, v, rigids.apply(q_points), rigids.apply(k_points), rigids.apply(v_points)
 
     def logit_weights(self) -> tuple[Float[Tensor, "c_z H"] | None, Float[Tensor, " H"]]:
-        """Weight from pair to one bias per head (line 4), and softplus(γ) (line 7).
+        """Weight from pair to one bias per head (line 4), and point weights: softplus(γ) (line 7), or γ itself.
 
-        The weight is None without a pair. It is also None if attention_2d was wrapped, replaced or given hooks: then it
-        must be called to know its output.
+        The weight is None without a pair, and if the pair gives no bias. It is also None if attention_2d was wrapped,
+        replaced or given hooks: then it must be called to know its output.
         """
         pair_bias_weight = None
-        if self.config.pair_channel is not None and _is_as_made(self.attention_2d):
+        if self.config.pair_channel is not None and self.config.pair_bias and _is_as_made(self.attention_2d):
             pair_bias_weight = weight_without_bias(self.attention_2d)
-        gamma = self.trainable_point_weights
-        return pair_bias_weight, F.softplus(gamma.to(at_least_float32(gamma.dtype)))
+        return pair_bias_weight, point_weights(self.config, self.trainable_point_weights)
+
+    def _pair_values(self, o_pair: Float[Tensor, "*B N H c_z"] | None) -> Float[Tensor, "*B N H c"] | None:
+        """The attended pair as it is read: projected, if there is a projection. It is linear, so may follow the sum."""
+        if o_pair is None or self.config.pair_value_channel is None:
+            return o_pair
+        if not self.config.pair_value_per_head:
+            return self.down_z(o_pair)
+        per_head = self.pair_value(o_pair).unflatten(-1, (self.config.num_head, -1))
+        return per_head.diagonal(dim1=-3, dim2=-2).transpose(-1, -2)
 
     def _with_bias(self, pair: Float[Tensor, "*B N N c_z"]) -> tuple[Float[Tensor, "*B N N c"], Float[Tensor, "c H"]]:
         """The pair with its biases appended as channels, and the weight that selects these. It copies the pair."""
@@ -268,11 +302,17 @@ def features(
     return torch.cat([part.flatten(-2) for part in parts], -1)
 
 
+def point_weights(config: IPAConfig, gamma: Float[Tensor, " H"]) -> Float[Tensor, " H"]:
+    """Weights of the heads' points, from γ."""
+    gamma = gamma.to(at_least_float32(gamma.dtype))
+    return F.softplus(gamma) if config.point_weight_form == "softplus" else gamma
+
+
 def lengths(config: IPAConfig, points: Float[Tensor, "*B 3"]) -> Float[Tensor, "*B"]:
-    """Lengths of points; config.norm_form and norm_epsilon keep them above zero."""
+    """Lengths of points by config.norm_form; the gradient is finite even if a length is zero."""
     length2 = torch.sum(points * points, -1)
     if config.norm_form == "add":
-        return torch.sqrt(length2 + config.norm_epsilon)
+        return safe_sqrt(length2) if config.norm_epsilon == 0 else torch.sqrt(length2 + config.norm_epsilon)
     return torch.sqrt(torch.clamp(length2, min=config.norm_epsilon**2))
 
 

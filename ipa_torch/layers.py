@@ -129,3 +129,17 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = index.shape[dim]
     return torch.gather(x, dim, index.long().expand(shape))
+
+
+def initial_frequencies(num_channel: int) -> Float[Tensor, " C/2"]:
+    """Frequencies of a rotary embedding before training, 10000^(−2i/C) radians per residue (Su et al. 2021)."""
+    return 10000.0 ** (-torch.arange(0, num_channel, 2, dtype=torch.float32) / num_channel)
+
+
+def rotate_by_index(x: Float[Tensor, "*B N H C"], frequencies: Float[Tensor, " C/2"]) -> Float[Tensor, "*B N H C"]:
+    """Rotates channels 2i and 2i + 1 of the n-th residue by n · frequencies[i] (Su et al. 2021)."""
+    index = torch.arange(x.shape[-3], dtype=x.dtype, device=x.device)
+    angle = (index[:, None] * frequencies.to(x.dtype))[:, None, :]
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)

@@ -50,3 +50,17 @@ def sees_any(allowed: Float[Array, "*B Q N"], mask: Float[Array, "*B N"] | None)
     keys = allowed[..., 0, :] != 0
     if_valid, if_masked = ((keys & x).any(-1, keepdims=True) for x in (mask == 1, jnp.ones_like(mask, bool)))
     return jnp.where(mask == 0, if_masked, if_valid).astype(allowed.dtype)
+
+
+def zero_where_blind(
+    points: Float[Array, "*B N H Pv 3"],
+    mask: Shaped[Array, "*B N"] | None,
+    key_mask: Shaped[Array, "*B N"] | None,
+    pair_mask: Shaped[Array, "*B N N"] | None,
+) -> Float[Array, "*B N H Pv 3"]:
+    """Local points, at zero for queries that may read no key: their global points are no points of any frame."""
+    allowed = combine(key_mask, pair_mask, points.dtype)
+    if allowed is None:
+        return points
+    some = sees_any(allowed, None if mask is None else jax.lax.stop_gradient(mask.astype(points.dtype)))
+    return some[..., None, None, None] * points

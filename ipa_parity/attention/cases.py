@@ -40,6 +40,26 @@ ODD = IPAConfig(
 ODD_MULTIMER = replace(ODD, layout="multimer", scalar_bias=False, norm_form="clamp", frame_unit=20.0)
 ODD_NO_PAIR = replace(ODD, pair_channel=None)
 ODD_DOWN_Z = replace(ODD, pair_value_channel=4, position_scale=10.0, frame_unit=1.0)
+ODD_THREE_TERMS = replace(ODD_NO_PAIR, logit_terms=3)
+ODD_ROTARY = replace(ODD, rotary_embedding=True, pair_bias=False)
+ODD_UNSQUARED = replace(
+    ODD,
+    layout="multimer",
+    attention_2d_bias=False,
+    distance_form="unsquared",
+    distance_epsilon=1e-8,
+    point_weight_form="identity",
+)
+ODD_PAIR_VALUES = replace(
+    ODD,
+    layout="multimer",
+    scalar_bias=False,
+    point_bias=False,
+    norm_epsilon=0.0,
+    distance_form="unsquared",
+    pair_value_channel=4,
+    pair_value_per_head=True,
+)
 ODD_NO_BIAS = replace(ODD, layout="multimer", scalar_bias=False, point_bias=False, frame_unit=None, zero_init=False)
 
 POSITION_SCALE = {"monomer": 10.0, "multimer": 20.0}
@@ -58,6 +78,8 @@ class Case:
     translation: np.ndarray  # (*B, N, 3), in units of the config's frames
     mask: np.ndarray  # (*B, N) bool
     cotangent: np.ndarray  # (*B, N, c_s), of the output
+    key_mask: np.ndarray | None = None  # (*B, N) bool
+    pair_mask: np.ndarray | None = None  # (*B, N, N) bool
 
     @property
     def config(self) -> IPAConfig:
@@ -104,6 +126,7 @@ def make_case(
     cluster: int = 1,
     weights: Weights | None = None,
     structure: Structure | None = None,
+    hidden: tuple[str, ...] = (),
 ) -> Case:
     """A case with random activations and weights, on random frames or on those of a structure.
 
@@ -121,6 +144,8 @@ def make_case(
             logits' gradients are then nothing but rounding.
         weights: the model's weights; None for seeded ones.
         structure: a protein to use instead of random frames.
+        hidden: masks beside the residue mask, "key_mask" and "pair_mask". A third of the keys or pairs are hidden, and
+            by a pair mask all keys from the first query.
     """
     rng = np.random.default_rng(seed)
     if structure is None:
@@ -148,7 +173,19 @@ def make_case(
         translation=translation,
         mask=mask,
         cotangent=rng.standard_normal((*shape, config.num_channel)),
+        **{kind: _hide(rng, shape, kind) for kind in hidden},
     )
+
+
+def _hide(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """A key mask or a pair mask that hides a third; a pair mask leaves the first query no key, and others one."""
+    if kind == "key_mask":
+        mask = rng.random(shape) > 1 / 3
+        mask[..., 0] = True
+        return mask
+    mask = (rng.random((*shape, shape[-1])) > 1 / 3) | np.eye(shape[-1], dtype=bool)
+    mask[..., 0, :] = False
+    return mask
 
 
 CATALOGUE: dict[str, Callable[[], Case]] = {
@@ -159,6 +196,13 @@ CATALOGUE: dict[str, Callable[[], Case]] = {
         ("no-pair", ODD_NO_PAIR, {}),
         ("no-bias", ODD_NO_BIAS, {}),
         ("down-z", ODD_DOWN_Z, {"shape": (2, 7)}),
+        ("three-terms", ODD_THREE_TERMS, {}),
+        ("rotary", ODD_ROTARY, {}),
+        ("unsquared", ODD_UNSQUARED, {}),
+        ("pair-values", ODD_PAIR_VALUES, {"shape": (2, 7)}),
+        ("key-mask", ODD_MULTIMER, {"shape": (2, 7), "hidden": ("key_mask",)}),
+        ("pair-mask", ODD, {"shape": (2, 7), "hidden": ("key_mask", "pair_mask")}),
+        ("pair-mask-unsquared", ODD_UNSQUARED, {"hidden": ("pair_mask",)}),
         ("batch", ODD, {"shape": (2, 5)}),
         ("batch-of-batches", ODD_MULTIMER, {"shape": (2, 3, 5)}),
         ("batch-no-pair", ODD_NO_PAIR, {"shape": (3, 5)}),

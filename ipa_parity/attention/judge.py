@@ -97,12 +97,15 @@ def _declared_scale(case: Case, stage: str, expected: Arrays) -> float | None:
     """The size of the terms in a gradient that is mathematically a sum of (nearly) zero; None for every other stage.
 
     The bias of `attention_2d` adds one number to a whole row of logits, which the softmax removes. So its gradient
-    Σ dL over all pairs is zero, and Σ|dL| is at least max|Σ dL·z| / max|z|. A translation's gradient is the part
+    Σ dL over all pairs is zero, and Σ|dL| is at least max|Σ dL·z| / max|z|. So does the bias of keys that are projected
+    by themselves and not rotated. A translation's gradient is the part
     through the points minus the part through the inverse frame; the two are equal where a residue attends to itself
     alone.
     """
     if stage == "gradient/attention_2d/bias" and case.pair is not None:
         return float(np.abs(expected["gradient/attention_2d/weights"]).max() / np.abs(case.pair).max())
+    if stage == "gradient/k_scalar_projection/bias" and not case.config.rotary_embedding:
+        return float(np.abs(expected["gradient/k_scalar_projection/weights"]).max() / np.abs(case.single).max())
     if stage == "gradient/translation":
         terms = float(np.linalg.norm(_point_cotangent(case, expected), axis=-1).sum((-1, -2)).max())
         return terms if np.abs(expected[stage]).max() < COLLAPSED * terms else None
@@ -118,4 +121,4 @@ def _point_cotangent(case: Case, expected: Arrays) -> np.ndarray:
     first = case.config.num_head * case.config.num_scalar_v
     x, y, z, to_norm = np.split(features[..., first : first + 4 * width], 4, -1)
     direct = np.stack([x, y, z], -1).reshape(points.shape)
-    return direct + to_norm.reshape(norms.shape)[..., None] * points / norms[..., None]
+    return direct + to_norm.reshape(norms.shape)[..., None] * points / np.where(norms > 0, norms, 1)[..., None]

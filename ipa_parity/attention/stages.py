@@ -24,9 +24,8 @@ Arrays = dict[str, np.ndarray]
 
 def run_oracle(case: Case) -> Arrays:
     """The stages in float64 numpy, without gradients."""
-    stages = oracle.invariant_point_attention(
-        case.weights.arrays, case.config, case.single, case.pair, case.rotation, case.translation, case.mask
-    )
+    inputs = (case.single, case.pair, case.rotation, case.translation, case.mask, case.key_mask, case.pair_mask)
+    stages = oracle.invariant_point_attention(case.weights.arrays, case.config, *inputs)
     named = {"points" if name == "o_points" else name: array for name, array in stages._asdict().items()}
     return {name: array for name, array in named.items() if array is not None}
 
@@ -40,13 +39,14 @@ def run_jax(case: Case, *, gradients: bool = True, implementation: Implementatio
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         params = jax.tree.map(jax.numpy.asarray, case.weights.to_haiku())
         inputs = {name: jax.numpy.asarray(x) for name, x in _inputs(case).items()}
-        mask, cotangent = jax.numpy.asarray(case.mask), jax.numpy.asarray(case.cotangent)
+        masks = {name: jax.numpy.asarray(x) for name, x in _masks(case).items()}
+        cotangent = jax.numpy.asarray(case.cotangent)
         rigids = ipa_jax.Rigid(inputs["rotation"], inputs["translation"])
         forward, gradient = _compiled_by_jax(case.config, implementation)
-        stages = jax.tree.map(np.asarray, forward(params, inputs["single"], inputs.get("pair"), rigids, mask))
+        stages = jax.tree.map(np.asarray, forward(params, inputs["single"], inputs.get("pair"), rigids, masks))
         arrays = _named_stages(case.config, *stages)
         if gradients:
-            by_module, by_input = jax.tree.map(np.asarray, gradient(params, inputs, mask, cotangent))
+            by_module, by_input = jax.tree.map(np.asarray, gradient(params, inputs, masks, cotangent))
             by_name = canonical_from_haiku(by_module, case.weights.root)
             arrays |= {f"gradient/{name}": x for name, x in {**by_input, **by_name}.items()}
     return arrays
@@ -61,7 +61,7 @@ def _compiled_by_jax(config: IPAConfig, implementation: Implementation | None) -
     import ipa_jax
     from ipa_jax.attention.reference import attention_logits
 
-    def forward(single: Any, pair: Any, rigids: Any, mask: Any) -> Any:
+    def forward(single: Any, pair: Any, rigids: Any, masks: Mapping[str, Any]) -> Any:
         seen: dict[str, Any] = {}
 
         def watch(call: Callable, args: tuple, kwargs: dict, context: hk.MethodContext) -> Any:
@@ -73,13 +73,14 @@ def _compiled_by_jax(config: IPAConfig, implementation: Implementation | None) -
 
         ipa = ipa_jax.InvariantPointAttention(config, implementation=implementation)
         with hk.intercept_methods(watch):
-            out, attention = ipa(single, pair, rigids, mask, return_attention=True)
-        return out, attention, seen["features"], _logits(attention_logits, seen, pair, mask, jax.numpy.astype)
+            out, attention = ipa(single, pair, rigids, **masks, return_attention=True)
+        logits = _logits(config, attention_logits, seen, pair, masks["mask"], jax.numpy.astype)
+        return out, attention, seen["features"], logits
 
-    def loss(params: Any, inputs: Mapping[str, Any], mask: Any, cotangent: Any) -> Any:
+    def loss(params: Any, inputs: Mapping[str, Any], masks: Mapping[str, Any], cotangent: Any) -> Any:
         rigids = ipa_jax.Rigid(inputs["rotation"], inputs["translation"])
         apply = ipa_jax.transform_ipa(config, implementation=implementation).apply
-        return (apply(params, inputs["single"], inputs.get("pair"), rigids, mask) * cotangent).sum()
+        return (apply(params, inputs["single"], inputs.get("pair"), rigids, **masks) * cotangent).sum()
 
     transformed: Any = hk.without_apply_rng(hk.transform(forward))
     return jax.jit(transformed.apply), jax.jit(jax.grad(loss, argnums=(0, 1)))
@@ -96,7 +97,8 @@ def run_torch(case: Case, *, gradients: bool = True, implementation: Implementat
     module = ipa_torch.InvariantPointAttention(case.config, implementation=implementation)
     module.to(state["trainable_point_weights"].dtype).load_state_dict(state)
     inputs = {name: torch_tensor(x).requires_grad_(gradients) for name, x in _inputs(case).items()}
-    mask, cotangent = torch_tensor(case.mask), torch_tensor(case.cotangent)
+    masks: dict[str, Any] = {name: torch_tensor(x) for name, x in _masks(case).items()}
+    cotangent = torch_tensor(case.cotangent)
     rigids = ipa_torch.Rigid(inputs["rotation"], inputs["translation"])
     seen: dict[str, Any] = {}
 
@@ -108,14 +110,14 @@ def run_torch(case: Case, *, gradients: bool = True, implementation: Implementat
         watch("project")
         watch("logit_weights")
         hook = module.output_projection.register_forward_pre_hook(lambda _, args: seen.update(features=args[0]))
-        out, attention = module(inputs["single"], inputs.get("pair"), rigids, mask, return_attention=True)
-        logits = _logits(attention_logits, seen, inputs.get("pair"), mask, torch.Tensor.to)
+        out, attention = module(inputs["single"], inputs.get("pair"), rigids, **masks, return_attention=True)
+        logits = _logits(case.config, attention_logits, seen, inputs.get("pair"), masks["mask"], torch.Tensor.to)
         arrays = _named_stages(case.config, *(_from_torch(x) for x in (out, attention, seen["features"], logits)))
         hook.remove()
         del module.project, module.logit_weights
     if gradients:
         parameters = dict(module.named_parameters())
-        loss = (module(inputs["single"], inputs.get("pair"), rigids, mask) * cotangent).sum()
+        loss = (module(inputs["single"], inputs.get("pair"), rigids, **masks) * cotangent).sum()
         grads = torch.autograd.grad(loss, [*inputs.values(), *parameters.values()])
         by_input = dict(zip(inputs, map(_from_torch, grads[: len(inputs)]), strict=True))
         by_name = dict(zip(parameters, map(_from_torch, grads[len(inputs) :]), strict=True))
@@ -133,7 +135,15 @@ def _inputs(case: Case) -> Arrays:
     return {name: x for name, x in inputs.items() if x is not None}
 
 
-def _logits(attention_logits: Callable, seen: Mapping[str, Any], pair: Any, mask: Any, cast: Callable) -> Any:
+def _masks(case: Case) -> Arrays:
+    """The masks by the names of the modules' arguments."""
+    masks = {"mask": case.mask, "key_mask": case.key_mask, "pair_mask": case.pair_mask}
+    return {name: x for name, x in masks.items() if x is not None}
+
+
+def _logits(
+    config: IPAConfig, attention_logits: Callable, seen: Mapping[str, Any], pair: Any, mask: Any, cast: Callable
+) -> Any:
     """The reference's logits from the model's own queries, keys and points; `cast(x, dtype)` converts an array."""
     q, k, _, q_points, k_points, _ = seen["project"]
     pair_bias_weight, point_weights = seen["logit_weights"]
@@ -143,9 +153,11 @@ def _logits(attention_logits: Callable, seen: Mapping[str, Any], pair: Any, mask
         q_points,
         k_points,
         None if pair is None else cast(pair, q.dtype),
-        pair_bias_weight=None if pair is None else cast(pair_bias_weight, q.dtype),
+        pair_bias_weight=None if pair_bias_weight is None else cast(pair_bias_weight, q.dtype),
         point_weights=cast(point_weights, q.dtype),
         mask=cast(mask, q.dtype),
+        logit_terms=config.num_logit_terms,
+        distance_epsilon=config.distance_epsilon if config.distance_form == "unsquared" else None,
     )
 
 

@@ -50,3 +50,17 @@ def sees_any(allowed: Float[Tensor, "*B Q N"], mask: Float[Tensor, "*B N"] | Non
         (keys & x).any(-1, keepdim=True) for x in (mask == 1, torch.ones_like(mask, dtype=torch.bool))
     )
     return torch.where(mask == 0, if_masked, if_valid).to(allowed.dtype)
+
+
+def zero_where_blind(
+    points: Float[Tensor, "*B N H Pv 3"],
+    mask: Shaped[Tensor, "*B N"] | None,
+    key_mask: Shaped[Tensor, "*B N"] | None,
+    pair_mask: Shaped[Tensor, "*B N N"] | None,
+) -> Float[Tensor, "*B N H Pv 3"]:
+    """Local points, at zero for queries that may read no key: their global points are no points of any frame."""
+    allowed = combine(key_mask, pair_mask, points.dtype)
+    if allowed is None:
+        return points
+    some = sees_any(allowed, None if mask is None else mask.detach().to(points.dtype))
+    return some[..., None, None, None] * points
