@@ -13,13 +13,13 @@ HIDDEN = -1e30
 def combine(
     key_mask: Shaped[Tensor, "*B N"] | None, pair_mask: Shaped[Tensor, "*B N N"] | None, dtype: torch.dtype
 ) -> Float[Tensor, "*B Q N"] | None:
-    """1 where a query may read a key and 0 elsewhere, with one row for all queries where only keys are masked."""
+    """1 where a query may read a key, else 0; one row serves all queries if there is no pair mask."""
     masks = [x.detach() for x in (None if key_mask is None else key_mask[..., None, :], pair_mask) if x is not None]
     if not masks:
         return None
-    allowed = masks[0] != 0
+    allowed = masks[0].bool()
     for mask in masks[1:]:
-        allowed = allowed & (mask != 0)
+        allowed = allowed & mask.bool()
     return allowed.to(dtype)
 
 

@@ -16,14 +16,13 @@ from ipa_torch.attention import check_implementation
 from ipa_torch.replace.adapters import (
     Adapter,
     Argument,
-    LucidrainsAdapter,
-    OpenFoldAdapter,
     Settings,
     empty_layer,
     is_as_replaced,
     original_class,
 )
 from ipa_torch.replace.recognise import Recognised, find_attentions
+from ipa_torch.replace.systems import LucidrainsAdapter, OpenFoldAdapter
 from ipa_torch.replace.verify import compare_with_original
 
 _NAMES_IN_OLD_PICKLES = {

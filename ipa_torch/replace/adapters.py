@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, NamedTuple, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipa_bridge.config import Implementation, IPAConfig
@@ -17,9 +16,7 @@ from ipa_torch.dtypes import at_least_float32, without_autocast
 from ipa_torch.invariant_point_attention import (
     Projections,
     centre,
-    features,
-    lengths,
-    unpack_monomer,
+    point_weights,
     weight_without_bias,
 )
 from ipa_torch.rigid import Rigid
@@ -67,67 +64,6 @@ class Adapter(nn.Module):
         return empty_layer, self._ipa_twins_classes, *reduced[2:]
 
 
-class OpenFoldAdapter(Adapter):
-    """Adapter of layers of OpenFold, ESMFold, FrameDiff and related systems, called with their own rigids."""
-
-    def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        """The update of the single representation. `z` may be the only entry of `_z_reference_list` instead."""
-        given = _bind_arguments(self, arguments, named)
-        pairs = given.get("_z_reference_list")
-        z = pairs[0] if given["z"] is None and pairs and len(pairs) == 1 else given["z"]
-        return _update(self, given["s"], z, given["r"], given["mask"])
-
-
-def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor | None) -> Tensor:
-    """The forward of `OpenFoldAdapter`. Frames, mask and pair may have fewer batch axes than s."""
-    settings: Settings = layer._ipa_twins
-    _check_untouched(layer)
-    if z is None:
-        raise ValueError("a pair representation was expected, as z or as the entry of _z_reference_list; got None")
-    rotation, translation = _rotation_and_translation(r)
-    batch = s.shape[:-1]
-    rigids = Rigid(rotation.expand(*batch, 3, 3), translation.expand(*batch, 3))
-    z, mask = z.expand(*batch, *z.shape[-2:]), None if mask is None else mask.expand(batch)
-    projections, rigids = _place_points(_openfold_projections(layer, settings, s), z, rigids, mask)
-    o, o_points, o_pair = _attend(settings, projections, z, mask, layer.linear_b, layer.head_weights)
-    if settings.config.pair_value_channel is not None:  # linear, and weights sum to 1: may follow the sum
-        o_pair = layer.down_z(o_pair.to(z.dtype)).to(o_pair.dtype)
-    read = features(settings.config, o, rigids.apply_inverse(o_points), o_pair)
-    return layer.linear_out(read.to(z.dtype))
-
-
-class LucidrainsAdapter(Adapter):
-    """Adapter of the package `invariant-point-attention`: row-vector frames; masked queries weight all keys equally."""
-
-    def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        """The update of the single representation."""
-        layer, settings = cast(Any, self), self._ipa_twins
-        _check_untouched(layer)
-        given = _bind_arguments(self, arguments, named)
-        x, mask = given["single_repr"], given["mask"]
-        pair = None if settings.config.pair_channel is None else given["pairwise_repr"]
-        if settings.config.pair_channel is not None and pair is None:
-            raise ValueError("a pair representation was expected as the second argument; got None")
-        h = settings.config.num_head
-        scalars = (to(x).unflatten(-1, (h, -1)) for to in (layer.to_scalar_q, layer.to_scalar_k, layer.to_scalar_v))
-        points = (_project_points(to, settings, x) for to in (layer.to_point_q, layer.to_point_k, layer.to_point_v))
-        local = (*scalars, *(y.unflatten(-1, (h, -1, 3)) for y in points))
-        frames = Rigid(given["rotations"].transpose(-1, -2), given["translations"])
-        projections, rigids = _place_points(cast(Projections, local), pair, frames, mask)
-        linear = None if pair is None else layer.to_pairwise_attn_bias[0]
-        o, o_points, o_pair = _attend(settings, projections, pair, mask, linear, layer.point_weights)
-        if mask is not None:
-            _, _, v, _, _, v_points = projections
-            valid = mask.bool()[..., None, None]
-            o = torch.where(valid, o, v.mean(-3, keepdim=True))
-            o_points = torch.where(valid[..., None], o_points, v_points.mean(-4, keepdim=True))
-            if pair is not None:
-                o_pair = torch.where(valid, o_pair, pair.mean(-2, dtype=o.dtype)[..., None, :])
-        o_points = rigids.apply_inverse(o_points)
-        parts = [o, o_points.flatten(-2), lengths(settings.config, o_points), *(() if o_pair is None else (o_pair,))]
-        return layer.to_out(torch.cat([part.flatten(-2) for part in parts], -1).to(x.dtype))
-
-
 @cache
 def replaced_class(adapter: Any, original: Any) -> Any:
     """The class of a replaced layer."""
@@ -155,21 +91,7 @@ def is_as_replaced(attention: Adapter) -> bool:
     return type(attention) is replaced_class(*attention._ipa_twins_classes)
 
 
-def _openfold_projections(layer: Any, settings: Settings, s: Tensor) -> Projections:
-    config = settings.config
-    if config.layout == "monomer":
-        points = [_project_points(x, settings, s) for x in (layer.linear_q_points, layer.linear_kv_points)]
-        return unpack_monomer(config, layer.linear_q(s), layer.linear_kv(s), *points)
-    h = config.num_head
-    q, k, v = (x(s).unflatten(-1, (h, -1)) for x in (layer.linear_q, layer.linear_k, layer.linear_v))
-    q_points, k_points, v_points = (
-        _project_points(x, settings, s).unflatten(-1, (h, 3, -1)).transpose(-1, -2)
-        for x in (layer.linear_q_points, layer.linear_k_points, layer.linear_v_points)
-    )
-    return q, k, v, q_points, k_points, v_points
-
-
-def _bind_arguments(layer: Adapter, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+def bind_arguments(layer: Adapter, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call, by their names in the layer's own forward.
 
     Raises:
@@ -204,7 +126,7 @@ def is_neutral(value: Any, neutral: Any) -> bool:
     return value is neutral or (isinstance(value, bool | int | float | str) and value == neutral)
 
 
-def _check_untouched(layer: Any) -> None:
+def check_untouched(layer: Any) -> None:
     """Raises if a submodule that is not called as before was exchanged, or has hooks that only its call would run."""
     for path, kind in layer._ipa_twins.untouched:
         if problem := alteration(layer.get_submodule(path), kind):
@@ -225,7 +147,7 @@ def alteration(module: Any, kind: type[Any]) -> str:
     return "has a forward set on the object" if "forward" in vars(module) else ""
 
 
-def _project_points(projection: Any, settings: Settings, s: Tensor) -> Tensor:
+def project_points(projection: Any, settings: Settings, s: Tensor) -> Tensor:
     """Projects to local points without autocast.
 
     In OpenFold 2 the linear layer is inside a module that also moves the points to the global frame.
@@ -235,7 +157,7 @@ def _project_points(projection: Any, settings: Settings, s: Tensor) -> Tensor:
         return linear(s.to(linear.weight.dtype) if hasattr(linear, "weight") else s)
 
 
-def _rotation_and_translation(r: Any) -> tuple[Tensor, Tensor]:
+def rotation_and_translation(r: Any) -> tuple[Tensor, Tensor]:
     """Rotation matrices and translations of OpenFold's `Rigid`, its multimer's `Rigid3Array` or similar classes."""
     if hasattr(r, "get_rots"):
         rotations = r.get_rots()  # tFold returns the matrices themselves
@@ -243,7 +165,7 @@ def _rotation_and_translation(r: Any) -> tuple[Tensor, Tensor]:
     return tuple(x if isinstance(x, Tensor) else x.to_tensor() for x in (r.rotation, r.translation))  # type: ignore[return-value]
 
 
-def _place_points(
+def place_points(
     projections: Projections, pair: Tensor | None, rigids: Rigid, mask: Tensor | None
 ) -> tuple[Projections, Rigid]:
     """Projections with their points in the global frame, and centred rigids, all in one dtype of at least float32."""
@@ -254,21 +176,37 @@ def _place_points(
     return (q, k, v, q_points, k_points, v_points), rigids
 
 
-def _attend(
+def attend(
     settings: Settings,
     projections: Projections,
     pair: Tensor | None,
     mask: Tensor | None,
     linear: nn.Linear | None,
     gamma: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    pair_mask: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Lines 4 and 7–10 of Alg. 22."""
-    point_weights = F.softplus(gamma.to(at_least_float32(gamma.dtype)))
+    """Lines 4 and 7–10; `linear` projects the pair to one bias per head."""
+    config = settings.config
     return point_attention(
         *projections,
         pair,
         pair_bias_weight=None if linear is None else weight_without_bias(linear),
-        point_weights=point_weights,
+        point_weights=point_weights(config, gamma),
         mask=mask,
+        key_mask=key_mask,
+        pair_mask=pair_mask,
+        logit_terms=config.num_logit_terms,
+        distance_form=config.distance_form,
+        distance_epsilon=config.distance_epsilon,
         implementation=settings.implementation,
     )
+
+
+def __getattr__(name: str) -> Any:
+    """The adapters that were in this module in version 0.1.0, for pickles of replaced layers."""
+    if name in ("OpenFoldAdapter", "LucidrainsAdapter"):
+        systems = importlib.import_module("ipa_torch.replace.systems")
+        return getattr(systems, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,26 +1,24 @@
 """Recognises attentions in a model by the names and shapes of their parameters, and checks if ours can replace them.
 
-To support another system, add an adapter and a row of `SYSTEMS`. Keys are dialects of `ipa_bridge.weights.dialects`.
+To support another system, see `ipa_torch.replace.systems`.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ipa_bridge.config import IPAConfig, NormForm
+from ipa_bridge.config import IPAConfig
 from ipa_bridge.weights.finding import Found, modules
 from ipa_torch.replace.adapters import (
     Adapter,
     Argument,
-    LucidrainsAdapter,
-    OpenFoldAdapter,
     Settings,
     alteration,
     is_as_replaced,
@@ -28,93 +26,10 @@ from ipa_torch.replace.adapters import (
     original_class,
     replaced_class,
 )
-
-
-class System(NamedTuple):
-    """Properties of a system's layers: one row of `SYSTEMS`."""
-
-    adapter: type[Adapter]
-    takes: tuple[str, ...]
-    """Names of the arguments of its forward that our attention also has."""
-    inputs: Callable[..., dict[str, Any]]
-    """Makes these arguments from single, pair, rotation, translation, mask and a function that makes rigids."""
-    bias: str
-    """Submodule that projects the pair to one bias per head."""
-    output: str
-    """Submodule of the output projection."""
-    pair_values: str = ""
-    """Submodule that narrows the pair's channels, if any. Our attention calls it on the sum over the pair."""
-    epsilon: str = "eps"
-    """Attribute of its published class with the epsilon of lengths; one of `_EPSILONS`."""
-    points: str = ""
-    """Path of the linear layer within a point projection; empty if the projection is that layer."""
-    norm_forms: Mapping[str, tuple[NormForm, ...]] = {}
-    """Norm forms of its versions, by layout. The comparison finds which of them a layer computes."""
-    flags: tuple[str, ...] = ()
-    """Arguments of some versions that change how the layer computes, but not its result."""
-    neutral_arguments: Mapping[str, Any] = {}
-    """Arguments of some versions, with the neutral value at which each has no effect."""
-    neutral_attributes: Mapping[str, Any] = {}
-    """Attributes of some versions, with the neutral value at which each has no effect."""
-
+from ipa_torch.replace.systems import SYSTEMS, System
 
 _EPSILONS = ("eps", "config.epsilon")
 """Attributes in which a layer may hold its epsilon."""
-
-
-def _openfold(**options: Any) -> System:
-    """A row of `SYSTEMS` for a system related to OpenFold."""
-    return System(
-        OpenFoldAdapter,
-        takes=("s", "z", "r", "mask"),
-        inputs=lambda s, z, rotation, translation, mask, rigids: {
-            "s": s,
-            "z": z,
-            "r": rigids(rotation, translation),
-            "mask": mask,
-        },
-        bias="linear_b",
-        output="linear_out",
-        pair_values="down_z",
-        flags=("inplace_safe", "_offload_inference", "_z_reference_list"),
-        **options,
-    )
-
-
-SYSTEMS = {
-    "openfold": _openfold(
-        points="linear",
-        norm_forms={"multimer": ("clamp", "add")},  # OpenFold 2 has a class for each
-    ),
-    "openfold_v1": _openfold(),
-    "esmfold": _openfold(epsilon="config.epsilon"),
-    "frameflow": _openfold(
-        neutral_arguments={
-            "attention_mask": None,  # MultiFlow's
-            "z_factor_1": None,  # FlashIPA's, for its flash mode
-            "z_factor_2": None,
-        },
-        neutral_attributes={"dropout_prob": 0, "use_flash_attn": False},  # MultiFlow's and FlashIPA's
-    ),
-    "framediff": _openfold(),
-    "lucidrains": System(
-        LucidrainsAdapter,
-        takes=("single_repr", "pairwise_repr", "rotations", "translations", "mask"),
-        inputs=lambda s, z, rotation, translation, mask, _: {
-            "single_repr": s,
-            "pairwise_repr": z,
-            "rotations": rotation.transpose(-1, -2).to(s.dtype),
-            "translations": translation.to(s.dtype),
-            "mask": mask.bool(),
-        },
-        bias="to_pairwise_attn_bias.0",
-        output="to_out",
-    ),
-}
-"""Systems whose layers can be replaced, by dialect. Layers whose forward takes other arguments are left alone.
-
-Parameters without effect are listed in the dialect.
-"""
 
 
 @dataclass(frozen=True)

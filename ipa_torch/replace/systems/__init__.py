@@ -1,0 +1,15 @@
+"""Systems whose layers can be replaced. To add one, write a file with its adapter and add a row to `SYSTEMS`."""
+
+from __future__ import annotations
+
+from ipa_torch.replace.systems.lucidrains import LUCIDRAINS, LucidrainsAdapter
+from ipa_torch.replace.systems.openfold import OPENFOLD_SYSTEMS, OpenFoldAdapter
+from ipa_torch.replace.systems.system import System
+
+__all__ = ["SYSTEMS", "LucidrainsAdapter", "OpenFoldAdapter", "System"]
+
+SYSTEMS: dict[str, System] = {**OPENFOLD_SYSTEMS, "lucidrains": LUCIDRAINS}
+"""Systems whose layers can be replaced, by dialect. Layers whose forward takes other arguments are left alone.
+
+Parameters without effect are listed in the dialect.
+"""

@@ -1,0 +1,37 @@
+"""Definition of a system whose layers can be replaced: its call, its submodules and what may differ in its versions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ipa_bridge.config import NormForm
+from ipa_torch.replace.adapters import Adapter
+
+
+class System(NamedTuple):
+    """Properties of a system's layers: one row of `SYSTEMS`."""
+
+    adapter: type[Adapter]
+    takes: tuple[str, ...]
+    """Names of the arguments of its forward that our attention also has."""
+    inputs: Callable[..., dict[str, Any]]
+    """Makes these arguments from single, pair, rotation, translation, mask and a function that makes rigids."""
+    bias: str
+    """Submodule that projects the pair to one bias per head."""
+    output: str
+    """Submodule of the output projection."""
+    pair_values: str = ""
+    """Submodule that narrows the pair's channels, if any. Our attention calls it on the sum over the pair."""
+    epsilon: str = "eps"
+    """Attribute of its published class with the epsilon of lengths; one of `_EPSILONS`."""
+    points: str = ""
+    """Path of the linear layer within a point projection; empty if the projection is that layer."""
+    norm_forms: Mapping[str, tuple[NormForm, ...]] = {}
+    """Norm forms of its versions, by layout. The comparison finds which of them a layer computes."""
+    flags: tuple[str, ...] = ()
+    """Arguments of some versions that change how the layer computes, but not its result."""
+    neutral_arguments: Mapping[str, Any] = {}
+    """Arguments of some versions, with the neutral value at which each has no effect."""
+    neutral_attributes: Mapping[str, Any] = {}
+    """Attributes of some versions, with the neutral value at which each has no effect."""
