@@ -30,6 +30,7 @@ def test_a_release_holds_what_it_should(tmp_path):
     folders = ["ipa_bridge", "ipa_jax", "ipa_torch", "ipa_parity", "parity_tests", "benchmarks", "examples", "docs"]
     wanted = {path.relative_to(source).as_posix() for folder in folders for path in (source / folder).rglob("*.*")}
     wanted |= {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt", "noxfile.py", "pyproject.toml"}
+    wanted |= {"ARCHITECTURE.md", "CONTRIBUTING.md", "RELEASE.md", "CITATION.cff"}
     assert not wanted - packed, sorted(wanted - packed)
 
     with zipfile.ZipFile(wheel) as file:

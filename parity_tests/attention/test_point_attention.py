@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from ipa_bridge import oracle
+from ipa_bridge.config import Implementation
 from ipa_bridge.weights.tensors import numpy_array, torch_tensor
 from ipa_parity.attention.cases import CATALOGUE
 from ipa_parity.report import compare
@@ -77,7 +80,7 @@ def test_outputs_come_in_the_values_dtypes(framework):
     assert len(ipa.point_attention(*arrays.values(), **options)) == 3
 
 
-@pytest.mark.parametrize("implementation", ["reference", "streamed", "fused"])
+@pytest.mark.parametrize("implementation", get_args(Implementation))
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_the_mask_is_a_constant(framework, implementation, request):
     """A float mask has no gradient, even if it is so close to 1 that all keys get attention."""

@@ -26,10 +26,31 @@ from loss_cases import (
     violations,
     with_chains,
 )
-from loss_frameworks import DTYPES, GRADIENT, LOSS, Jax, Torch, allowed, assert_close, one_of
+from loss_frameworks import DTYPES, GRADIENT, LOSS, Jax, Torch, allowed, assert_close, inputs, one_of
 from loss_problems import HARD, Frames, Problem, cast, hard_problem, map_floats, synthetic_problem, two
 
 from ipa_bridge.proteins.frames import random_frames
+from ipa_parity.structure_module.stages import TERMS
+
+
+def test_every_loss_has_a_case():
+    """The cases of `LOSSES` call every public function, except two that other tests call; the twins have the same."""
+    framework, called = one_of(Torch), set()
+
+    class Recorder:
+        def __getattr__(self, name):
+            called.add(name)
+            return getattr(framework.losses, name)
+
+    for function in LOSSES.values():
+        framework.numpy(function(Recorder(), inputs(framework, synthetic_problem())))
+    public = {name for name in framework.losses.__all__ if name.islower()}
+    assert public - called == {"structure_target", "extreme_ca_ca_distance_violations"}
+
+
+def test_parity_is_judged_on_every_term(framework):
+    """`ipa_parity` and both frameworks have the same terms in their sums."""
+    assert tuple(framework.losses.TERMS) == TERMS
 
 
 @pytest.mark.covering("framework")
