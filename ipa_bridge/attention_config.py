@@ -78,9 +78,8 @@ class IPAConfig:
         zero_init: the output projection starts at zero, so that a residual branch starts as the identity.
 
     Raises:
-        ValueError: a width is not a positive integer, a name is not one of those listed, ε is not a positive number
-            that float32 can hold, position_scale or frame_unit is not positive, or pair_value_channel is given without
-            pair_channel.
+        ValueError: a width is not a positive integer, a name is not one of those listed, an ε is one that float32
+            cannot hold, position_scale or frame_unit is not positive, or two fields contradict each other.
     """
 
     num_channel: int
@@ -152,9 +151,7 @@ class IPAConfig:
                 f"under the root; got {self.norm_epsilon!r}"
             )
         if self.distance_form == "squared" and self.distance_epsilon != 0:
-            raise ValueError(
-                f"distance_epsilon must be 0 where distance_form is 'squared'; got {self.distance_epsilon!r}"
-            )
+            raise ValueError(f"distance_epsilon must be 0 if distance_form is 'squared'; got {self.distance_epsilon!r}")
         if self.distance_epsilon < SMALLEST_FLOAT32 and self.distance_epsilon != 0:
             raise ValueError(
                 f"distance_epsilon must be 0 or at least {SMALLEST_FLOAT32:.2g}, for float32 to hold it; got "

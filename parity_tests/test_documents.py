@@ -33,6 +33,10 @@ def quoted(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", text)
 
 
+FOLDERS = ("weights/dialects/", "weights/semantics/", "replace/systems/")
+"""Folders with a file for each system, which one row describes."""
+
+
 @cache
 def names_in(path: Path) -> frozenset[str]:
     """What a module defines or imports at its top, and the methods and fields of its classes."""
@@ -71,7 +75,10 @@ def test_every_file_is_listed(packages):
     assert len(listed) == len(set(listed))
     for package in packages:
         paths = (x for x in (ROOT / package).rglob("*") if x.is_file() and "__pycache__" not in x.parts)
-        assert set(listed) == {x.relative_to(ROOT / package).as_posix() for x in paths}, package
+        names = {x.relative_to(ROOT / package).as_posix() for x in paths}
+        names = {next((folder for folder in FOLDERS if x.startswith(folder)), x) for x in names}
+        only_in_torch = {"replace/systems/"} if package == "ipa_jax" else set()
+        assert set(listed) == names | only_in_torch, package
 
 
 def test_every_line_of_the_algorithms_is_where_the_table_says():

@@ -53,17 +53,18 @@ ONLY_IN_ONE = {
     **{
         f"replace.adapters.{name}": "torch layers of several systems keep their own calls, parameters and hooks"
         for name in (
-            *("Argument", "Settings", "Adapter", "OpenFoldAdapter", "OpenFoldAdapter.__call__", "LucidrainsAdapter"),
-            *("LucidrainsAdapter.__call__", "is_as_replaced", "empty_layer", "is_neutral", "alteration"),
+            *("Argument", "Settings", "Adapter", "is_as_replaced", "empty_layer", "is_neutral", "alteration"),
+            *("bind_arguments", "check_untouched", "project_points", "rotation_and_translation", "place_points"),
+            "attend",
         )
     },
     **{
         f"replace.recognise.{name}": "in JAX there is AlphaFold alone, known by where its modules lie"
         for name in (
-            *("System", "Recognised", "Recognised.original", "Recognised.replacement", "Recognised.dtype"),
-            "Recognised.where",
+            *("Recognised", "Recognised.original", "Recognised.replacement", "Recognised.dtype", "Recognised.where"),
         )
     },
+    "replace.recognise.SYSTEMS": "torch has a package of systems",
     "attention.rows.LANES": "XLA's products on CPU need padded heads",
     "attention.rows.SMALLEST_WEIGHT": "subnormal numbers slow torch's products on CPU",
     "attention.rows.Blocks.scratch": "XLA finds memory itself",
@@ -73,6 +74,10 @@ ONLY_IN_ONE = {
         f"attention.rows.{name}": "JAX scans over rows, of which a torch slice tells all"
         for name in ("Rows", "Rows.read", "Rows.write", "Rows.fresh", "RowGradients", "gradients_by_rows")
     },
+    **dict.fromkeys(
+        ("attention.streamed.Options", "attention.fused.Options"),
+        "torch takes numbers where JAX takes one static value",
+    ),
     "attention.rows.einsum": "torch multiplies in full precision by default",
     **{
         f"attention.derivatives.{name}": "how a framework is told what derivatives there are"
@@ -123,12 +128,14 @@ OTHER_SIGNATURES = {
 """Callables of both packages whose arguments differ, each with the reason."""
 
 
+ONLY_IN_TORCH = "replace.systems"
+"""A package of which JAX has no twin: there, AlphaFold is the only system whose modules can be replaced."""
+
+
 def modules(package: str) -> dict[str, ast.Module]:
     folder = ROOT / package
-    return {
-        ".".join(path.relative_to(folder).with_suffix("").parts): ast.parse(path.read_text())
-        for path in sorted(folder.rglob("*.py"))
-    }
+    names = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in sorted(folder.rglob("*.py"))}
+    return {name: ast.parse(path.read_text()) for name, path in names.items() if not name.startswith(ONLY_IN_TORCH)}
 
 
 def signature(function: ast.FunctionDef) -> str:

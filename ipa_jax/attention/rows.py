@@ -66,11 +66,7 @@ class Blocks:
         """The rows' logits, and the sums of their distances, squared or not."""
         operands = self.operands
         logits = einsum("hic,hcj->hij", rows.read(operands.queries, 1), self.keys)
-        distance: Any
-        if self.distance_epsilon is None:
-            distance = sum(offset * offset for offset in self.offsets(rows))
-        else:
-            distance = sum(length for _, length in self.points(rows))
+        distance = self.distances(rows)
         logits -= 0.5 * operands.weights[:, None, None] * distance
         if bias_logits is not None:
             logits += bias_logits
@@ -80,6 +76,12 @@ class Blocks:
             allowed = operands.allowed if len(operands.allowed) == 1 else rows.read(operands.allowed, 0)
             logits = jnp.where(hides(allowed, valid, operands.mask), HIDDEN, logits)
         return logits, distance
+
+    def distances(self, rows: Rows) -> Any:
+        """Sums over points of the squared distances, or of the distances, (H, b, N)."""
+        if self.distance_epsilon is None:
+            return sum(offset * offset for offset in self.offsets(rows))
+        return sum(length for _, length in self.points(rows))
 
     def attention(
         self, rows: Rows, bias_logits: Float[Array, "H b N"] | None
