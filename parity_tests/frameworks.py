@@ -31,6 +31,9 @@ def needs_torch(version: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not torch_is_at_least(version), reason=f"needs the Dynamo of PyTorch {version}")
 
 
+MASKS = ("mask", "key_mask", "pair_mask")
+
+
 class Jax:
     """JAX, with `ipa_jax` where Haiku is installed."""
 
@@ -112,12 +115,12 @@ class Jax:
         return self.jax.enable_x64(arrays["q"].dtype == np.float64)
 
     def run_attention(self, arrays, cotangents, **options):
-        """Outputs of the core, and gradients to every array but the mask."""
+        """Outputs of the core, and gradients to every array but the masks."""
         arrays = {name: self.array(x) for name, x in arrays.items()}
-        mask = arrays.pop("mask")
+        masks = {name: arrays.pop(name) for name in MASKS if name in arrays}
 
         def scalar(arrays):
-            outputs = [x for x in self.attend(**arrays, mask=mask, **options) if x is not None]
+            outputs = [x for x in self.attend(**arrays, **masks, **options) if x is not None]
             weighted = (x * self.array(c).astype(x.dtype) for x, c in zip(outputs, cotangents, strict=False))
             return sum(x.sum() for x in weighted), outputs
 
@@ -239,9 +242,9 @@ class Torch:
             self.torch.use_deterministic_algorithms(was)
 
     def run_attention(self, arrays, cotangents, **options):
-        """Outputs of the core, and gradients to every array but the mask."""
+        """Outputs of the core, and gradients to every array but the masks."""
         tensors = self.tensors(arrays)
-        leaves = {n: x.requires_grad_() for n, x in tensors.items() if x is not None and n != "mask"}
+        leaves = {n: x.requires_grad_() for n, x in tensors.items() if x is not None and n not in MASKS}
         outputs = [x for x in self.attend(**tensors, **options) if x is not None]
         scalar = sum((x * self.array(c).to(x.dtype)).sum() for x, c in zip(outputs, cotangents, strict=False))
         found = self.torch.autograd.grad(scalar, list(leaves.values()))

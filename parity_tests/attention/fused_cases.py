@@ -20,12 +20,26 @@ RAGGED = {
     "wide heads": {"shape": (1, 5), "heads": 2, "width": 32, "widths": (40, 30, 9, 11)},
     "one residue": {"shape": (1, 1), "heads": 2, "width": 32},
     "none": {"shape": (1, 0), "heads": 2, "width": 32},
+    "key mask": {"shape": (2, 37), "heads": 3, "width": 32, "key_mask": True},
+    "pair without a bias": {"shape": (1, 19), "heads": 3, "width": 32, "pair_bias": False},
     "no example": {"shape": (0, 5), "heads": 2, "width": 32},
     "no example, no pair": {"shape": (2, 0, 5), "heads": 2, "width": None},
 }
 
 
-def arrays_of(shape, heads, width, *, widths=(5, 2, 3, 7), mask=True, pair_dtype="float32", spread=1.0, seed=0):
+def arrays_of(
+    shape,
+    heads,
+    width,
+    *,
+    widths=(5, 2, 3, 7),
+    mask=True,
+    key_mask=False,
+    pair_bias=True,
+    pair_dtype="float32",
+    spread=1.0,
+    seed=0,
+):
     """Arguments of `point_attention` by name, and cotangents of its outputs; a bfloat16 pair is rounded to bfloat16."""
     rng = np.random.default_rng(seed)
     *batch, n = shape
@@ -43,10 +57,14 @@ def arrays_of(shape, heads, width, *, widths=(5, 2, 3, 7), mask=True, pair_dtype
         "k_points": centre + draw(*batch, n, heads, p, 3),
         "v_points": draw(*batch, n, heads, pv, 3),
         "pair": None if width is None else draw(*batch, n, n, width),
-        "pair_bias_weight": draw(width, heads) / 3 if width else None,
+        "pair_bias_weight": draw(width, heads) / 3 if width and pair_bias else None,
         "point_weights": abs(draw(heads)),
         "mask": (rng.random((*batch, n)) > 0.2).astype("float32") if mask else None,
     }
+    if key_mask:  # valid queries of the last example may read no key
+        arrays["key_mask"] = (rng.random((*batch, n)) > 0.3).astype("float32")
+        arrays["key_mask"][..., 1] = 1
+        arrays["key_mask"][-1] *= 1 - arrays["mask"][-1]
     if pair_dtype == "bfloat16":
         import ml_dtypes
 

@@ -82,19 +82,19 @@ def test_torch_compiles_whole_and_exports(pair):
         judge(x, e, "out", "float64")
 
 
-@pytest.mark.parametrize("with_attention", [True, False])
-def test_torch_operators_pass_opcheck(with_attention):
+@pytest.mark.parametrize(("with_attention", "epsilon"), [(True, None), (False, 1e-3)])
+def test_torch_operators_pass_opcheck(with_attention, epsilon):
     torch = pytest.importorskip("torch")
     from ipa_torch.attention import streamed
 
     torch.manual_seed(0)
     shapes = [(2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 5, 6), (2, 3, 5, 9), (2, 3, 5, 9), (3,), (2, 5, 5, 7), (7, 3)]
     inputs = [torch.rand(shape) for shape in shapes]
-    mask = torch.ones(2, 5)
-    torch.library.opcheck(streamed._attend, (*inputs, mask, 2, with_attention))
+    inputs += [torch.ones(2, 5), None if epsilon is None else torch.ones(2, 1, 5)]
+    torch.library.opcheck(streamed._attend, (*inputs, epsilon, 2, with_attention))
     d_attention = torch.rand(2, 3, 5, 5) if with_attention else torch.empty(0)
     cotangents = (torch.rand(2, 3, 5, 6), torch.rand(2, 5, 3, 7), d_attention)
-    torch.library.opcheck(streamed._attend_backward, (*cotangents, *inputs, mask, 2, with_attention, True))
+    torch.library.opcheck(streamed._attend_backward, (*cotangents, *inputs, epsilon, 2, with_attention, True))
 
 
 def test_torch_keeps_nothing_of_pairs_but_the_pair_and_a_block():
@@ -179,14 +179,14 @@ def test_nothing_waits_for_a_gpu(backward):
 
     arrays, _ = core_arrays((2, 9))
     tensors = {name: torch_tensor(x).to(torch.float64) for name, x in arrays.items()}
-    inputs = Operands.from_inputs(*first(tensors), *rest(tensors).values(), tensors["mask"])
-    outputs = streamed._attend(*inputs, 4, False)
+    inputs = Operands.from_inputs(*first(tensors), *rest(tensors).values(), tensors["mask"], None, 3)
+    outputs = streamed._attend(*inputs, None, 4, False)
     with Watched() as watched:
-        Operands.from_inputs(*first(tensors), *rest(tensors).values(), tensors["mask"])
+        Operands.from_inputs(*first(tensors), *rest(tensors).values(), tensors["mask"], None, 3)
         if backward:
-            streamed._attend_backward._init_fn(*outputs, *inputs, 4, False, True)
+            streamed._attend_backward._init_fn(*outputs, *inputs, None, 4, False, True)
         else:
-            streamed._attend._init_fn(*inputs, 4, False)
+            streamed._attend._init_fn(*inputs, None, 4, False)
     assert "bmm" in watched.seen
     assert not watched.seen & set(waits)
 
