@@ -58,6 +58,13 @@ def test_gradients_under_vmap():
     assert comparison.passed, comparison
 
 
+def test_jax_dropout_scales_up_what_it_keeps():
+    """The mean stays, as PyTorch's does."""
+    dropped = np.asarray(ipa_jax.layers.dropout(jax.random.key(0), 0.25, jnp.ones(1000, jnp.float32)))
+    assert set(dropped.tolist()) == {0.0, float(np.float32(1 / 0.75))}
+    assert 0.2 < (dropped == 0).mean() < 0.3
+
+
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_zeros_and_unknown_initialisers(framework):
     assert (initial_weights(framework, "zeros") == 0).all()

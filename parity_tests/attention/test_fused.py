@@ -110,6 +110,8 @@ def test_chunks_are_all_queries_once(sizes):
     of = tiling.Sizes(examples, number, 12, 16, 12, 40, 128)
     for chunk in tiling.chunks(of):
         seen[chunk.example : chunk.example + chunk.examples, chunk.row : chunk.row + chunk.rows] += 1
+        assert chunk.example + chunk.examples <= examples
+        assert chunk.row + chunk.rows <= number
         assert chunk.examples == 1 or chunk.rows == number
         queries = chunk.examples * chunk.rows
         assert chunk.examples * of.heads <= tiling.MAX_PROGRAMS

@@ -35,6 +35,16 @@ def test_it_is_the_reference(framework, options, block_size, return_attention):
     judge_all(run(implementation="streamed", block_size=block_size), run(implementation="reference"), "float64")
 
 
+def test_small_weights_count_in_float64(framework):
+    """Also those that float32 would not see beside 1."""
+    arrays, cotangents = core_arrays((9,), spread=8.0)
+    run = partial(framework.run_attention, arrays, cotangents, return_attention=True)
+    expected = run(implementation="reference")
+    attention = expected[0][-1]
+    assert ((attention > 1e-13) & (attention < 1e-9)).any()
+    judge_all(run(implementation="streamed", block_size=4), expected, "float64")
+
+
 @pytest.mark.parametrize("spread", [1.0, 100.0])
 def test_float32_is_as_exact_as_the_reference(framework, spread):
     """Errors against float64 on the same inputs are at most twice the reference's, those of gradients three times."""

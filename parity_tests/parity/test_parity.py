@@ -14,6 +14,7 @@ import pytest
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.proteins import load_structure
 from ipa_bridge.proteins.frames import idealised_peptide, random_frames
+from ipa_bridge.tolerance import bound, epsilon
 from ipa_parity.attention.cases import CATALOGUE, ODD, ODD_MULTIMER, PRESETS, Case, load_weights, make_case
 from ipa_parity.attention.judge import judge
 from ipa_parity.attention.stages import RUNNERS, Arrays, run_oracle
@@ -83,6 +84,18 @@ def test_arrays_that_cannot_be_compared_do_not_pass(actual, expected, problem):
     row = compare(actual, expected, **names)
     assert not row.passed
     assert re.fullmatch(problem, row.problem)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALF_DTYPES])
+def test_bounds_are_the_tables(dtype):
+    """What errs by a tenth less than the bound passes, by a tenth more does not; inputs alone widen it, for points."""
+    names = {"case": "", "stage": "out", "dtype": dtype, "subject": "one", "reference": "other"}
+    one, step = np.ones(3), bound("out", dtype) * epsilon(dtype)
+    for conditioning in (1.0, 3.0):
+        passed = [compare(one + x * conditioning * step, one, **names, conditioning=conditioning) for x in (0.9, 1.1)]
+        assert [row.passed for row in passed] == [True, False]
+    rows = list(judge(CATALOGUE["monomer"](), dtype, frameworks=installed_frameworks()[:1], gradients=False))
+    assert {row.stage for row in rows if row.bound != bound(row.stage, dtype)} <= {"points", "norms"}
 
 
 @pytest.mark.parametrize("name", installed_frameworks())

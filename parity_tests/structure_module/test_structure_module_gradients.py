@@ -13,6 +13,7 @@ from structure_module_cases import (
     start_of,
 )
 
+from ipa_bridge import tolerance
 from ipa_bridge.kinds import parameter_shapes
 from ipa_bridge.proteins import residues
 from ipa_bridge.weights import Weights
@@ -188,3 +189,15 @@ def test_controls_are_caught(control, dtype):
     with pytest.MonkeyPatch.context() as patch:
         control(module, side_chains, patch)
         assert "atom14/layer 3" in caught()
+
+
+def test_what_is_forgiven_goes_by_the_lengths_of_torsion_vectors():
+    """Where all are alike, rotations of groups may err twice what the table says, and not a tenth more."""
+    case, (stage, lengths) = odd_case(), ("group_rotation/layer 1", "unnormalized_angles/layer 1")
+    exact = {stage: np.ones((5, 8, 3, 3)), lengths: np.ones((5, 7, 2))}
+    allowed = 2 * tolerance.bound(stage, "float64") * tolerance.epsilon("float64")
+    rows = [
+        compare_stage(case, "float64", stage, "one", {stage: exact[stage] + x * allowed}, "other", exact)
+        for x in (0.9, 1.1)
+    ]
+    assert [row.passed for row in rows] == [True, False]

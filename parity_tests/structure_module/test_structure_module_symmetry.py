@@ -72,8 +72,9 @@ def test_padding_changes_no_valid_residue(framework, name, dtype):
     assert_same({k: x[:number] for k, x in actual.items()}, expected, dtype, rows=case.mask)
 
 
-def test_frozen_residues_keep_their_frames(framework):
-    case = odd_case()
+@pytest.mark.parametrize("name", ["odd", "odd multimer"])
+def test_frozen_residues_keep_their_frames(framework, name):
+    case = odd_case(name)
     start = start_of(case)
     frozen = np.arange(len(case.mask)) % 3 == 0
     arrays = framework.run_structure_module(case, rigids=start, update_mask=~frozen)
@@ -81,12 +82,17 @@ def test_frozen_residues_keep_their_frames(framework):
         assert_close(arrays[f"rotation/layer {layer}"][frozen], start[0][frozen])
         assert_close(arrays[f"translation/layer {layer}"][frozen], start[1][frozen])
     assert (np.abs(arrays["translation/layer 1"] - start[1]).max(-1)[~frozen] > 1e-3).all()
-    assert_same(
-        framework.run_structure_module(case, rigids=start, update_mask=frozen | True),
-        framework.run_structure_module(case, rigids=start),
-    )
     of_floats = framework.run_structure_module(case, rigids=start, update_mask=(~frozen).astype(np.float32))
     assert_same(of_floats, arrays)
+
+
+def test_without_frozen_residues_all_frames_move(framework):
+    case = odd_case()
+    start, everywhere = start_of(case), np.ones(len(case.mask), bool)
+    assert_same(
+        framework.run_structure_module(case, rigids=start, update_mask=everywhere),
+        framework.run_structure_module(case, rigids=start),
+    )
 
 
 def assert_close(actual, expected):

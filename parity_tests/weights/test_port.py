@@ -173,6 +173,21 @@ def test_a_conversion_that_fails_verification_writes_nothing(tmp_path, capsys, m
     assert not (tmp_path / "c.pt").exists()
 
 
+@pytest.mark.parametrize("damaged", ["q_scalar.weight", "linear_q.weight"])
+def test_either_half_of_a_conversion_is_verified(tmp_path, capsys, monkeypatch, damaged):
+    """The source's names and the target's: a mistake in one of them alone is seen."""
+    Weights.random(ONE_WIDTH).save(tmp_path / "a.safetensors")
+    real = porting.in_dialect
+
+    def half_damaged(*of):
+        return {name: x[::-1].copy() if name == damaged else x for name, x in real(*of).items()}
+
+    monkeypatch.setattr(porting, "in_dialect", half_damaged)
+    convert = ("convert", tmp_path / "a.safetensors", tmp_path / "b.pt", "--to", "openfold", "--verify")
+    code, out, _ = run(capsys, *convert)
+    assert (code, "NOT THE SAME FUNCTION" in out, (tmp_path / "b.pt").exists()) == (1, True, False)
+
+
 def test_overflow_is_not_verified(tmp_path, capsys):
     weights = Weights.random(ODD, dtype=np.float64)
     replace(weights, arrays={name: x * 1e200 for name, x in weights.arrays.items()}).save(tmp_path / "a.npz")
