@@ -207,7 +207,6 @@ CORE = {
     "points flat": ({"q_points": lambda x: x[..., 0]}, ValueError, r"q_points must be"),
     "key points": ({"k_points": lambda x: x[..., :1, :]}, ValueError, r"k_points must be \(2, 5, 3, 5, 3\)"),
     "bias weight transposed": ({"pair_bias_weight": lambda x: x.T}, ValueError, r"pair_bias_weight must be \(6, 3\)"),
-    "pair alone": ({"pair_bias_weight": lambda x: None}, ValueError, "pair is given but pair_bias_weight is None"),
     "weight alone": ({"pair": lambda x: None}, ValueError, "pair_bias_weight is given but pair is None"),
     "point weights": ({"point_weights": lambda x: x[:1]}, ValueError, r"point_weights must be \(3,\)"),
     "mask": ({"mask": lambda x: x[0]}, ValueError, r"mask must be \(2, 5\)"),
