@@ -15,6 +15,7 @@ from ipa_bridge.config import IPAConfig, StructureModuleConfig
 from ipa_bridge.console import Progress, as_command
 from ipa_bridge.proteins import Structure, load_structure
 from ipa_bridge.proteins.frames import idealised_peptide
+from ipa_bridge.tolerance import DTYPES
 from ipa_bridge.version import __version__
 from ipa_bridge.weights import Weights
 from ipa_parity.attention.cases import PRESETS, load_weights, make_case
@@ -36,8 +37,6 @@ KINKS = (
     "and shut in the other. In float64 this does not happen. There the bounds of gradients grow as the shortest\n"
     "predicted torsion vector shrinks, because gradients are divided by its length."
 )
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 @as_command

@@ -15,6 +15,7 @@ import numpy as np
 
 from ipa_bridge.console import Progress, as_command, table_lines
 from ipa_bridge.destinations import check_destination
+from ipa_bridge.tolerance import DTYPES
 from ipa_bridge.version import __version__
 from ipa_bridge.weights.conversion import LOSSES
 from ipa_bridge.weights.dialects import DIALECTS, default_dialect, find_dialect
@@ -28,8 +29,6 @@ from ipa_bridge.weights.reports import (
     Place,
     Verification,
 )
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 EXAMPLES = """\
 examples:
