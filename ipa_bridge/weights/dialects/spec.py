@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -170,6 +170,22 @@ class Form:
     pair_required: bool = True
     pair_value_divisor: int | None = None
     """Width of the attended pair is c_z divided by this; None if the pair is attended to without projection."""
+    logit_terms: int | None = None
+    """Terms that its scale of the logits counts; None for 3 with a pair representation and 2 without."""
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the config fields in `OTHERS` that differ from AlphaFold's."""
+
+
+OTHERS = {
+    "distance_form": "squared",
+    "distance_epsilon": 0.0,
+    "point_weight_form": "softplus",
+    "rotary_embedding": False,
+    "pair_bias": True,
+    "attention_2d_bias": True,
+    "pair_value_per_head": False,
+}
+"""Config fields that a form fixes and a conversion cannot change, with AlphaFold's values."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +206,7 @@ class Dialect:
         transitions: number of linear layers in their structure module's transition if it is fixed; None if it is free.
         unused: config type to the names and shapes of parameters that the modules own but no forward pass reads. They
             are ignored on reading and written as zeros, so that a strict load succeeds.
+        misfits: function from an attention's config to reasons why their class cannot be constructed with its widths.
         varies: names of config fields in which its published models differ, or that its constructors take.
         shared: config type to the names of config fields in which systems with the same parameter names differ. Only
             naming the dialect determines these fields.
@@ -209,6 +226,7 @@ class Dialect:
     epsilon_argument: str = "eps"
     transitions: int | None = None
     unused: Mapping[type, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    misfits: Callable[[IPAConfig], Iterable[str]] = lambda config: ()
     varies: tuple[str, ...] = ()
     shared: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
     part_widths: Callable[[Shapes], Mapping[str, tuple[int, ...]]] = lambda shapes: {}
@@ -289,8 +307,9 @@ class Dialect:
             ValueError: parameters are missing, or sizes do not divide by the number of heads.
         """
         found: Shapes = {}
-        told = self.part_widths(shapes)
-        for theirs, parts in self._parts(shapes, kind).items():
+        told, several = self.part_widths(shapes), self._parts(shapes, kind)
+        for theirs, first in self.canonical_names(shapes, kind).items():
+            parts = several.get(theirs, [first])
             for ours, shape in zip(parts, _split(theirs, parts, shapes[theirs], told), strict=True):
                 found[ours] = shape[::-1] if ours.endswith("/weights") else shape
         return self.finish(infer_config(found))
