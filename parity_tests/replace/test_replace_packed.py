@@ -96,7 +96,9 @@ def test_outputs_and_gradients_stay(which, dtype, implementation):
         results.append((out, weights, dict(zip(read, gradients, strict=True))))
     (out, weights, gradients), (true_out, true_weights, true_gradients) = results
     judge(out, true_out, None, dtype=name)
-    assert (weights is None) == (true_weights is None) == (layer.dialect == "abodybuilder2" or which[9:] != "with weights")
+    assert (
+        (weights is None) == (true_weights is None) == (layer.dialect == "abodybuilder2" or which[9:] != "with weights")
+    )
     if weights is not None:
         judge(weights, true_weights, None, "attention", name)
     assert gradients.keys() == true_gradients.keys()
@@ -155,7 +157,9 @@ def test_half_precision(which, dtype):
     given = inputs(which, dtype)
     out, _ = call(layer, given)
     assert out.dtype == dtype
-    judge(out.float(), call(exact, [x.double() if x.is_floating_point() else x for x in given])[0], None, dtype=row.dtype)
+    judge(
+        out.float(), call(exact, [x.double() if x.is_floating_point() else x for x in given])[0], None, dtype=row.dtype
+    )
 
 
 @pytest.mark.parametrize("number", [NUMBER, 120])

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dialect_cases import ONE_WIDTH, assert_same_bits, state_of
+from dialect_cases import ABODYBUILDER2, FLASHABB, ONE_WIDTH, assert_same_bits, convert, state_of
 
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.weights import Weights, porting
-from ipa_bridge.weights.dialects import DIALECTS, Dialect, Form
+from ipa_bridge.weights.conversion import LOSSES
+from ipa_bridge.weights.dialects import DIALECTS, Dialect, Form, find_dialect
 from ipa_bridge.weights.dialects.spec import Order, Row, packed
 from ipa_bridge.weights.files import write_arrays
 from ipa_bridge.weights.finding import find_module
@@ -149,3 +150,62 @@ def test_orders_of_groups():
     points = np.stack([14 + 2 * h + p, *(2 + 4 * c + 2 * h + p for c in range(3))], -1)
     assert order.indices(config).tolist() == [18, 19, 0, 1, *points.reshape(-1)]
     assert order.widths(config) == [2, 12, 4, 2]
+
+
+# --- ABodyBuilder2 and FlashABB
+
+
+@pytest.mark.parametrize("spectrum", [128, None])
+@pytest.mark.parametrize(("num_point_qk", "num_point_v"), [(4, 8), (1, 1), (12, 3), (16, 31), (19, 8)])
+def test_flashabbs_numbers_of_points(num_point_qk, num_point_v, spectrum):
+    """`linear_points` gives their sum and `linear_out` the value points, with a spectrum of 128 channels or without."""
+    config = replace(FLASHABB, num_point_qk=num_point_qk, num_point_v=num_point_v, pair_channel=spectrum)
+    config = replace(config, pair_bias=spectrum is None)
+    shapes = {name: x.shape for name, x in state_of(Weights.random(config), "flashabb").items()}
+    assert find_dialect("flashabb").infer(shapes, IPAConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("linear_points.weight", (154, 11)), ("linear_out.weight", (11, 481)), ("head_weights", (0,))]
+)
+def test_flashabbs_widths_that_do_not_fit(name, shape):
+    shapes = {x: y.shape for x, y in state_of(Weights.random(FLASHABB), "flashabb").items()}
+    with pytest.raises(ValueError, match=r"linear_points\.weight \(.*\) does not fit linear_out\.weight \(.*2 P \+ Pv"):
+        find_module({**shapes, name: shape})
+
+
+def test_what_one_system_determines():
+    """ABodyBuilder2's class has one function; ε and the frames' unit are arguments or inputs of FlashABB's."""
+    for config, dialect, assumed in (
+        (ABODYBUILDER2, "abodybuilder2", set()),
+        (FLASHABB, "flashabb", {"norm_epsilon", "frame_unit"}),
+    ):
+        shapes = {x: y.shape for x, y in state_of(Weights.random(config), dialect).items()}
+        assert find_module(shapes)[1:] == (config, assumed)
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "message"),
+    [
+        (ABODYBUILDER2, "openfold", "its attention has distance_form='squared', and here it is 'unsquared'"),
+        (ABODYBUILDER2, "lucidrains", "its attention has point_weight_form='softplus', and here it is 'identity'"),
+        (
+            replace(ABODYBUILDER2, distance_epsilon=1e-6),
+            "abodybuilder2",
+            "distance_epsilon=1e-08, and here it is 1e-06",
+        ),
+        (
+            replace(ABODYBUILDER2, attention_2d_bias=True),
+            "abodybuilder2",
+            "attention_2d_bias=False, and here it is True",
+        ),
+        (FLASHABB, "openfold", "its attention has rotary_embedding=False, and here it is True"),
+        (replace(FLASHABB, pair_channel=64), "flashabb", "pair_channel must be 128, or None for .*, not 64"),
+        (replace(FLASHABB, logit_terms=2), "flashabb", r"scales its logits by √\(1/3\), and logit_terms is 2 here"),
+        (replace(ONE_WIDTH, logit_terms=2), "openfold", r"scales its logits by √\(1/3\), and logit_terms is 2 here"),
+        (ONE_WIDTH, "flashabb", "its attention has rotary_embedding=True, and here it is False"),
+    ],
+)
+def test_other_functions_are_refused_even_as_losses(config, target, message):
+    with pytest.raises(ValueError, match=rf"cannot represent this:(?s:.)*{message}"):
+        convert(Weights.random(config), target, allow_lossy=list(LOSSES))

@@ -1,6 +1,7 @@
-"""ABodyBuilder2, NanoBodyBuilder2 and TCRBuilder2 (the PyPI package `ImmuneBuilder`): one class in each `layers.{i}.IPA`.
+"""ABodyBuilder2, NanoBodyBuilder2 and TCRBuilder2, which share one class (the PyPI package `ImmuneBuilder`).
 
-Distances are not squared, point weights are γ itself, and frames are in Å.
+Each layer of a model has its own weights at `layers.{i}.IPA`. Distances are not squared, point weights are γ itself, and
+frames are in Å.
 """
 
 from __future__ import annotations

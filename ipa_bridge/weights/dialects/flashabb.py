@@ -30,7 +30,9 @@ ATTENTION = (
 def point_widths(shapes: Shapes) -> Mapping[str, tuple[int, ...]]:
     """Numbers of outputs of `linear_points` for query points, and for key and value points.
 
-    `linear_out` gives the number of value points: it reads H (C + 4 Pv) features, and 128 H more if there is a spectrum.
+    `linear_out` gives the number of value points: it reads H (C + 4 Pv) features, and 128 H more with a spectrum. With
+    more than 32 value points or more than 16 query points, both readings may fit. A spectrum is assumed then, since the
+    published class has 8 value points.
 
     Raises:
         ValueError: the widths do not fit each other.
@@ -38,9 +40,7 @@ def point_widths(shapes: Shapes) -> Mapping[str, tuple[int, ...]]:
     names = ("linear_points.weight", "linear_q.weight", "linear_out.weight", "head_weights")
     if not all(len(shapes.get(name, ())) == 1 + name.endswith("weight") for name in names):
         return {}  # missing or misshapen parameters raise later
-    outputs, scalars, features, heads = (
-        shapes[name][axis] for name, axis in zip(names, (0, 0, 1, 0), strict=True)
-    )
+    outputs, scalars, features, heads = (shapes[name][axis] for name, axis in zip(names, (0, 0, 1, 0), strict=True))
     for spectrum in (SPECTRUM, 0):
         rest = features - scalars - heads * spectrum
         if heads < 1 or rest < 4 * heads or rest % (4 * heads):
@@ -58,7 +58,9 @@ def point_widths(shapes: Shapes) -> Mapping[str, tuple[int, ...]]:
 
 def _finish(config: Config) -> Config:
     """Sets what names and shapes do not show."""
-    return replace(config, logit_terms=3, norm_epsilon=1e-7, frame_unit=1.0) if isinstance(config, IPAConfig) else config
+    return (
+        replace(config, logit_terms=3, norm_epsilon=1e-7, frame_unit=1.0) if isinstance(config, IPAConfig) else config
+    )
 
 
 def _misfits(config: IPAConfig) -> list[str]:

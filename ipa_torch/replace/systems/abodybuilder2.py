@@ -53,8 +53,8 @@ def _their_rigids(original: type, rotation: Tensor, translation: Tensor) -> Any:
                 rotations = home.Rot(*rotation.flatten(-2).unbind(-1))
                 return rigid(home.Vector(*translation.unbind(-1)), rotations)
     raise ValueError(
-        f"a class Rigid was expected in the module that defines {original.__name__}, with classes Rot and Vector beside "
-        "it; there is none"
+        f"a class Rigid was expected in the module that defines {original.__name__}, with classes Rot and Vector "
+        "beside it; there is none"
     )
 
 
