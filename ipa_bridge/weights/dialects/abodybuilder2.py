@@ -1,7 +1,7 @@
 """ABodyBuilder2, NanoBodyBuilder2 and TCRBuilder2, which share one class (the PyPI package `ImmuneBuilder`).
 
-Each layer of a model has its own weights at `layers.{i}.IPA`. Distances are not squared, point weights are γ itself, and
-frames are in Å.
+Each layer of a model has its own weights at `layers.{i}.IPA`. Distances are not squared, point weights are γ itself,
+and frames are in Å.
 """
 
 from __future__ import annotations
