@@ -46,7 +46,7 @@ class FlashABBAdapter(Adapter):
         keys = given["mask"].expand(batch).bool()
         keys = keys | ~keys.any(-1, keepdim=True)  # their mask shifts all logits alike where it hides all keys
         projections, rigids = place_points(_projections(layer, settings, s), None, rigids, keys)
-        q, k, v, *points = projections
+        q, k, v, q_points, k_points, v_points = projections
         q, k = (rotate_by_index(x, layer.rotary_emb.freqs) for x in (q, k))
         if config.pair_channel is not None:
             indices = torch.arange(s.shape[-2], device=s.device) if indices is None else indices
@@ -57,7 +57,7 @@ class FlashABBAdapter(Adapter):
         unasked = returns_weights and settings.implementation != "fused" and _keeps_weights(config)
         o, o_points, _, *attention = attend(
             settings,
-            (q, k, v, *points),
+            (q, k, v, q_points, k_points, v_points),
             None,
             None,
             None,
