@@ -213,6 +213,52 @@ class IPAConfig:
         )
 
     @classmethod
+    def abodybuilder2(cls, embed_dim: int = 128) -> IPAConfig:
+        """The attention of ABodyBuilder2, NanoBodyBuilder2 and TCRBuilder2, which takes frames in Å.
+
+        Args:
+            embed_dim: c_s and c_z. Of each system's four models, some have 128 and some 256.
+        """
+        return cls(
+            num_channel=embed_dim,
+            pair_channel=embed_dim,
+            num_head=12,
+            num_scalar_qk=16,
+            num_scalar_v=16,
+            num_point_qk=4,
+            num_point_v=8,
+            layout="multimer",
+            scalar_bias=False,
+            point_bias=False,
+            distance_form="unsquared",
+            distance_epsilon=1e-8,
+            point_weight_form="identity",
+            attention_2d_bias=False,
+            frame_unit=1.0,
+        )
+
+    @classmethod
+    def flashabb(cls) -> IPAConfig:
+        """FlashABB's attention, which takes frames in Å.
+
+        Its pair representation is the one-hot (index of j − index of i) mod 128 of residues i and j.
+        """
+        return cls(
+            num_channel=128,
+            pair_channel=128,
+            num_head=12,
+            num_scalar_qk=16,
+            num_scalar_v=16,
+            num_point_qk=4,
+            num_point_v=8,
+            norm_epsilon=1e-7,
+            logit_terms=3,
+            rotary_embedding=True,
+            pair_bias=False,
+            frame_unit=1.0,
+        )
+
+    @classmethod
     def lucidrains(
         cls,
         dim: int,

@@ -20,7 +20,7 @@ from ipa_bridge.config import (
     StructureModuleConfig,
 )
 from ipa_bridge.kinds import attention_of, has_attention, kind_of, parameter_shapes, replace_attention
-from ipa_bridge.weights.dialects import Dialect, Form, layout_of
+from ipa_bridge.weights.dialects import OTHERS, Dialect, Form, layout_of
 
 Arrays = Mapping[str, np.ndarray]
 """Parameters by canonical name."""
@@ -280,6 +280,14 @@ def _refuse(config: Config, dialect: Dialect) -> None:
             f"its scalar values are as wide as its queries and keys: num_scalar_v must be {ipa.num_scalar_qk}, not "
             f"{ipa.num_scalar_v}"
         )
+    for field, usual in OTHERS.items():
+        theirs, here = form.others.get(field, usual), getattr(ipa, field)
+        if here != theirs and not (ipa.pair_channel is None and field in _OF_PAIR_BIAS):
+            reasons.append(f"its attention has {field}={theirs!r}, and here it is {here!r}")
+    terms = form.logit_terms or (2 if ipa.pair_channel is None else 3)
+    if ipa.num_logit_terms != terms:
+        reasons.append(f"it scales its logits by √(1/{terms}), and logit_terms is {ipa.num_logit_terms} here")
+    reasons += dialect.misfits(ipa)
     if isinstance(config, StructureModuleConfig):
         if not config.tied_layers:
             reasons.append("one set of weights serves all its layers: tied_layers must be True")
@@ -289,6 +297,10 @@ def _refuse(config: Config, dialect: Dialect) -> None:
             )
     if reasons:
         raise ValueError(f"{dialect.title} cannot represent this:" + "".join(f"\n  {reason}" for reason in reasons))
+
+
+_OF_PAIR_BIAS = ("pair_bias", "attention_2d_bias")
+"""Config fields that mean nothing without a pair representation."""
 
 
 def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:

@@ -218,11 +218,15 @@ def _untold(found: Sequence[Found], readings: Sequence[Config], named: bool, sou
     return frozenset(values[0]) - agreed.intersection(*told)
 
 
+_GENERAL_WORDS = frozenset({"edge", "final"})
+"""Words in names of attentions' submodules that also other modules beside an attention may have."""
+
+
 @cache
 def _words_of_attentions() -> frozenset[str]:
-    """Words in the names of submodules of other systems' attentions."""
+    """Words in the names of submodules of other systems' attentions, and of few other modules."""
     rows = (row for each in DIALECTS.values() for layout in each.rows.get(IPAConfig, {}).values() for row in layout)
-    return frozenset(word for row in rows for word in _words(row.theirs.partition(".")[0]))
+    return frozenset(word for row in rows for word in _words(row.theirs.partition(".")[0])) - _GENERAL_WORDS
 
 
 def _words(module: str) -> list[str]:

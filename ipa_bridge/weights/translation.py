@@ -23,7 +23,9 @@ def in_dialect(
 ) -> dict[str, np.ndarray]:
     """Arrays in a dialect's names and layout, below a root; parameters that its modules never read are zeros."""
     names = dialect.names(config)
-    found = {theirs: transform.apply(arrays[name]) for name, (theirs, transform) in names.items()}
+    found: dict[str, np.ndarray] = {}
+    for name, (theirs, transform) in names.items():
+        found[theirs] = transform.apply(arrays[name], found.get(theirs))
     dtype = next(iter(found.values())).dtype
     unused = dialect.unused.get(type(config), {})
     found |= {theirs: np.zeros(shape, dtype) for theirs, shape in unused.items()}
@@ -46,7 +48,11 @@ def from_dialect(
     """
     names, below = found.dialect.names(config), found.parts(shapes, config).below
     wanted, ours = parameter_shapes(config), found.dialect.canonical_names(below, found.kind)
-    problems = [f"missing {name} {shape}" for name, shape in wanted.items() if names[name][0] not in below]
+    problems = [
+        f"missing {name} {shape}" + _packed_in(*names[name])
+        for name, shape in wanted.items()
+        if names[name][0] not in below
+    ]
     known = {theirs for theirs, _ in names.values()}
     problems += [
         f"unexpected {ours.get(theirs, theirs)} {shapes[key]}" for theirs, key in below.items() if theirs not in known
@@ -58,14 +64,21 @@ def from_dialect(
         shape = shapes[below[theirs]]
         if shape == transform.their_shape:
             continue
+        if transform.packed:
+            problems.append(f"{name}{_packed_in(theirs, transform)}: got {shape}")
+            continue
         shown = shape[::-1] if transform.turned else shape
         problems.append(f"{name} must be {transform.shape}, got {shown}" + _in_the_file(name, theirs, transform, shape))
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
     if problems:
         raise ValueError("these parameters do not fit the config:\n  " + "\n  ".join(problems))
+    packed: dict[str, np.ndarray] = {}
     for name, (theirs, transform) in names.items():
-        arrays[name] = transform.invert(read(below[theirs]))
+        array = packed[theirs] if theirs in packed else read(below[theirs])
+        if transform.packed:  # read once for all its parts
+            packed[theirs] = array
+        arrays[name] = transform.invert(array)
     return arrays
 
 
@@ -83,6 +96,11 @@ def canonical_from_torch(
         ours: transform.invert(arrays[theirs])
         for ours, (theirs, transform) in find_dialect(dialect).names(config).items()
     }
+
+
+def _packed_in(theirs: str, transform: Transform) -> str:
+    """The parameter of another system that packs one of ours, for an error message."""
+    return f", part of {theirs} {transform.their_shape}" if transform.packed else ""
 
 
 def _in_the_file(name: str, theirs: str, transform: Transform, shape: tuple[int, ...]) -> str:

@@ -186,6 +186,7 @@ def attend(
     *,
     key_mask: Tensor | None = None,
     pair_mask: Tensor | None = None,
+    return_attention: bool = False,
 ) -> tuple[Any, ...]:
     """Lines 4 and 7–10; `linear` projects the pair to one bias per head."""
     config = settings.config
@@ -201,6 +202,7 @@ def attend(
         distance_form=config.distance_form,
         distance_epsilon=config.distance_epsilon,
         implementation=settings.implementation,
+        return_attention=return_attention,
     )
 
 

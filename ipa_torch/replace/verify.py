@@ -200,7 +200,8 @@ def _run(
             linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
 
     draw(system.output)
-    if config.pair_channel is not None and not cast(Any, copied.get_submodule(system.bias)).weight.any():
+    reads_pair = config.pair_channel is not None and config.pair_bias
+    if reads_pair and not cast(Any, copied.get_submodule(system.bias)).weight.any():
         draw(system.bias)
     for name in layer.unused:  # so that their use would change the results
         owner, _, leaf = name.rpartition(".")
@@ -219,7 +220,8 @@ def _run(
     needed = {x.name: next(iter(x.neutral), None) for x in layer.settings.takes if x.default is inspect.Parameter.empty}
     with without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = type(copied).forward(copied, **(needed | given))
+        returned = type(copied).forward(copied, **(needed | given))
+        out = returned[0] if isinstance(returned, tuple) else returned
         gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
     to_single, *to_pair = (
         _numpy(torch.zeros_like(x) if g is None else g) for g, x in zip(gradients, inputs, strict=True)
@@ -271,6 +273,8 @@ def _make_rigids(layer: Recognised, rotation: Tensor, translation: Tensor) -> An
     Their class is the annotation of forward's `r`. Without one, it is a class with a usual name in the Python file of
     the layer, or of a module around the layer, since that module has to make rigids to call it.
     """
+    if layer.system.rigids is not None:
+        return layer.system.rigids(layer.original, rotation, translation)
     kinds = _annotated_rigids(layer.original) or _rigids_beside((layer.original, *layer.callers))
     if not kinds:
         around = " or ".join(dict.fromkeys(x.__name__ for x in (layer.original, *layer.callers)))

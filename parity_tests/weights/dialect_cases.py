@@ -23,6 +23,26 @@ from ipa_parity.attention.cases import ODD, ODD_DOWN_Z, ODD_MULTIMER, ODD_NO_BIA
 ONE_WIDTH = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
 SMALL_MODULE = StructureModuleConfig(ipa=ONE_WIDTH, sidechain_channel=5, num_layer=8)
 """Odd, distinct widths, for systems with one width for scalar queries, keys and values."""
+ABODYBUILDER2 = replace(
+    ONE_WIDTH,
+    layout="multimer",
+    scalar_bias=False,
+    point_bias=False,
+    distance_form="unsquared",
+    distance_epsilon=1e-8,
+    point_weight_form="identity",
+    attention_2d_bias=False,
+    frame_unit=1.0,
+)
+FLASHABB = replace(
+    ONE_WIDTH,
+    pair_channel=128,
+    pair_bias=False,
+    logit_terms=3,
+    rotary_embedding=True,
+    norm_epsilon=1e-7,
+    frame_unit=1.0,
+)
 FRAMEDIFF = replace(ODD_DOWN_Z, num_scalar_v=ODD.num_scalar_qk, pair_channel=8, pair_value_channel=2)
 
 NATIVE = {
@@ -38,6 +58,9 @@ NATIVE = {
     "framediff": ("framediff", FRAMEDIFF),
     "frameflow": ("frameflow", FRAMEDIFF),
     "lucidrains": ("lucidrains", ODD_NO_BIAS),
+    "abodybuilder2": ("abodybuilder2", ABODYBUILDER2),
+    "flashabb": ("flashabb", FLASHABB),
+    "flashabb without spectra": ("flashabb", replace(FLASHABB, pair_channel=None, pair_bias=True)),
     "lucidrains without pair": ("lucidrains", replace(ODD_NO_BIAS, pair_channel=None)),
     "lucidrains block": ("lucidrains", IPABlockConfig.lucidrains(6, heads=2, ff_mult=2)),
     "lucidrains transformer": (

@@ -1,17 +1,18 @@
 """Definition of a dialect: one table, read both ways, of how another system names and lays out our parameters.
 
-A row gives our module, their module, and their order of its features. All rows share torch's form of a linear layer's
-weight: outputs first, heads flattened. Every step only permutes numbers, so converting back gives the same bits.
+A row gives our module, their module, and their order of its features. One of their modules may pack several of ours.
+All rows share torch's form of a linear layer's weight: outputs first, heads flattened. Every step only permutes
+numbers, so converting back gives the same bits.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,10 @@ class Order:
     """The order of the same features in our form and in theirs.
 
     An order is one or more groups, separated by bars. The letters of a group are its axes, outermost first; `sizes`
-    gives their sizes. For example, "c h q" is coordinate, then head, then query point.
+    gives their sizes. For example, "c h q" is coordinate, then head, then query point. Each group of theirs is the
+    first group of ours with the same letters that no earlier group is. Groups of theirs that are joined by a plus are
+    concatenated along their last axis; "1" is an axis of size one. For example, "h p 1+h p c" is a point's length
+    before its three coordinates.
     """
 
     ours: str
@@ -34,14 +38,28 @@ class Order:
 
     def indices(self, config: IPAConfig) -> np.ndarray:
         """Positions of their features in ours: theirs[k] = ours[indices[k]]."""
-        size, start, moved = sizes(config), 0, []
-        for ours, theirs in zip(*(groups.split("|") for groups in (self.ours, self.theirs)), strict=True):
-            axes = ours.split()
-            shape = [size[axis] for axis in axes]
-            block = np.arange(start, start + math.prod(shape)).reshape(shape)
-            moved.append(block.transpose([axes.index(axis) for axis in theirs.split()]).reshape(-1))
-            start += block.size
-        return np.concatenate(moved)
+        start, remaining = 0, []
+        for group, width in zip(self.ours.split("|"), self.widths(config), strict=True):
+            axes = group.split()
+            shape = [sizes(config)[axis] for axis in axes]
+            remaining.append((axes, np.arange(start, start + width).reshape(shape)))
+            start += width
+
+        def block(group: str) -> np.ndarray:
+            axes = group.split()
+            letters = [axis for axis in axes if axis != "1"]
+            found = next(i for i, (ours, _) in enumerate(remaining) if sorted(ours) == sorted(letters))
+            ours, positions = remaining.pop(found)
+            positions = positions.transpose([ours.index(axis) for axis in letters])
+            return np.expand_dims(positions, [i for i, axis in enumerate(axes) if axis == "1"])
+
+        joined = ([block(group) for group in groups.split("+")] for groups in self.theirs.split("|"))
+        return np.concatenate([np.concatenate(blocks, -1).reshape(-1) for blocks in joined])
+
+    def widths(self, config: IPAConfig) -> list[int]:
+        """Number of features in each group of ours."""
+        size = sizes(config)
+        return [math.prod(size[axis] for axis in group.split()) for group in self.ours.split("|")]
 
 
 def sizes(config: IPAConfig) -> dict[str, int]:
@@ -49,9 +67,11 @@ def sizes(config: IPAConfig) -> dict[str, int]:
     return {
         "c": 3,
         "h": config.num_head,
+        "d": config.num_scalar_qk,
         "s": config.num_scalar_v,
         "q": config.num_point_qk,
         "p": config.num_point_v,
+        "w": config.num_point_qk + config.num_point_v,
         "z": config.pair_value_channel or config.pair_channel or 0,
     }
 
@@ -69,6 +89,8 @@ class Row(NamedTuple):
     """Order of the outputs of weight and bias; None if theirs is the same."""
     inputs: Order | None = None
     """Order of the weight's inputs; None if theirs is the same."""
+    part: int | None = None
+    """Number of the group of `outputs` that our module has, if theirs packs several of ours; None if it does not."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +104,31 @@ class Transform:
     outputs: np.ndarray | None = None
     inputs: np.ndarray | None = None
     flat: bool = True
+    packed: int | None = None
+    """Number of outputs of their array if it packs several of ours; `outputs` are then the positions of this one's."""
 
     @property
     def their_shape(self) -> tuple[int, ...]:
         """Shape of their array."""
         if self.turned:
-            return math.prod(self.shape[1:]), self.shape[0]
-        return (math.prod(self.shape),) if self.flat else self.shape
+            return self.packed or math.prod(self.shape[1:]), self.shape[0]
+        return (self.packed or math.prod(self.shape),) if self.flat else self.shape
 
-    def apply(self, ours: np.ndarray) -> np.ndarray:
-        """Turns our array into theirs."""
+    def apply(self, ours: np.ndarray, theirs: np.ndarray | None = None) -> np.ndarray:
+        """Turns our array into theirs.
+
+        Args:
+            ours: our array.
+            theirs: their array with the parts that were applied before; None for the first part or the only one.
+        """
         if not self.flat:
             return ours
         x = ours.reshape(len(ours), -1).T if self.turned else ours.reshape(-1)
+        if self.packed:
+            whole = np.zeros(self.their_shape, ours.dtype) if theirs is None else theirs
+            whole = whole.astype(np.promote_types(whole.dtype, ours.dtype))
+            whole[self.outputs] = x
+            return whole
         x = x if self.outputs is None else x[self.outputs]
         return np.ascontiguousarray(x if self.inputs is None else x[:, self.inputs])
 
@@ -109,7 +143,9 @@ class Transform:
         if not self.flat:
             return theirs
         x = theirs
-        if self.outputs is not None:
+        if self.packed:
+            x = theirs[self.outputs]
+        elif self.outputs is not None:
             x = np.empty_like(theirs)
             x[self.outputs] = theirs
         if self.inputs is not None:
@@ -134,6 +170,22 @@ class Form:
     pair_required: bool = True
     pair_value_divisor: int | None = None
     """Width of the attended pair is c_z divided by this; None if the pair is attended to without projection."""
+    logit_terms: int | None = None
+    """Terms that its scale of the logits counts; None for 3 with a pair representation and 2 without."""
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the config fields in `OTHERS` that differ from AlphaFold's."""
+
+
+OTHERS = {
+    "distance_form": "squared",
+    "distance_epsilon": 0.0,
+    "point_weight_form": "softplus",
+    "rotary_embedding": False,
+    "pair_bias": True,
+    "attention_2d_bias": True,
+    "pair_value_per_head": False,
+}
+"""Config fields that a form fixes and a conversion cannot change, with AlphaFold's values."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +206,12 @@ class Dialect:
         transitions: number of linear layers in their structure module's transition if it is fixed; None if it is free.
         unused: config type to the names and shapes of parameters that the modules own but no forward pass reads. They
             are ignored on reading and written as zeros, so that a strict load succeeds.
+        misfits: function from an attention's config to reasons why their class cannot be constructed with its widths.
         varies: names of config fields in which its published models differ, or that its constructors take.
         shared: config type to the names of config fields in which systems with the same parameter names differ. Only
             naming the dialect determines these fields.
+        part_widths: function from their names and shapes to the numbers of outputs that each of our modules has in
+            their module that packs them, by its name; a module that is not listed has equal parts.
     """
 
     name: str
@@ -171,8 +226,10 @@ class Dialect:
     epsilon_argument: str = "eps"
     transitions: int | None = None
     unused: Mapping[type, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    misfits: Callable[[IPAConfig], Iterable[str]] = lambda config: ()
     varies: tuple[str, ...] = ()
     shared: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
+    part_widths: Callable[[Shapes], Mapping[str, tuple[int, ...]]] = lambda shapes: {}
     separator: ClassVar[str] = "."
     """Separator between names of modules."""
 
@@ -212,24 +269,34 @@ class Dialect:
                 for order in (row.outputs, row.inputs if weight else None)
             )
             transform = Transform(shape, turned=weight, outputs=outputs, inputs=inputs, flat=leaf != "embeddings")
+            if row.outputs is not None and outputs is not None and row.part is not None:
+                start = sum(row.outputs.widths(attention_of(config))[: row.part])
+                places = np.argsort(outputs)[start : start + math.prod(shape[weight:])]
+                transform = replace(transform, outputs=places, packed=len(outputs))
             found[name] = theirs if alone else f"{theirs}.{torch_name(leaf)}", transform
         if unplaced:
             raise ValueError(f"{self.title} has no place for {', '.join(unplaced)}")
         return found
 
     def canonical_names(self, keys: Iterable[str], kind: type) -> dict[str, str]:
-        """Maps their names to canonical ones, by the table that knows most of them; unknown names are left out."""
-        best: dict[str, str] = {}
+        """Maps their names to canonical ones, by the table that knows most of them; unknown names are left out.
+
+        A parameter that packs several of ours has the name of the first.
+        """
+        return {key: parts[0] for key, parts in self._parts(keys, kind).items()}
+
+    def _parts(self, keys: Iterable[str], kind: type) -> dict[str, list[str]]:
+        """Maps their names to the canonical ones of their parts."""
+        best: dict[str, list[str]] = {}
         for rows in self._reading.get(kind, {}).values():
-            known: dict[str, str] = {}
+            known: dict[str, list[str]] = {}
             for key in keys:
                 module, _, leaf = key.rpartition(".")
-                alone, numbers = _match(rows, key)
-                row, numbers = (alone, numbers) if alone else _match(rows, module)
-                if row is None:
-                    continue
-                ours = _fill(row.ours, numbers)
-                known[key] = ours if alone else f"{ours}/{canonical_leaf(ours, leaf)}"
+                if alone := _matches(rows, key):
+                    known[key] = [_fill(row.ours, numbers) for row, numbers in alone]
+                elif found := _matches(rows, module):
+                    parts = [_fill(row.ours, numbers) for row, numbers in found]
+                    known[key] = [f"{ours}/{canonical_leaf(ours, leaf)}" for ours in parts]
             best = max(best, known, key=len)
         return best
 
@@ -239,12 +306,13 @@ class Dialect:
         Raises:
             ValueError: parameters are missing, or sizes do not divide by the number of heads.
         """
-        canonical = self.canonical_names(shapes, kind)
-        return self.finish(
-            infer_config(
-                {ours: shapes[x][::-1] if ours.endswith("/weights") else shapes[x] for x, ours in canonical.items()}
-            )
-        )
+        found: Shapes = {}
+        told, several = self.part_widths(shapes), self._parts(shapes, kind)
+        for theirs, first in self.canonical_names(shapes, kind).items():
+            parts = several.get(theirs, [first])
+            for ours, shape in zip(parts, _split(theirs, parts, shapes[theirs], told), strict=True):
+                found[ours] = shape[::-1] if ours.endswith("/weights") else shape
+        return self.finish(infer_config(found))
 
     def told(self, config: Config, *, named: bool) -> frozenset[str]:
         """Paths of the config's fields that names and shapes determine, or that all its published models share.
@@ -272,6 +340,11 @@ class Dialect:
 def within(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows of modules inside another one: both names get its name as a prefix."""
     return tuple(row._replace(ours=ours + row.ours, theirs=theirs + row.theirs) for row in rows)
+
+
+def packed(ours: Iterable[str], theirs: str, outputs: Order) -> tuple[Row, ...]:
+    """The rows of modules that one of theirs packs; each has one group of our order of the outputs."""
+    return tuple(Row(name, theirs, outputs=outputs, part=i) for i, name in enumerate(ours))
 
 
 def layout_of(config: Config) -> Layout:
@@ -310,7 +383,34 @@ Patterns = Iterable[tuple[tuple[re.Pattern, list[Callable[[str | None], int]]], 
 
 def _match(patterns: Patterns, name: str) -> tuple[Row | None, list[int]]:
     """The row whose pattern matches a name (None if there is none), and the name's numbers, counted from 0."""
+    return next(iter(_matches(patterns, name)), (None, []))
+
+
+def _matches(patterns: Patterns, name: str) -> list[tuple[Row, list[int]]]:
+    """The rows whose patterns match a name, with its numbers: one row, or those of all modules that it packs."""
+    matches: list[tuple[Row, list[int]]] = []
     for (pattern, readers), row in patterns:
         if found := pattern.fullmatch(name):
-            return row, [read(text) for read, text in zip(readers, found.groups(), strict=True)]
-    return None, []
+            matches.append((row, [read(text) for read, text in zip(readers, found.groups(), strict=True)]))
+            if row.part is None:
+                break
+    return matches
+
+
+def _split(
+    theirs: str, ours: Sequence[str], shape: tuple[int, ...], widths: Mapping[str, tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """Shapes of the parts of one of their parameters, outputs first.
+
+    Raises:
+        ValueError: its outputs do not divide into these parts.
+    """
+    if len(ours) == 1 or not shape:
+        return [shape] * len(ours)
+    number = len(ours)
+    parts = widths.get(theirs.rpartition(".")[0], (shape[0] // number,) * number)
+    if sum(parts) != shape[0] or min(parts) < 1:
+        raise ValueError(
+            f"{theirs} {shape} must hold {', '.join(ours)}, and its {shape[0]} outputs do not divide into them"
+        )
+    return [(part, *shape[1:]) for part in parts]
