@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ipa_bridge.weights.dialects.abodybuilder3 import ABODYBUILDER3, IBEX
 from ipa_bridge.weights.dialects.alphafold import ALPHAFOLD, IPA_JAX, IPA_TORCH
 from ipa_bridge.weights.dialects.esmfold import ESMFOLD
 from ipa_bridge.weights.dialects.framediff import FRAMEDIFF, FRAMEFLOW
@@ -15,7 +16,10 @@ __all__ = ["DIALECTS", "Dialect", "Form", "Transform", "default_dialect", "find_
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
-    for dialect in (ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS)
+    for dialect in (
+        *(ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS),
+        *(ABODYBUILDER3, IBEX),
+    )
 }
 """Every dialect by name."""
 

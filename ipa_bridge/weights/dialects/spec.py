@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ipa_bridge.config import Config, IPAConfig, Layout
+from ipa_bridge.config import Config, IPAConfig, Layout, StructureModuleConfig
 from ipa_bridge.kinds import attention_of, has_attention, infer_config, kind_of, parameter_shapes
 from ipa_bridge.parameters import Shapes, canonical_leaf, torch_name
 from ipa_bridge.weights.assumptions import fields, told_by_shapes
@@ -122,8 +122,9 @@ class Transform:
 class Form:
     """Fixed properties of a dialect's modules in one layout; all other properties are arguments of constructors."""
 
-    scalar_bias: bool
-    point_bias: bool
+    scalar_bias: bool | None
+    point_bias: bool | None
+    """None if both are possible."""
     norm_form: str
     norm_epsilon: float
     """Their default ε."""
@@ -134,6 +135,33 @@ class Form:
     pair_required: bool = True
     pair_value_divisor: int | None = None
     """Width of the attended pair is c_z divided by this; None if the pair is attended to without projection."""
+
+    def has_biases_of(self, config: IPAConfig) -> bool:
+        """Returns True if the form has biases in the projections where an attention has them."""
+        pairs = ((self.scalar_bias, config.scalar_bias), (self.point_bias, config.point_bias))
+        return all(mine is None or mine == theirs for mine, theirs in pairs)
+
+
+ALPHAFOLDS_STRUCTURE: Mapping[str, Any] = {
+    "tied_layers": True,
+    "transition_factor": 1,
+    "single_input_channel": None,
+    "pair_input_channel": None,
+    "input_norm": True,
+    "distance_channel": False,
+    "project_initial_act": False,
+    "skip_connection": False,
+    "detach_rotations": True,
+    "sidechain_input": "summed",
+    "num_layer_in_residual_block": 2,
+}
+"""Fields of a structure module's config in which AlphaFold and its kin do not vary."""
+
+
+def alphafolds(layout: Layout) -> StructureModuleConfig:
+    """AlphaFold's structure module with that layout."""
+    multimer = layout == "multimer"
+    return StructureModuleConfig.alphafold_multimer() if multimer else StructureModuleConfig.alphafold2()
 
 
 @dataclass(frozen=True)
@@ -157,6 +185,11 @@ class Dialect:
         varies: names of config fields in which its published models differ, or that its constructors take.
         shared: config type to the names of config fields in which systems with the same parameter names differ. Only
             naming the dialect determines these fields.
+        structure: config field to the value that all its structure modules have.
+        published: function from a layout to the config of its published structure module.
+        refuse: function that returns why none of its structure modules has a config's form; "" if one has.
+        beside: config type to names of other modules that lie at such a module's path, each with what it is. Their
+            parameters are ignored.
     """
 
     name: str
@@ -173,6 +206,10 @@ class Dialect:
     unused: Mapping[type, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     varies: tuple[str, ...] = ()
     shared: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
+    structure: Mapping[str, Any] = field(default_factory=lambda: ALPHAFOLDS_STRUCTURE)
+    published: Callable[[Layout], StructureModuleConfig] = alphafolds
+    refuse: Callable[[StructureModuleConfig], str] = lambda config: ""
+    beside: Mapping[type, Mapping[str, str]] = field(default_factory=dict)
     separator: ClassVar[str] = "."
     """Separator between names of modules."""
 
@@ -256,7 +293,7 @@ class Dialect:
         told = told_by_shapes(config)
         form = self.forms.get(layout_of(config))
         ipa = attention_of(config)
-        if form is None or (ipa and (ipa.scalar_bias, ipa.point_bias) != (form.scalar_bias, form.point_bias)):
+        if form is None or (ipa and not form.has_biases_of(ipa)):
             return told
         differ = {*self.varies, *(() if named else self.shared.get(type(config), ()))}
         return told | {path for path in fields(config) if path.rpartition(".")[2] not in differ}
