@@ -62,6 +62,7 @@ def _angles(
     initial: ndarray,
 ) -> ndarray:
     """The seven unnormalised (sin, cos) pairs per residue, flat."""
+
     def inside(module: str, number: int = 0) -> str:
         return system.name(f"rigid_sidechain/{module}", number, fold)
 
