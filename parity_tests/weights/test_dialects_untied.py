@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from dialect_cases import ABODYBUILDER3, SMALL_MODULE, WITHOUT_BIASES, assert_same_bits, convert, state_of
 
+from frameworks import Torch
+
 from ipa_bridge.config import IPAConfig, PredictedLDDTConfig, StructureModuleConfig
 from ipa_bridge.kinds import infer_config, parameter_shapes
 from ipa_bridge.weights import Weights, semantics
 from ipa_bridge.weights.assumptions import is_functional, told_by_shapes
 from ipa_bridge.weights.finding import find_module
 from ipa_bridge.weights.porting import verify
+from ipa_parity.structure_module.cases import make_case
+from ipa_parity.structure_module.judge import compare_stage
+from ipa_parity.structure_module.stages import RUNNERS
 
 IBEX = replace(ABODYBUILDER3, skip_connection=True)
 LAYER = "fold_iteration_1/invariant_point_attention"
@@ -213,6 +218,24 @@ def test_a_conversion_is_verified(config):
     weights = Weights.random(config)
     assert verify(weights, "ibex", source_dialect="ibex").passed
     assert verify(weights, "ipa_torch", source_dialect="ibex").passed
+
+
+@pytest.mark.parametrize("config", [ABODYBUILDER3, replace(WITHOUT_BIASES, skip_connection=True)])
+def test_our_modules_compute_what_theirs_do(config, framework):
+    """Parameters under their names, in their semantics and in our module, give the same layers in float32."""
+    config = replace(config, num_layer=2)
+    case = make_case("", config, weights=Weights.random(config, seed=5)).astype("float32")
+    state = state_of(case.weights, "ibex")
+    if isinstance(framework, Torch):
+        tensors = {name: framework.torch.tensor(x) for name, x in state.items()}
+        case = replace(case, weights=Weights.from_torch(tensors, dialect="ibex", config=config))
+    doubles = (x.astype(np.float64) for x in (case.single, case.pair))
+    layers = semantics.structure_module("ibex", state, config, *doubles, case.mask)
+    theirs = {f"{field}/layer {i + 1}": y for field, x in layers.items() for i, y in enumerate(x)}
+    ours = RUNNERS[framework.name](case, gradients=False)
+    rows = [compare_stage(case, "float32", x, "ours", ours, "theirs", theirs, valid_only=True) for x in theirs]
+    assert len(rows) == 4 * config.num_layer
+    assert not [str(row) for row in rows if not row.passed]
 
 
 def test_presets_differ_where_the_systems_do():
