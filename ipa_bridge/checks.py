@@ -198,15 +198,17 @@ def check_structure_module_inputs(
     """
     check_arrays(aatype=aatype, mask=mask, update_mask=update_mask)
     check_floating(single=single, pair=pair)
-    if len(single.shape) < 2 or single.shape[-1] != config.num_channel:
-        raise ValueError(f"single must be (*batch, N, {config.num_channel}), num_channel last; got {_shape(single)}")
+    width, pair_width = config.input_channels
+    if len(single.shape) < 2 or single.shape[-1] != width:
+        field = "num_channel" if config.single_input_channel is None else "single_input_channel"
+        raise ValueError(f"single must be (*batch, N, {width}), {field} last; got {_shape(single)}")
     check_residue_types(aatype)
     residues = tuple(single.shape[:-1])
     rotation, translation = (None, None) if rigids is None else rigids
     _check_shapes(
         f"single {_shape(single)}",
         {
-            "pair": (pair, (*residues, residues[-1], config.pair_channel)),
+            "pair": (pair, (*residues, residues[-1], pair_width)),
             "aatype": (aatype, residues),
             "mask": (mask, residues),
             "rigids.rotation": (rotation, (*residues, 3, 3)),

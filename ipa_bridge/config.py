@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 from ipa_bridge.attention_config import (
     DistanceForm,
@@ -15,6 +15,7 @@ from ipa_bridge.attention_config import (
     check_number,
     check_width,
 )
+from ipa_bridge.structure_module_config import SidechainInput, StructureModuleConfig
 
 __all__ = [
     "Config",
@@ -28,91 +29,9 @@ __all__ = [
     "NormForm",
     "PointWeightForm",
     "PredictedLDDTConfig",
+    "SidechainInput",
     "StructureModuleConfig",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StructureModuleConfig:
-    """One structure module (Jumper et al. 2021, Suppl. Alg. 20).
-
-    Attributes:
-        ipa: config of the attention; its widths c_s and c_z, layout and zero_init apply to the whole module. Its
-            frame_unit is replaced by position_scale, because the module divides by position_scale.
-        num_layer: number of fold iterations.
-        tied_layers: True if all layers share one set of weights, as in AlphaFold; False if each has its own.
-        num_layer_in_transition: linear layers of the transition.
-        dropout: dropout rate, in training only.
-        position_scale: Å per unit of the frames that the attention sees.
-        sidechain_channel: width of the side chains' residual network.
-        num_residual_block: number of residual blocks in that network.
-
-    Raises:
-        ValueError: the attention has no pair representation, or a position_scale other than 1; a number of layers or a
-            width is not a positive integer; dropout is outside [0, 1); or position_scale is not positive.
-    """
-
-    ipa: IPAConfig
-    num_layer: int = 8
-    tied_layers: bool = True
-    num_layer_in_transition: int = 3
-    dropout: float = 0.1
-    position_scale: float = 10.0
-    sidechain_channel: int = 128
-    num_residual_block: int = 2
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.ipa, IPAConfig):
-            raise ValueError(f"ipa must be an IPAConfig; got {self.ipa!r}")
-        if self.ipa.pair_channel is None:
-            raise ValueError("ipa.pair_channel must be a width: a structure module reads a pair representation")
-        if self.ipa.position_scale != 1:
-            raise ValueError(
-                f"ipa.position_scale must be 1 in a structure module, because the module's own position_scale sets the "
-                f"unit; got {self.ipa.position_scale!r}"
-            )
-        for field in ("num_layer", "num_layer_in_transition", "sidechain_channel", "num_residual_block"):
-            check_width(field, getattr(self, field))
-        if not isinstance(self.tied_layers, bool):
-            raise ValueError(f"tied_layers must be True or False; got {self.tied_layers!r}")
-        for field in ("dropout", "position_scale"):
-            check_number(field, getattr(self, field))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be a rate in [0, 1); got {self.dropout!r}")
-        if not self.position_scale > 0:
-            raise ValueError(f"position_scale must be positive, in Å; got {self.position_scale!r}")
-        if self.ipa.frame_unit != self.position_scale:
-            object.__setattr__(self, "ipa", replace(self.ipa, frame_unit=self.position_scale))
-
-    @property
-    def frame_unit(self) -> float:
-        """Å per unit of the frames that the caller passes: always 1, since they are in Å."""
-        return 1.0
-
-    @property
-    def num_channel(self) -> int:
-        """c_s, width of the single representation."""
-        return self.ipa.num_channel
-
-    @property
-    def pair_channel(self) -> int:
-        """c_z, width of the pair representation."""
-        return cast(int, self.ipa.pair_channel)
-
-    @classmethod
-    def alphafold2(cls) -> StructureModuleConfig:
-        """AlphaFold 2 monomer, all five models."""
-        return cls(ipa=IPAConfig.alphafold2())
-
-    @classmethod
-    def alphafold_multimer(cls) -> StructureModuleConfig:
-        """AlphaFold-Multimer: frames in units of 20 Å."""
-        return cls(ipa=IPAConfig.alphafold_multimer(), position_scale=20.0)
-
-    @classmethod
-    def esmfold(cls) -> StructureModuleConfig:
-        """ESMFold: the monomer form."""
-        return cls(ipa=IPAConfig.esmfold())
 
 
 @dataclass(frozen=True, kw_only=True)

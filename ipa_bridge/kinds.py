@@ -91,9 +91,18 @@ KINDS: dict[type, Kind] = {
             landmarks=("initial_projection/weights",),
             parameters=structure_module_parameters,
             infer=infer_structure_module,
-            told_by_shapes=("tied_layers", "num_layer_in_transition", "sidechain_channel", "num_residual_block"),
+            told_by_shapes=(
+                *("tied_layers", "num_layer_in_transition", "transition_factor", "sidechain_channel"),
+                *("num_residual_block", "single_input_channel", "pair_input_channel", "input_norm"),
+                *("sidechain_input", "num_layer_in_residual_block"),
+            ),
             # In a structure module, the attention's position_scale must be 1.
-            told_besides=lambda config: ("ipa.position_scale", *(() if config.tied_layers else ("num_layer",))),
+            told_besides=lambda config: (
+                "ipa.position_scale",
+                *(() if config.tied_layers else ("num_layer",)),
+                *(("distance_channel",) if config.input_norm or config.pair_input_channel is not None else ()),
+                *(("project_initial_act",) if config.single_input_channel is not None else ()),
+            ),
             part=("ipa", IPAConfig),
         ),
         Kind(

@@ -74,12 +74,12 @@ def _multimer_projections(config: IPAConfig) -> Shapes:
 
 def structure_module_parameters(config: StructureModuleConfig) -> Shapes:
     """Canonical parameter names and shapes of one structure module (Suppl. Alg. 20), including its attention's."""
-    c_s, c_z = config.num_channel, config.pair_channel
-    shapes = {
-        **_layer_norm("single_layer_norm", c_s),
-        **_linear("initial_projection", c_s, (c_s,), bias=True),
-        **_layer_norm("pair_layer_norm", c_z),
-    }
+    single, pair = config.input_channels
+    shapes = _layer_norm("single_layer_norm", single) if config.input_norm else {}
+    shapes |= _linear("initial_projection", single, (config.num_channel,), bias=True)
+    shapes |= _layer_norm("pair_layer_norm", pair) if config.input_norm else {}
+    if config.pair_input_channel is not None:
+        shapes |= _linear("pair_projection", pair, (config.embedded_pair_channel,), bias=True)
     for layer in range(1 if config.tied_layers else config.num_layer):
         shapes |= {f"{haiku_name('fold_iteration', layer)}/{name}": x for name, x in _fold_iteration(config).items()}
     return shapes
@@ -100,9 +100,7 @@ def ipa_block_parameters(config: IPABlockConfig) -> Shapes:
     c_s, layers = config.num_channel, config.num_layer_in_transition
     shapes = {f"invariant_point_attention/{name}": x for name, x in ipa_parameters(config.ipa).items()}
     shapes |= _layer_norm("attention_layer_norm", c_s)
-    for i in range(layers):
-        inputs, outputs = (c_s if end else c_s * config.transition_factor for end in (i == 0, i == layers - 1))
-        shapes |= _linear(haiku_name("transition", i), inputs, (outputs,), bias=True)
+    shapes |= _transition(c_s, layers, config.transition_factor)
     return shapes | _layer_norm("transition_layer_norm", c_s)
 
 
@@ -145,15 +143,24 @@ def _fold_iteration(config: StructureModuleConfig) -> Shapes:
     update = "affine_update" if config.ipa.layout == "monomer" else "quat_rigid/rigid"
     shapes = {f"invariant_point_attention/{name}": x for name, x in ipa_parameters(config.ipa).items()}
     shapes |= _layer_norm("attention_layer_norm", c_s)
-    for i in range(config.num_layer_in_transition):
-        shapes |= _linear(haiku_name("transition", i), c_s, (c_s,), bias=True)
+    shapes |= _transition(c_s, config.num_layer_in_transition, config.transition_factor)
     shapes |= _layer_norm("transition_layer_norm", c_s) | _linear(update, c_s, (6,), bias=True)
-    for i in range(2):
-        shapes |= _linear(f"rigid_sidechain/{haiku_name('input_projection', i)}", c_s, (width,), bias=True)
+    if config.sidechain_input == "summed":
+        for i, inputs in enumerate((c_s, config.initial_act_channel)):
+            shapes |= _linear(f"rigid_sidechain/{haiku_name('input_projection', i)}", inputs, (width,), bias=True)
+    first = 3 - config.num_layer_in_residual_block  # the third layer, resblock0, precedes AlphaFold's two
     for i in range(config.num_residual_block):
-        shapes |= _linear(f"rigid_sidechain/{haiku_name('resblock1', i)}", width, (width,), bias=True)
-        shapes |= _linear(f"rigid_sidechain/{haiku_name('resblock2', i)}", width, (width,), bias=True)
+        for k in range(first, 3):
+            shapes |= _linear(f"rigid_sidechain/{haiku_name(f'resblock{k}', i)}", width, (width,), bias=True)
     return shapes | _linear("rigid_sidechain/unnormalized_angles", width, (14,), bias=True)
+
+
+def _transition(c_s: int, layers: int, factor: int) -> Shapes:
+    shapes: Shapes = {}
+    for i in range(layers):
+        inputs, outputs = (c_s if end else c_s * factor for end in (i == 0, i == layers - 1))
+        shapes |= _linear(haiku_name("transition", i), inputs, (outputs,), bias=True)
+    return shapes
 
 
 def _layer_norm(name: str, width: int) -> Shapes:
@@ -169,7 +176,7 @@ def infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureMo
     """Infers a structure module's config from canonical names and shapes.
 
     They do not show how many layers share weights; eight is assumed, as in AlphaFold and ESMFold. They do not show the
-    unit of the frames either; AlphaFold's is assumed.
+    unit of the frames and some other forms either; AlphaFold's are assumed.
 
     Raises:
         ValueError: parameters of the attention are missing or empty, or sizes do not divide by the number of heads.
@@ -180,17 +187,52 @@ def infer_structure_module(shapes: Mapping[str, tuple[int, ...]]) -> StructureMo
     ipa = infer_ipa({n.removeprefix(attention): x for n, x in within.items() if n.startswith(attention)})
     multimer = ipa.layout == "multimer"
     preset = StructureModuleConfig.alphafold_multimer() if multimer else StructureModuleConfig.alphafold2()
-    hidden = within.get("rigid_sidechain/input_projection/bias", (preset.sidechain_channel,))
     layers = _count("fold_iteration", "/attention_layer_norm/scale", shapes)
+    inputs = shapes.get("initial_projection/weights", (ipa.num_channel,))[0]
     return dataclasses.replace(
         preset,
         ipa=dataclasses.replace(ipa, position_scale=1.0, frame_unit=preset.position_scale),
         num_layer=layers if layers > 1 else preset.num_layer,
         tied_layers=layers < 2,
         num_layer_in_transition=max(1, _count("transition", "/weights", within)),
-        sidechain_channel=math.prod(hidden),
-        num_residual_block=max(1, _count("rigid_sidechain/resblock1", "/weights", within)),
+        transition_factor=_transition_factor(within, ipa.num_channel),
+        **_infer_inputs(shapes, ipa),
+        **_infer_side_chains(within, ipa.num_channel, inputs, preset),
     )
+
+
+def _transition_factor(shapes: Mapping[str, tuple[int, ...]], c_s: int) -> int:
+    return max(1, math.prod(shapes.get("transition/bias", (c_s,))) // c_s)
+
+
+def _infer_inputs(shapes: Mapping[str, tuple[int, ...]], ipa: IPAConfig) -> dict[str, Any]:
+    """The config's fields about the two representations that the caller passes."""
+    projected = shapes.get("pair_projection/weights")
+    embedded = projected[1:] if projected else shapes.get("pair_layer_norm/scale", (ipa.pair_channel,))
+    return {
+        "pair_input_channel": projected[0] if projected else None,
+        "input_norm": any(name.startswith(("single_layer_norm/", "pair_layer_norm/")) for name in shapes),
+        "distance_channel": ipa.pair_channel != 1 and embedded == ((ipa.pair_channel or 0) - 1,),
+    }
+
+
+def _infer_side_chains(
+    within: Mapping[str, tuple[int, ...]], c_s: int, inputs: int, default: StructureModuleConfig
+) -> dict[str, Any]:
+    """The config's fields about the side chains, from names and shapes in one layer and the width of the input."""
+    summed = any(name.startswith("rigid_sidechain/input_projection") for name in within)
+    first = "input_projection" if summed else "resblock1"
+    width = math.prod(within.get(f"rigid_sidechain/{first}/bias", (default.sidechain_channel,)))
+    initial = within.get("rigid_sidechain/input_projection_1/weights", (inputs,))[0] if summed else width - c_s
+    concatenated = not summed and initial in (c_s, inputs)
+    return {
+        "single_input_channel": inputs,
+        "project_initial_act": initial == c_s != inputs,
+        "sidechain_channel": width,
+        "sidechain_input": "concatenated" if concatenated else "summed",
+        "num_layer_in_residual_block": 3 if "rigid_sidechain/resblock0/weights" in within else 2,
+        "num_residual_block": max(1, _count("rigid_sidechain/resblock1", "/weights", within)),
+    }
 
 
 def infer_ipa_block(shapes: Mapping[str, tuple[int, ...]]) -> IPABlockConfig:
@@ -201,11 +243,10 @@ def infer_ipa_block(shapes: Mapping[str, tuple[int, ...]]) -> IPABlockConfig:
     """
     attention = "invariant_point_attention/"
     ipa = infer_ipa({n.removeprefix(attention): x for n, x in shapes.items() if n.startswith(attention)})
-    hidden = math.prod(shapes.get("transition/bias", (ipa.num_channel,)))
     return IPABlockConfig(
         ipa=ipa,
         num_layer_in_transition=max(1, _count("transition", "/weights", shapes)),
-        transition_factor=max(1, hidden // ipa.num_channel),
+        transition_factor=_transition_factor(shapes, ipa.num_channel),
     )
 
 

@@ -20,9 +20,6 @@ from ipa_jax.layers import Initializer, Linear
 from ipa_jax.rigid import Rigid, normalise
 from ipa_jax.values import integers_outside
 
-SMALLEST_ANGLE_LENGTH = 1e-6
-"""A predicted (sin, cos) shorter than this is divided by this instead of by its length."""
-
 
 @by_name
 class GroupFrames(NamedTuple):
@@ -77,19 +74,25 @@ class MultiRigidSidechain(hk.Module):
         self.config = config
 
     def __call__(
-        self, act: Float[Array, "*B N c_s"], initial_act: Float[Array, "*B N c_s"]
+        self, act: Float[Array, "*B N c_s"], initial_act: Float[Array, "*B N initial"]
     ) -> tuple[Float[Array, "*B N 7 2"], Float[Array, "*B N 7 2"]]:
         """Unit (sin, cos) of the seven torsions, and the same before normalisation, in at least float32."""
         c = self.config
         final: Initializer = "zeros" if c.ipa.zero_init else "linear"
-        hidden = Linear(c.sidechain_channel, name="input_projection")(jax.nn.relu(act))
-        hidden = hidden + Linear(c.sidechain_channel, name="input_projection")(jax.nn.relu(initial_act))
+        if c.sidechain_input == "summed":
+            hidden = Linear(c.sidechain_channel, name="input_projection")(jax.nn.relu(act))
+            hidden = hidden + Linear(c.sidechain_channel, name="input_projection")(jax.nn.relu(initial_act))
+        else:
+            hidden = jnp.concatenate([act, initial_act], -1)
         for _ in range(c.num_residual_block):
-            update = Linear(c.sidechain_channel, initializer="relu", name="resblock1")(jax.nn.relu(hidden))
+            update = hidden
+            if c.num_layer_in_residual_block == 3:
+                update = Linear(c.sidechain_channel, initializer="relu", name="resblock0")(jax.nn.relu(update))
+            update = Linear(c.sidechain_channel, initializer="relu", name="resblock1")(jax.nn.relu(update))
             hidden = hidden + Linear(c.sidechain_channel, initializer=final, name="resblock2")(jax.nn.relu(update))
         flat = Linear(14, full_precision=True, name="unnormalized_angles")(jax.nn.relu(hidden))
         unnormalized = flat.reshape(*flat.shape[:-1], 7, 2)
-        return normalise(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
+        return normalise(unnormalized, c.smallest_angle_length), unnormalized
 
 
 def torsion_angles_to_frames(

@@ -48,13 +48,21 @@ class StructureModuleOutput(NamedTuple):
 
 
 class FoldIteration(hk.Module):
-    """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14)."""
+    """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14).
+
+    Args:
+        config: widths and variants; see `StructureModuleConfig`.
+        implementation: implementation of the attention; see `point_attention`.
+        skip_connection: add the initial activations after the transition.
+        name: haiku name.
+    """
 
     def __init__(
         self,
         config: StructureModuleConfig,
         *,
         implementation: Implementation | None = None,
+        skip_connection: bool = False,
         name: str = "fold_iteration",
     ) -> None:
         check_config(config, StructureModuleConfig)
@@ -62,6 +70,7 @@ class FoldIteration(hk.Module):
         super().__init__(name=name)
         self.config = config
         self.implementation = implementation
+        self.skip_connection = skip_connection
 
     def __call__(
         self,
@@ -77,10 +86,10 @@ class FoldIteration(hk.Module):
         """Updated activations and frames, and torsion angles as unit vectors and before normalisation.
 
         Args:
-            act: single representation, normalised.
-            pair: pair representation, normalised.
+            act: single representation.
+            pair: pair representation that the attention reads.
             rigids: backbone frames, (*B, N), in units of config.position_scale Å.
-            initial_act: single representation at the module's start, normalised.
+            initial_act: single representation at the module's start, which the side chains read.
             mask: 1 or True where a residue is valid.
             update_mask: 1 or True where a residue's frame may change; None if all may.
             dropout_key: key for dropout; None for no dropout.
@@ -92,6 +101,7 @@ class FoldIteration(hk.Module):
         act = LayerNorm(name="attention_layer_norm")(dropout(keys[0], self.config.dropout, act))  # line 7
         act = act + transition(act, self._transition_layers())  # lines 8–9
         act = LayerNorm(name="transition_layer_norm")(dropout(keys[1], self.config.dropout, act))
+        act = act + initial_act if self.skip_connection else act
         rigids = rigids.compose(self._backbone_update(act, update_mask))  # line 10
         angles, unnormalized_angles = MultiRigidSidechain(self.config)(act, initial_act)
         return act, rigids, angles, unnormalized_angles
@@ -102,7 +112,7 @@ class FoldIteration(hk.Module):
         final: Initializer = "zeros" if c.ipa.zero_init else "linear"
         hidden = range(c.num_layer_in_transition - 1)
         return [
-            *(Linear(c.num_channel, initializer="relu", name="transition") for _ in hidden),
+            *(Linear(c.num_channel * c.transition_factor, initializer="relu", name="transition") for _ in hidden),
             Linear(c.num_channel, initializer=final, name="transition"),
         ]
 
@@ -136,7 +146,7 @@ class StructureModule(hk.Module):
     """Predicts frames, torsions and atoms from representations, layer by layer (Alg. 20).
 
     Parameters have AlphaFold's haiku names and shapes, so its published parameters load unchanged. Frames stay in at
-    least float32. No gradient passes through rotations between layers.
+    least float32. No gradient passes through rotations between layers, unless config.detach_rotations is False.
 
     Args:
         config: widths and variants; see `StructureModuleConfig`.
@@ -159,8 +169,8 @@ class StructureModule(hk.Module):
 
     def __call__(
         self,
-        single: Float[Array, "*B N c_s"],
-        pair: Float[Array, "*B N N c_z"],
+        single: Float[Array, "*B N single"],
+        pair: Float[Array, "*B N N pair"],
         aatype: Int[Array, "*B N"],
         mask: Shaped[Array, "*B N"] | None = None,
         *,
@@ -171,7 +181,7 @@ class StructureModule(hk.Module):
         """Every layer's prediction.
 
         Args:
-            single: single representation.
+            single: single representation; config.input_channels gives its width and the pair's.
             pair: pair representation.
             aatype: 0–19 in AlphaFold's order, or 20 for unknown; any integer where the mask is 0.
             mask: 1 or True where a residue is valid; valid residues ignore all others.
@@ -189,28 +199,32 @@ class StructureModule(hk.Module):
             check_rigids(rigids)
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
         check_aatype(aatype, mask)
-        initial_act = LayerNorm(name="single_layer_norm")(single)  # line 1
-        pair = LayerNorm(name="pair_layer_norm")(pair)  # line 2
+        initial_act = LayerNorm(name="single_layer_norm")(single) if c.input_norm else single  # line 1
+        edges = LayerNorm(name="pair_layer_norm")(pair) if c.input_norm else pair  # line 2
+        if c.pair_input_channel is not None:
+            edges = Linear(c.embedded_pair_channel, name="pair_projection")(edges).astype(pair.dtype)
         act = Linear(c.num_channel, name="initial_projection")(initial_act)  # line 3, in the parameters' dtype
         dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # independent of the initial frames' dtype
         act = act.astype(single.dtype)
+        initial_act = act if c.project_initial_act else initial_act
         rigids = Rigid.identity(aatype.shape, dtype=dtype) if rigids is None else rigids.astype(dtype)
         rigids = rigids.scale_translation(1 / c.position_scale)
-        layers = [
-            FoldIteration(c, implementation=self.implementation) for _ in range(1 if c.tied_layers else c.num_layer)
-        ]
+        skips = [c.skip_connection and i < c.num_layer - 1 for i in range(1 if c.tied_layers else c.num_layer)]
+        layers = [FoldIteration(c, implementation=self.implementation, skip_connection=skip) for skip in skips]
         keys = hk.next_rng_keys(c.num_layer) if is_training and c.dropout else None
 
         def fold(fold_iteration: FoldIteration, carry: tuple[Array, Rigid], key: Array | None) -> tuple:
             act, rigids = carry
+            pair = with_distances(edges, rigids, mask) if c.distance_channel else edges
             act, rigids, *angles = fold_iteration(
                 act, pair, rigids, initial_act, mask, update_mask=update_mask, dropout_key=key
             )
-            return (act, rigids.stop_rotation_gradient()), (act, rigids, *angles)  # line 20
+            after = rigids.stop_rotation_gradient() if c.detach_rotations else rigids  # line 20
+            return (act, after), (act, rigids, *angles)
 
         if c.tied_layers:
             (fold_iteration,) = layers
-            reads = (pair, initial_act, mask, update_mask, keys, fold_iteration.params_dict())
+            reads = (edges, initial_act, mask, update_mask, keys, fold_iteration.params_dict())
             carry = varying_alike((act, rigids), reads)
             _, outputs = hk.scan(lambda carry, key: fold(fold_iteration, carry, key), carry, keys, c.num_layer)
         else:
@@ -227,6 +241,23 @@ class StructureModule(hk.Module):
         return StructureModuleOutput(rigids, frames, angles, unnormalized_angles, atom14, act)
 
 
+def with_distances(
+    pair: Float[Array, "*B N N c"], rigids: Rigid, mask: Shaped[Array, "*B N"] | None = None
+) -> Float[Array, "*B N N c+1"]:
+    """The pair with one more channel: the distance between the frames' origins, zero where the mask of either is.
+
+    The gradient is zero where two origins coincide.
+    """
+    offset = rigids.translation[..., :, None, :] - rigids.translation[..., None, :, :]
+    length2 = jnp.sum(offset * offset, -1)
+    apart = length2 > 0
+    distance = jnp.where(apart, jnp.sqrt(jnp.where(apart, length2, 1)), 0)
+    if mask is not None:
+        valid = mask.astype(distance.dtype)
+        distance = distance * (valid[..., :, None] * valid[..., None, :])
+    return jnp.concatenate([pair, distance[..., None].astype(pair.dtype)], -1)
+
+
 def transform_structure_module(
     config: StructureModuleConfig, *, implementation: Implementation | None = None
 ) -> hk.Transformed:
@@ -236,8 +267,8 @@ def transform_structure_module(
     """
 
     def forward(
-        single: Float[Array, "*B N c_s"],
-        pair: Float[Array, "*B N N c_z"],
+        single: Float[Array, "*B N single"],
+        pair: Float[Array, "*B N N pair"],
         aatype: Int[Array, "*B N"],
         mask: Shaped[Array, "*B N"] | None = None,
         *,

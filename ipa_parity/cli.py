@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--structure", metavar="FILE", help="a protein to run on: PDB or mmCIF")
     parser.add_argument(
         "--preset",
-        choices=PRESETS,
+        choices=list(PRESETS | structure_modules.PRESETS),
         help="the model, with seeded weights (default: both AlphaFold layouts); with --weights: the system whose "
         "norm and units to use",
     )
@@ -157,6 +157,8 @@ def _frameworks(require: str) -> tuple[str, ...]:
 
 
 def _ipa(args: argparse.Namespace) -> Question:
+    if args.preset not in (None, *PRESETS):
+        raise ValueError(f"--module ipa has the presets {', '.join(PRESETS)}; got {args.preset}")
     if args.structure and args.residues:
         raise ValueError("--structure has its own residues: leave out --residues")
     models: dict[str, tuple[IPAConfig, Weights | None]]

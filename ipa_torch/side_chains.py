@@ -20,9 +20,6 @@ from ipa_torch.layers import Initializer, Linear, Module, take
 from ipa_torch.rigid import Rigid, normalise
 from ipa_torch.values import integers_outside
 
-SMALLEST_ANGLE_LENGTH = 1e-6
-"""A predicted (sin, cos) shorter than this is divided by this instead of by its length."""
-
 
 @by_name
 class GroupFrames(NamedTuple):
@@ -81,23 +78,33 @@ class MultiRigidSidechain(Module):
         self.config = c = config
         width = c.sidechain_channel
         final: Initializer = "zeros" if c.ipa.zero_init else "linear"
-        self.input_projection = Linear(c.num_channel, width)
-        self.input_projection_1 = Linear(c.num_channel, width)
+        if c.sidechain_input == "summed":
+            self.input_projection = Linear(c.num_channel, width)
+            self.input_projection_1 = Linear(c.initial_act_channel, width)
         for i in range(c.num_residual_block):
+            if c.num_layer_in_residual_block == 3:
+                self.add_module(haiku_name("resblock0", i), Linear(width, width, initializer="relu"))
             self.add_module(haiku_name("resblock1", i), Linear(width, width, initializer="relu"))
             self.add_module(haiku_name("resblock2", i), Linear(width, width, initializer=final))
         self.unnormalized_angles = Linear(width, 14, full_precision=True)
 
     def forward(
-        self, act: Float[Tensor, "*B N c_s"], initial_act: Float[Tensor, "*B N c_s"]
+        self, act: Float[Tensor, "*B N c_s"], initial_act: Float[Tensor, "*B N initial"]
     ) -> tuple[Float[Tensor, "*B N 7 2"], Float[Tensor, "*B N 7 2"]]:
         """Unit (sin, cos) of the seven torsions, and the same before normalisation, in at least float32."""
-        hidden = self.input_projection(F.relu(act)) + self.input_projection_1(F.relu(initial_act))
-        for i in range(self.config.num_residual_block):
-            update = self.get_submodule(haiku_name("resblock1", i))(F.relu(hidden))
+        c = self.config
+        if c.sidechain_input == "summed":
+            hidden = self.input_projection(F.relu(act)) + self.input_projection_1(F.relu(initial_act))
+        else:
+            hidden = torch.cat([act, initial_act], -1)
+        for i in range(c.num_residual_block):
+            update = hidden
+            if c.num_layer_in_residual_block == 3:
+                update = self.get_submodule(haiku_name("resblock0", i))(F.relu(update))
+            update = self.get_submodule(haiku_name("resblock1", i))(F.relu(update))
             hidden = hidden + self.get_submodule(haiku_name("resblock2", i))(F.relu(update))
         unnormalized = self.unnormalized_angles(F.relu(hidden)).unflatten(-1, (7, 2))
-        return normalise(unnormalized, SMALLEST_ANGLE_LENGTH), unnormalized
+        return normalise(unnormalized, c.smallest_angle_length), unnormalized
 
 
 def torsion_angles_to_frames(

@@ -49,21 +49,35 @@ class StructureModuleOutput(NamedTuple):
 
 
 class FoldIteration(Module):
-    """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14)."""
+    """One layer: attention, transition, backbone update, torsion angles (Alg. 20, lines 5–14).
 
-    def __init__(self, config: StructureModuleConfig, *, implementation: Implementation | None = None) -> None:
+    Args:
+        config: widths and variants; see `StructureModuleConfig`.
+        implementation: implementation of the attention; see `point_attention`.
+        skip_connection: add the initial activations after the transition.
+    """
+
+    def __init__(
+        self,
+        config: StructureModuleConfig,
+        *,
+        implementation: Implementation | None = None,
+        skip_connection: bool = False,
+    ) -> None:
         check_config(config, StructureModuleConfig)
         check_implementation(implementation)
         super().__init__()
         self.config = c = config
-        width = c.num_channel
+        self.skip_connection = skip_connection
+        width, wide = c.num_channel, c.num_channel * c.transition_factor
         final: Initializer = "zeros" if c.ipa.zero_init else "linear"
         within = replace(c.ipa, frame_unit=None)  # the structure module has scaled the frames
         self.invariant_point_attention = InvariantPointAttention(within, implementation=implementation)
         self.attention_layer_norm = LayerNorm(width)
         for i in range(c.num_layer_in_transition):
-            last = i == c.num_layer_in_transition - 1
-            self.add_module(haiku_name("transition", i), Linear(width, width, initializer=final if last else "relu"))
+            first, last = i == 0, i == c.num_layer_in_transition - 1
+            inputs, outputs = width if first else wide, width if last else wide
+            self.add_module(haiku_name("transition", i), Linear(inputs, outputs, initializer=final if last else "relu"))
         self.transition_layer_norm = LayerNorm(width)
         if c.ipa.layout == "monomer":
             self.affine_update = Linear(width, 6, initializer=final, full_precision=True)
@@ -84,10 +98,10 @@ class FoldIteration(Module):
         """Updated activations and frames, and torsion angles as unit vectors and before normalisation.
 
         Args:
-            act: single representation, normalised.
-            pair: pair representation, normalised.
+            act: single representation.
+            pair: pair representation that the attention reads.
             rigids: backbone frames, (*B, N), in units of config.position_scale Å.
-            initial_act: single representation at the module's start, normalised.
+            initial_act: single representation at the module's start, which the side chains read.
             mask: 1 or True where a residue is valid.
             update_mask: 1 or True where a residue's frame may change; None if all may.
         """
@@ -95,6 +109,7 @@ class FoldIteration(Module):
         act = self.attention_layer_norm(self._dropout(act))  # line 7
         act = act + transition(act, self._transition_layers())  # lines 8–9
         act = self.transition_layer_norm(self._dropout(act))
+        act = act + initial_act if self.skip_connection else act
         rigids = rigids.compose(self._backbone_update(act, update_mask))  # line 10
         angles, unnormalized_angles = self.rigid_sidechain(act, initial_act)
         return act, rigids, angles, unnormalized_angles
@@ -130,7 +145,8 @@ class StructureModule(Module):
     """Predicts frames, torsions and atoms from representations, layer by layer (Alg. 20).
 
     Submodules have AlphaFold's haiku names, so its published parameters convert by a rule. Frames stay in at least
-    float32, also under autocast. No gradient passes through rotations between layers. Dropout acts in training mode.
+    float32, also under autocast. No gradient passes through rotations between layers, unless config.detach_rotations is
+    False. Dropout acts in training mode.
 
     Args:
         config: widths and variants; see `StructureModuleConfig`.
@@ -142,16 +158,23 @@ class StructureModule(Module):
         check_implementation(implementation)
         super().__init__()
         self.config = c = config
-        self.single_layer_norm = LayerNorm(c.num_channel)
-        self.initial_projection = Linear(c.num_channel, c.num_channel)
-        self.pair_layer_norm = LayerNorm(c.pair_channel)
+        width, pair_width = c.input_channels
+        if c.input_norm:
+            self.single_layer_norm = LayerNorm(width)
+        self.initial_projection = Linear(width, c.num_channel)
+        if c.input_norm:
+            self.pair_layer_norm = LayerNorm(pair_width)
+        if c.pair_input_channel is not None:
+            self.pair_projection = Linear(pair_width, c.embedded_pair_channel)
         for layer in range(1 if c.tied_layers else c.num_layer):
-            self.add_module(haiku_name("fold_iteration", layer), FoldIteration(c, implementation=implementation))
+            skip = c.skip_connection and layer < c.num_layer - 1
+            fold_iteration = FoldIteration(c, implementation=implementation, skip_connection=skip)
+            self.add_module(haiku_name("fold_iteration", layer), fold_iteration)
 
     def forward(
         self,
-        single: Float[Tensor, "*B N c_s"],
-        pair: Float[Tensor, "*B N N c_z"],
+        single: Float[Tensor, "*B N single"],
+        pair: Float[Tensor, "*B N N pair"],
         aatype: Int[Tensor, "*B N"],
         mask: Shaped[Tensor, "*B N"] | None = None,
         *,
@@ -161,7 +184,7 @@ class StructureModule(Module):
         """Every layer's prediction.
 
         Args:
-            single: single representation.
+            single: single representation; config.input_channels gives its width and the pair's.
             pair: pair representation.
             aatype: 0–19 in AlphaFold's order, or 20 for unknown; any integer where the mask is 0.
             mask: 1 or True where a residue is valid; valid residues ignore all others.
@@ -177,20 +200,23 @@ class StructureModule(Module):
             check_rigids(rigids, Tensor)
         check_structure_module_inputs(c, single, pair, aatype, mask, rigids, update_mask)
         check_aatype(aatype, mask)
-        initial_act = self.single_layer_norm(single)  # line 1
-        pair = self.pair_layer_norm(pair)  # line 2
+        initial_act = self.single_layer_norm(single) if c.input_norm else single  # line 1
+        edges = self.pair_layer_norm(pair) if c.input_norm else pair  # line 2
+        edges = edges if c.pair_input_channel is None else self.pair_projection(edges).to(pair.dtype)
         act = self.initial_projection(initial_act)  # line 3, in the parameters' dtype
         dtype = at_least_float32(*(x.dtype for x in (single, pair, act)))  # independent of the initial frames' dtype
         act = act.to(single.dtype)
+        initial_act = act if c.project_initial_act else initial_act
         if rigids is None:
             rigids = Rigid.identity(aatype.shape, dtype=dtype, device=single.device)
         rigids = rigids.astype(dtype).scale_translation(1 / c.position_scale)
         each = []
         for layer in range(c.num_layer):
             fold_iteration = self.get_submodule(haiku_name("fold_iteration", 0 if c.tied_layers else layer))
+            pair = with_distances(edges, rigids, mask) if c.distance_channel else edges
             act, rigids, *angles = fold_iteration(act, pair, rigids, initial_act, mask, update_mask=update_mask)
             each.append((act, *rigids, *angles))
-            rigids = rigids.stop_rotation_gradient()  # line 20
+            rigids = rigids.stop_rotation_gradient() if c.detach_rotations else rigids  # line 20
         act, rotation, translation, angles, unnormalized_angles = (torch.stack(xs) for xs in zip(*each, strict=True))
         rigids = Rigid(rotation, translation).scale_translation(c.position_scale)
         aatype = aatype.expand(c.num_layer, *aatype.shape)
@@ -200,3 +226,20 @@ class StructureModule(Module):
 
     if TYPE_CHECKING:  # nn.Module.__call__ is typed as returning Any
         __call__ = forward
+
+
+def with_distances(
+    pair: Float[Tensor, "*B N N c"], rigids: Rigid, mask: Shaped[Tensor, "*B N"] | None = None
+) -> Float[Tensor, "*B N N c+1"]:
+    """The pair with one more channel: the distance between the frames' origins, zero where the mask of either is.
+
+    The gradient is zero where two origins coincide.
+    """
+    offset = rigids.translation[..., :, None, :] - rigids.translation[..., None, :, :]
+    length2 = torch.sum(offset * offset, -1)
+    apart = length2 > 0
+    distance = torch.where(apart, torch.sqrt(torch.where(apart, length2, 1)), 0)
+    if mask is not None:
+        valid = mask.to(distance.dtype)
+        distance = distance * (valid[..., :, None] * valid[..., None, :])
+    return torch.cat([pair, distance[..., None].to(pair.dtype)], -1)

@@ -223,10 +223,10 @@ def _fit(given: Parameters, form: Form) -> tuple[Parameters, list[Loss]]:
     return given, losses
 
 
-def _with_biases(given: Parameters, field: str, has_bias: bool, losses: list[Loss]) -> Parameters:
-    """Adds biases of zero, or removes biases; removing biases that are not zero is a loss."""
+def _with_biases(given: Parameters, field: str, has_bias: bool | None, losses: list[Loss]) -> Parameters:
+    """Adds biases of zero, or removes biases; removing biases that are not zero is a loss. None leaves them."""
     ipa = attention_of(given.config)
-    if getattr(ipa, field) == has_bias:
+    if has_bias is None or getattr(ipa, field) == has_bias:
         return given
     config = replace_attention(given.config, replace(ipa, **cast(dict[str, Any], {field: has_bias})))
     arrays, shapes = dict(given.arrays), parameter_shapes(config)
@@ -282,15 +282,14 @@ def _refuse(config: Config, dialect: Dialect) -> None:
         )
     for field, usual in OTHERS.items():
         theirs, here = form.others.get(field, usual), getattr(ipa, field)
-        if here != theirs and not (ipa.pair_channel is None and field in _OF_PAIR_BIAS):
+        if theirs not in (None, here) and not (ipa.pair_channel is None and field in _OF_PAIR_BIAS):
             reasons.append(f"its attention has {field}={theirs!r}, and here it is {here!r}")
     terms = form.logit_terms or (2 if ipa.pair_channel is None else 3)
     if ipa.num_logit_terms != terms:
         reasons.append(f"it scales its logits by √(1/{terms}), and logit_terms is {ipa.num_logit_terms} here")
     reasons += dialect.misfits(ipa)
     if isinstance(config, StructureModuleConfig):
-        if not config.tied_layers:
-            reasons.append("one set of weights serves all its layers: tied_layers must be True")
+        reasons += _of_another_structure(config, dialect)
         if dialect.transitions not in (None, config.num_layer_in_transition):
             reasons.append(
                 f"its transition has {dialect.transitions} linear layers, not {config.num_layer_in_transition}"
@@ -301,6 +300,19 @@ def _refuse(config: Config, dialect: Dialect) -> None:
 
 _OF_PAIR_BIAS = ("pair_bias", "attention_2d_bias")
 """Config fields that mean nothing without a pair representation."""
+
+
+def _of_another_structure(config: StructureModuleConfig, dialect: Dialect) -> list[str]:
+    """Reasons why none of a dialect's structure modules has a config's form."""
+    reasons = []
+    for field, value in dialect.structure.items():
+        mine = getattr(config, field)
+        if field == "tied_layers" and mine != value:
+            whose = "one set of weights serves all its layers" if value else "each of its layers has its own weights"
+            reasons.append(f"{whose}: tied_layers must be {value}")
+        elif mine != value:
+            reasons.append(f"its structure module has {field}={value!r}, not {mine!r}")
+    return reasons + [reason for reason in (dialect.refuse(config),) if reason]
 
 
 def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
@@ -318,13 +330,17 @@ def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
     if isinstance(config, IPATransformerConfig) and not config.detach_rotations:
         notes.append("construct it with detach_rotations=False, which a file cannot store")
     if isinstance(config, StructureModuleConfig):
-        usual = (
-            StructureModuleConfig.alphafold_multimer()
-            if ipa.layout == "multimer"
-            else StructureModuleConfig.alphafold2()
-        )
-        for name in ("num_layer", "position_scale"):
-            mine = getattr(config, name)
-            if not math.isclose(mine, getattr(usual, name)):
-                notes.append(f"construct it with {mine:g} for what is called {name} here, which a file cannot store")
+        notes += _structure_notes(config, dialect)
     return (*notes, *([dialect.frames] if dialect.frames else []))
+
+
+def _structure_notes(config: StructureModuleConfig, dialect: Dialect) -> list[str]:
+    """Sentences on what a structure module's constructor needs, where it differs from the published model's."""
+    usual, notes = dialect.published(config.ipa.layout), []
+    names = ("position_scale", "smallest_angle_length", "skip_connection", "detach_rotations")
+    for name in (*(("num_layer",) if config.tied_layers else ()), *names):
+        mine = getattr(config, name)
+        if not math.isclose(mine, getattr(usual, name)):
+            shown = mine if isinstance(mine, bool) else f"{mine:g}"
+            notes.append(f"construct it with {shown} for what is called {name} here, which a file cannot store")
+    return notes

@@ -59,6 +59,8 @@ class Found(NamedTuple):
     def _is_beside(self, name: str) -> bool:
         """Returns True if a name below the root belongs to another module beside the attention."""
         module, dot, _ = name.partition(".")
+        if module in self.dialect.beside.get(self.kind, {}):
+            return True
         is_theirs = self.kind is IPAConfig and bool(self.dialect.rows[IPAConfig])
         return is_theirs and bool(dot) and not set(_words(module)) & _words_of_attentions()
 
@@ -85,8 +87,11 @@ class Parts:
         notes, where = [], f" at {self.found.root}" if self.found.root else ""
         if self.unused:
             notes.append(f"{', '.join(self.unused)}{where}: ignored, since {self.found.dialect.title} never reads them")
-        if self.beside:
-            modules = list(dict.fromkeys(name.partition(".")[0] for name in self.beside))
+        modules = list(dict.fromkeys(name.partition(".")[0] for name in self.beside))
+        known = self.found.dialect.beside.get(self.found.kind, {})
+        notes += [f"{name}{where}: ignored, as {known[name]}" for name in modules if name in known]
+        modules = [name for name in modules if name not in known]
+        if modules:
             some = ", ".join(modules[:10]) + (f" and {len(modules) - 10} more" if len(modules) > 10 else "")
             notes.append(
                 f"{some}{where}, beside the parameters of the attention: ignored, as other parts of the model; if the "

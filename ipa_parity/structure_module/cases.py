@@ -20,6 +20,7 @@ PRESETS: dict[str, Callable[[], StructureModuleConfig]] = {
     "alphafold2": StructureModuleConfig.alphafold2,
     "alphafold-multimer": StructureModuleConfig.alphafold_multimer,
     "esmfold": StructureModuleConfig.esmfold,
+    "abodybuilder3": StructureModuleConfig.abodybuilder3,
 }
 """Configs by their names on the command line."""
 
@@ -30,8 +31,8 @@ class StructureModuleCase:
 
     name: str
     weights: Weights
-    single: np.ndarray  # (N, c_s)
-    pair: np.ndarray  # (N, N, c_z)
+    single: np.ndarray  # (N, config.input_channels[0])
+    pair: np.ndarray  # (N, N, config.input_channels[1])
     aatype: np.ndarray  # (N,)
     mask: np.ndarray  # (N,) bool
     residue_index: np.ndarray  # (N,)
@@ -57,8 +58,8 @@ def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Wei
 
     Args:
         path: the file.
-        preset: name of a preset whose norm, units and (for shared weights) number of layers to use, which names and
-            shapes do not determine; None keeps what `Weights.load` finds or assumes.
+        preset: name of a preset whose norm, units, (for shared weights) number of layers and other fields to use that
+            names and shapes do not determine; None keeps what `Weights.load` finds or assumes.
 
     Raises:
         ValueError: the file holds an attention's weights only.
@@ -72,7 +73,8 @@ def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> Wei
     fields = ("norm_form", "norm_epsilon", "frame_unit")
     ipa = replace(config.ipa, **{field: getattr(known.ipa, field) for field in fields})
     layers = known.num_layer if config.tied_layers else config.num_layer
-    config = replace(config, ipa=ipa, num_layer=layers, position_scale=known.position_scale)
+    untold = ("position_scale", "project_initial_act", "skip_connection", "detach_rotations", "smallest_angle_length")
+    config = replace(config, ipa=ipa, num_layer=layers, **{field: getattr(known, field) for field in untold})
     return replace(weights, config=config, assumed=frozenset())
 
 
@@ -96,11 +98,12 @@ def make_case(
     mask[number // 2] = False
     _, chains = np.unique(structure.chain_id, return_inverse=True)
     layers = (config.num_layer, number)
+    width, pair_width = config.input_channels
     return StructureModuleCase(
         name=name,
         weights=Weights.random(config, seed=seed + 1, dtype=np.float64) if weights is None else weights,
-        single=rng.standard_normal((number, config.num_channel)),
-        pair=rng.standard_normal((number, number, config.pair_channel)),
+        single=rng.standard_normal((number, width)),
+        pair=rng.standard_normal((number, number, pair_width)),
         aatype=structure.aatype,
         mask=mask,
         residue_index=structure.residue_number,

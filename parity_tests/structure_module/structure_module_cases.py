@@ -26,11 +26,38 @@ ODD_MULTIMER_MODULE = replace(
     ODD_MODULE, ipa=replace(ODD_MULTIMER, frame_unit=None), num_layer_in_transition=3, num_residual_block=1
 )
 UNTIED_MODULE = replace(ODD_MODULE, tied_layers=False)
+EMBEDDED_MODULE = replace(
+    ODD_MODULE,
+    transition_factor=2,
+    single_input_channel=7,
+    pair_input_channel=9,
+    input_norm=False,
+    distance_channel=True,
+    project_initial_act=True,
+    detach_rotations=False,
+    smallest_angle_length=0.03,
+)
+"""ABodyBuilder3's form, with shared weights."""
+CONCATENATED_MODULE = replace(
+    ODD_MODULE,
+    ipa=replace(ODD_MODULE.ipa, scalar_bias=False, point_bias=False, attention_2d_bias=False),
+    tied_layers=False,
+    single_input_channel=7,
+    distance_channel=True,
+    project_initial_act=True,
+    skip_connection=True,
+    sidechain_input="concatenated",
+    sidechain_channel=2 * ODD_MODULE.num_channel,
+    num_layer_in_residual_block=3,
+)
+"""The other form of ABodyBuilder3's attention and side chains, Ibex's skip connection, and layer norms."""
 CONFIGS = {
     "odd": ODD_MODULE,
     "odd multimer": ODD_MULTIMER_MODULE,
     "untied": UNTIED_MODULE,
     "untied multimer": replace(ODD_MULTIMER_MODULE, tied_layers=False, num_layer=2),
+    "embedded": EMBEDDED_MODULE,
+    "concatenated": CONCATENATED_MODULE,
 }
 
 

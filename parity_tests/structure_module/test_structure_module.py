@@ -45,7 +45,8 @@ def test_init_has_the_canonical_parameters(config, framework):
         state = framework.package.StructureModule(config).state_dict()
         actual = {name: x.shape for name, x in Weights.from_torch(state, config=config).arrays.items()}
     else:
-        shapes = ((number, config.num_channel), (number, number, config.pair_channel))
+        width, pair_width = config.input_channels
+        shapes = ((number, width), (number, number, pair_width))
         arrays = [framework.jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
         aatype = framework.jax.ShapeDtypeStruct((number,), "int32")
         init = framework.package.transform_structure_module(config).init
@@ -123,7 +124,13 @@ def test_presets_are_alphafolds(preset):
 # The frameworks against each other and against float64.
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("odd multimer", "float32"), ("untied multimer", "float64")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("odd multimer", "float32"), ("untied multimer", "float64")),
+        *(("embedded", "float32"), ("embedded", "float64"), ("concatenated", "float64")),
+    ],
+)
 def test_the_frameworks_agree(name, dtype):
     judge_frameworks(odd_case(name), dtype)
 

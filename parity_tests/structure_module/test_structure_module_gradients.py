@@ -69,7 +69,10 @@ def test_hard_cases_have_finite_gradients(framework, kind):
     assert all(np.isfinite(x).all() for x in gradients.values())
 
 
-@pytest.mark.parametrize("name", ["odd", "odd multimer", pytest.param("alphafold2", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "name",
+    ["odd", "odd multimer", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("concatenated", "alphafold2"))],
+)
 def test_the_frameworks_agree_on_the_whole_losss_gradients(name):
     """Gradients to representations, start frames and every parameter agree; the multimer case has several chains."""
     case = odd_case(name) if name in CONFIGS else make_case(name, PRESETS[name]())
@@ -92,6 +95,8 @@ def test_rotations_pass_no_gradient_between_layers(framework):
     assert all(np.isfinite(x).all() and np.abs(x).max() > 1e-6 for x in gradients.values())
     free = rotation_gradient(framework, case, patched=True)
     assert np.abs(free - gradients["three"]).max() > 1e-3 * np.abs(free).max()
+    undetached = Weights(case.weights.arrays, replace(case.config, detach_rotations=False))
+    np.testing.assert_array_equal(rotation_gradient(framework, replace(case, weights=undetached)), free)
 
 
 def rotation_gradient(framework, case, patched=False):

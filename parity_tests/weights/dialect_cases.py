@@ -43,6 +43,20 @@ FLASHABB = replace(
     norm_epsilon=1e-7,
     frame_unit=1.0,
 )
+ABODYBUILDER3 = replace(
+    StructureModuleConfig.abodybuilder3(c_s=7, c_z=9),
+    ipa=replace(ONE_WIDTH, norm_epsilon=1e-7),
+    num_layer=3,
+    sidechain_channel=5,
+    num_residual_block=2,
+)
+WITHOUT_BIASES = replace(
+    ABODYBUILDER3,
+    ipa=replace(ABODYBUILDER3.ipa, scalar_bias=False, point_bias=False, attention_2d_bias=False),
+    sidechain_input="concatenated",
+    sidechain_channel=2 * ONE_WIDTH.num_channel,
+    num_layer_in_residual_block=3,
+)
 FRAMEDIFF = replace(ODD_DOWN_Z, num_scalar_v=ODD.num_scalar_qk, pair_channel=8, pair_value_channel=2)
 
 NATIVE = {
@@ -77,6 +91,9 @@ NATIVE = {
         replace(SMALL_MODULE, ipa=replace(ONE_WIDTH, layout="multimer", scalar_bias=False, norm_form="clamp")),
     ),
     "esmfold structure module": ("esmfold", SMALL_MODULE),
+    "abodybuilder3 structure module": ("abodybuilder3", ABODYBUILDER3),
+    "abodybuilder3 structure module without biases": ("abodybuilder3", WITHOUT_BIASES),
+    "ibex structure module": ("ibex", replace(ABODYBUILDER3, skip_connection=True)),
     "alphafold confidence head": ("alphafold", PredictedLDDTConfig(num_channel=5, hidden_channel=4, num_bin=3)),
     "openfold confidence head": ("openfold", PredictedLDDTConfig(num_channel=5, hidden_channel=4, num_bin=3)),
 }
@@ -101,7 +118,8 @@ def assert_same_bits(actual, expected):
 def replace_untold(config):
     """The config with fixed values in the fields that names and shapes do not determine."""
     if isinstance(config, StructureModuleConfig):
-        return replace(config, ipa=replace(replace_untold(config.ipa), frame_unit=1.0), position_scale=1.0)
+        ipa = replace(replace_untold(config.ipa), frame_unit=1.0)
+        return replace(config, ipa=ipa, position_scale=1.0, skip_connection=False)
     if isinstance(config, IPAConfig):
         return replace(config, zero_init=True, point_weight_init=0.0)
     if isinstance(config, IPABlockConfig | IPATransformerConfig):

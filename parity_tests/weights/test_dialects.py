@@ -253,6 +253,9 @@ EXPECTED = {
     "openfold_v1 structure module": EVERYONE,
     "openfold multimer structure module": {"alphafold", "openfold"},
     "esmfold structure module": EVERYONE,
+    "abodybuilder3 structure module": {"abodybuilder3", "ibex"},
+    "abodybuilder3 structure module without biases": {"abodybuilder3", "ibex"},
+    "ibex structure module": {"ibex"},
     "alphafold confidence head": {"alphafold", "openfold", "openfold_v1"},
     "openfold confidence head": {"alphafold", "openfold", "openfold_v1"},
 }

@@ -25,6 +25,7 @@ CONFIGS = {
     "untied structure module": StructureModuleConfig(
         ipa=ODD, num_layer=3, tied_layers=False, num_layer_in_transition=2
     ),
+    "embedded structure module": StructureModuleConfig.abodybuilder3(c_s=7, c_z=5, embed_dim=6),
     "confidence head": PredictedLDDTConfig(),
 }
 DTYPES = ("float64", "float32", "float16", "bfloat16")

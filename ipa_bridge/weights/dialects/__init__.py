@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ipa_bridge.weights.dialects.abodybuilder2 import ABODYBUILDER2
+from ipa_bridge.weights.dialects.abodybuilder3 import ABODYBUILDER3, IBEX
 from ipa_bridge.weights.dialects.alphafold import ALPHAFOLD, IPA_JAX, IPA_TORCH
 from ipa_bridge.weights.dialects.esmfold import ESMFOLD
 from ipa_bridge.weights.dialects.flashabb import FLASHABB
@@ -18,17 +19,8 @@ __all__ = ["DIALECTS", "OTHERS", "Dialect", "Form", "Transform", "default_dialec
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
-        ALPHAFOLD,
-        IPA_JAX,
-        IPA_TORCH,
-        OPENFOLD,
-        OPENFOLD_V1,
-        ESMFOLD,
-        FRAMEFLOW,
-        FRAMEDIFF,
-        LUCIDRAINS,
-        ABODYBUILDER2,
-        FLASHABB,
+        *(ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS),
+        *(ABODYBUILDER2, ABODYBUILDER3, FLASHABB, IBEX),
     )
 }
 """Every dialect by name."""

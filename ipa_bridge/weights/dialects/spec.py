@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ipa_bridge.config import Config, IPAConfig, Layout
+from ipa_bridge.config import Config, IPAConfig, Layout, StructureModuleConfig
 from ipa_bridge.kinds import attention_of, has_attention, infer_config, kind_of, parameter_shapes
 from ipa_bridge.parameters import Shapes, canonical_leaf, torch_name
 from ipa_bridge.weights.assumptions import fields, told_by_shapes
@@ -158,8 +158,9 @@ class Transform:
 class Form:
     """Fixed properties of a dialect's modules in one layout; all other properties are arguments of constructors."""
 
-    scalar_bias: bool
-    point_bias: bool
+    scalar_bias: bool | None
+    point_bias: bool | None
+    """None if both are possible."""
     norm_form: str
     norm_epsilon: float
     """Their default ε."""
@@ -173,7 +174,12 @@ class Form:
     logit_terms: int | None = None
     """Terms that its scale of the logits counts; None for 3 with a pair representation and 2 without."""
     others: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the config fields in `OTHERS` that differ from AlphaFold's."""
+    """Values of the config fields in `OTHERS` that differ from AlphaFold's; None where all are possible."""
+
+    def has_biases_of(self, config: IPAConfig) -> bool:
+        """Returns True if the form has biases in the projections where an attention has them."""
+        pairs = ((self.scalar_bias, config.scalar_bias), (self.point_bias, config.point_bias))
+        return all(mine is None or mine == theirs for mine, theirs in pairs)
 
 
 OTHERS = {
@@ -186,6 +192,28 @@ OTHERS = {
     "pair_value_per_head": False,
 }
 """Config fields that a form fixes and a conversion cannot change, with AlphaFold's values."""
+
+
+ALPHAFOLDS_STRUCTURE: Mapping[str, Any] = {
+    "tied_layers": True,
+    "transition_factor": 1,
+    "single_input_channel": None,
+    "pair_input_channel": None,
+    "input_norm": True,
+    "distance_channel": False,
+    "project_initial_act": False,
+    "skip_connection": False,
+    "detach_rotations": True,
+    "sidechain_input": "summed",
+    "num_layer_in_residual_block": 2,
+}
+"""Fields of a structure module's config in which AlphaFold and its kin do not vary."""
+
+
+def alphafolds(layout: Layout) -> StructureModuleConfig:
+    """AlphaFold's structure module with that layout."""
+    multimer = layout == "multimer"
+    return StructureModuleConfig.alphafold_multimer() if multimer else StructureModuleConfig.alphafold2()
 
 
 @dataclass(frozen=True)
@@ -212,6 +240,11 @@ class Dialect:
             naming the dialect determines these fields.
         part_widths: function from their names and shapes to the numbers of outputs that each of our modules has in
             their module that packs them, by its name; a module that is not listed has equal parts.
+        structure: config field to the value that all its structure modules have.
+        published: function from a layout to the config of its published structure module.
+        refuse: function that returns why none of its structure modules has a config's form; "" if one has.
+        beside: config type to names of other modules that lie at such a module's path, each with what it is. Their
+            parameters are ignored.
     """
 
     name: str
@@ -230,6 +263,10 @@ class Dialect:
     varies: tuple[str, ...] = ()
     shared: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
     part_widths: Callable[[Shapes], Mapping[str, tuple[int, ...]]] = lambda shapes: {}
+    structure: Mapping[str, Any] = field(default_factory=lambda: ALPHAFOLDS_STRUCTURE)
+    published: Callable[[Layout], StructureModuleConfig] = alphafolds
+    refuse: Callable[[StructureModuleConfig], str] = lambda config: ""
+    beside: Mapping[type, Mapping[str, str]] = field(default_factory=dict)
     separator: ClassVar[str] = "."
     """Separator between names of modules."""
 
@@ -324,7 +361,7 @@ class Dialect:
         told = told_by_shapes(config)
         form = self.forms.get(layout_of(config))
         ipa = attention_of(config)
-        if form is None or (ipa and (ipa.scalar_bias, ipa.point_bias) != (form.scalar_bias, form.point_bias)):
+        if form is None or (ipa and not form.has_biases_of(ipa)):
             return told
         differ = {*self.varies, *(() if named else self.shared.get(type(config), ()))}
         return told | {path for path in fields(config) if path.rpartition(".")[2] not in differ}

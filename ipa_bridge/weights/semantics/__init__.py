@@ -23,6 +23,7 @@ from ipa_bridge.kinds import attention_of, has_attention
 from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.weights.semantics import modules
 from ipa_bridge.weights.semantics.abodybuilder2 import ABODYBUILDER2
+from ipa_bridge.weights.semantics.abodybuilder3 import ABODYBUILDER3
 from ipa_bridge.weights.semantics.alphafold import IPA_JAX, IPA_TORCH
 from ipa_bridge.weights.semantics.flashabb import FLASHABB
 from ipa_bridge.weights.semantics.lucidrains import LUCIDRAINS
@@ -41,6 +42,8 @@ SYSTEMS: dict[str, System] = {
     "lucidrains": LUCIDRAINS,
     "abodybuilder2": ABODYBUILDER2,
     "flashabb": FLASHABB,
+    "abodybuilder3": ABODYBUILDER3,
+    "ibex": ABODYBUILDER3,
 }
 """The semantics of every dialect by its name."""
 
@@ -62,8 +65,11 @@ def probe(dialect: str, parameters: Parameters, config: Config, *, seed: int = 0
     if not has_attention(config):
         return modules.confidence(SYSTEMS[dialect], p, rng.standard_normal((PROBE_RESIDUES, config.num_channel)))
     ipa = attention_of(config)
-    single: ndarray = rng.standard_normal((PROBE_RESIDUES, ipa.num_channel))
-    pair = None if ipa.pair_channel is None else rng.standard_normal((PROBE_RESIDUES, PROBE_RESIDUES, ipa.pair_channel))
+    width, pair_width = ipa.num_channel, ipa.pair_channel
+    if isinstance(config, StructureModuleConfig):
+        width, pair_width = config.input_channels
+    single: ndarray = rng.standard_normal((PROBE_RESIDUES, width))
+    pair = None if pair_width is None else rng.standard_normal((PROBE_RESIDUES, PROBE_RESIDUES, pair_width))
     rotation, translation = random_frames(rng, (PROBE_RESIDUES,), spread=2.0)
     mask = np.arange(PROBE_RESIDUES) != PROBE_RESIDUES // 2
     if isinstance(config, StructureModuleConfig):

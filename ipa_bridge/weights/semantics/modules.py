@@ -17,14 +17,23 @@ def structure_module(
     """Suppl. Alg. 20 up to the angles: act, rotation, translation (Å) and unnormalized_angles, layers first."""
     linear, norm = system.layers(p)
     n = len(single)
-    initial = norm(system.name("single_layer_norm"), single)
-    pair = norm(system.name("pair_layer_norm"), pair)
+    initial, edges = single, pair
+    if c.input_norm:
+        initial, edges = norm(system.name("single_layer_norm"), single), norm(system.name("pair_layer_norm"), pair)
+    if c.pair_input_channel is not None:
+        edges = linear(system.name("pair_projection"), edges)
     act = linear(system.name("initial_projection"), initial)
+    if c.project_initial_act:
+        initial = act
     rotation, translation = np.broadcast_to(np.eye(3), (n, 3, 3)), np.zeros((n, 3))
     layers = []
     for layer in range(c.num_layer):
         fold = system.fold(0 if c.tied_layers else layer)
         within = system.below(p, system.name("invariant_point_attention/", within=fold))
+        pair = edges
+        if c.distance_channel:
+            apart = np.linalg.norm(translation[:, None] - translation, axis=-1) * np.outer(mask, mask)
+            pair = np.concatenate([edges, apart[..., None]], -1)
         act = act + system.attention(within, c.ipa, act, pair, rotation, translation, mask)
         act = norm(system.name("attention_layer_norm", within=fold), act)
         x = act
@@ -32,6 +41,8 @@ def structure_module(
             x = x if i == 0 else np.maximum(x, 0)
             x = linear(system.name("transition", i, fold), x)
         act = norm(system.name("transition_layer_norm", within=fold), act + x)
+        if c.skip_connection and layer + 1 < c.num_layer:
+            act = act + initial
         update = "affine_update" if c.ipa.layout == "monomer" else "quat_rigid/rigid"
         step = linear(system.name(update, within=fold), act)
         translation = translation + np.einsum("nxy,ny->nx", rotation, step[:, 3:])
@@ -51,15 +62,21 @@ def _angles(
     initial: ndarray,
 ) -> ndarray:
     """The seven unnormalised (sin, cos) pairs per residue, flat."""
-    current, first, last = (
-        system.name(f"rigid_sidechain/{x}", within=fold)
-        for x in ("input_projection", "input_projection_1", "unnormalized_angles")
-    )
-    x = linear(current, np.maximum(act, 0)) + linear(first, np.maximum(initial, 0))
+
+    def inside(module: str, number: int = 0) -> str:
+        return system.name(f"rigid_sidechain/{module}", number, fold)
+
+    if c.sidechain_input == "summed":
+        x = linear(inside("input_projection"), np.maximum(act, 0))
+        x = x + linear(inside("input_projection_1"), np.maximum(initial, 0))
+    else:
+        x = np.concatenate([act, initial], -1)
     for i in range(c.num_residual_block):
-        one, two = (system.name(f"rigid_sidechain/resblock{k}", i, fold) for k in (1, 2))
-        x = x + linear(two, np.maximum(linear(one, np.maximum(x, 0)), 0))
-    return linear(last, np.maximum(x, 0))
+        y = x
+        for k in (0, 1, 2) if c.num_layer_in_residual_block == 3 else (1, 2):
+            y = linear(inside(f"resblock{k}", i), np.maximum(y, 0))
+        x = x + y
+    return linear(inside("unnormalized_angles"), np.maximum(x, 0))
 
 
 def block(

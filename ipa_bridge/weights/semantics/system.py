@@ -19,8 +19,10 @@ class System:
         attention: function of an attention's parameters, its config, single, pair, rotation, translation and mask,
             which returns the output.
         names: our modules' names to the system's. "{0}" is a module's number counted from 0, "{1}" the number counted
-            from 1, and "{2}" twice the number counted from 0.
-        fold_iteration: path of a structure module's layer, with "{_}" for haiku's number suffix; "" if it has none.
+            from 1, and "{2}" twice the number counted from 0. "{fold}" is a structure module's layer, where its path
+            is no prefix.
+        fold_iteration: path of a structure module's layer, with "{0}" for its number and "{_}" for haiku's number
+            suffix; "" if it has none.
         haiku: True if linear layers and layer norms have haiku's names and shapes, False if they have torch's.
     """
 
@@ -32,11 +34,13 @@ class System:
     def name(self, module: str, number: int = 0, within: str = "") -> str:
         """The system's name of one of our modules; if `names` has none, our name with haiku's number suffix."""
         haiku = f"_{number}" if number else ""
-        return within + self.names.get(module, module + "{_}").format(number, number + 1, 2 * number, _=haiku)
+        template = self.names.get(module, module + "{_}")
+        prefix = "" if "{fold}" in template else within
+        return prefix + template.format(number, number + 1, 2 * number, _=haiku, fold=within)
 
     def fold(self, number: int) -> str:
         """The path of a structure module's layer."""
-        return self.fold_iteration.format(_=f"_{number}" if number else "")
+        return self.fold_iteration.format(number, _=f"_{number}" if number else "")
 
     def below(self, p: Parameters, prefix: str) -> Parameters:
         """The parameters below a path that ends in a slash."""
