@@ -20,7 +20,7 @@ from ipa_bridge.config import (
     StructureModuleConfig,
 )
 from ipa_bridge.kinds import attention_of, has_attention, kind_of, parameter_shapes, replace_attention
-from ipa_bridge.weights.dialects import Dialect, Form, layout_of
+from ipa_bridge.weights.dialects import OTHERS, Dialect, Form, layout_of
 
 Arrays = Mapping[str, np.ndarray]
 """Parameters by canonical name."""
@@ -207,7 +207,8 @@ def _fit(given: Parameters, form: Form) -> tuple[Parameters, list[Loss]]:
     losses: list[Loss] = []
     for field, has_bias in (("scalar_bias", form.scalar_bias), ("point_bias", form.point_bias)):
         given = _with_biases(given, field, has_bias, losses)
-    if attention_of(given.config).pair_value_channel is not None and form.pair_value_divisor is None:
+    ipa = attention_of(given.config)
+    if ipa.pair_value_channel is not None and not ipa.pair_value_per_head and form.pair_value_divisor is None:
         given = _merged(given)
         losses.append(Loss("down_z", f"the target has no down_z: {LOSSES['down_z']}"))
     ipa = attention_of(given.config)
@@ -280,6 +281,14 @@ def _refuse(config: Config, dialect: Dialect) -> None:
             f"its scalar values are as wide as its queries and keys: num_scalar_v must be {ipa.num_scalar_qk}, not "
             f"{ipa.num_scalar_v}"
         )
+    for field, usual in OTHERS.items():
+        theirs, here = form.others.get(field, usual), getattr(ipa, field)
+        if here != theirs:
+            reasons.append(f"its attention has {field}={theirs!r}, and here it is {here!r}")
+    terms = 2 if ipa.pair_channel is None else 3
+    if ipa.num_logit_terms != terms:
+        reasons.append(f"it scales its logits by √(1/{terms}), and logit_terms is {ipa.num_logit_terms} here")
+    reasons += dialect.misfits(ipa)
     if isinstance(config, StructureModuleConfig):
         if not config.tied_layers:
             reasons.append("one set of weights serves all its layers: tied_layers must be True")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,8 @@ class Order:
     """The order of the same features in our form and in theirs.
 
     An order is one or more groups, separated by bars. The letters of a group are its axes, outermost first; `sizes`
-    gives their sizes. For example, "c h q" is coordinate, then head, then query point.
+    gives their sizes. For example, "c h q" is coordinate, then head, then query point. No two groups have the same
+    axes, so that groups may come in another order, too.
     """
 
     ours: str
@@ -34,13 +35,16 @@ class Order:
 
     def indices(self, config: IPAConfig) -> np.ndarray:
         """Positions of their features in ours: theirs[k] = ours[indices[k]]."""
-        size, start, moved = sizes(config), 0, []
-        for ours, theirs in zip(*(groups.split("|") for groups in (self.ours, self.theirs)), strict=True):
-            axes = ours.split()
+        size, start, blocks = sizes(config), 0, {}
+        for axes in map(str.split, self.ours.split("|")):
             shape = [size[axis] for axis in axes]
             block = np.arange(start, start + math.prod(shape)).reshape(shape)
-            moved.append(block.transpose([axes.index(axis) for axis in theirs.split()]).reshape(-1))
+            blocks[frozenset(axes)] = axes, block
             start += block.size
+        moved = []
+        for theirs in map(str.split, self.theirs.split("|")):
+            axes, block = blocks[frozenset(theirs)]
+            moved.append(block.transpose([axes.index(axis) for axis in theirs]).reshape(-1))
         return np.concatenate(moved)
 
 
@@ -134,6 +138,20 @@ class Form:
     pair_required: bool = True
     pair_value_divisor: int | None = None
     """Width of the attended pair is c_z divided by this; None if the pair is attended to without projection."""
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the config fields in `OTHERS` that differ from AlphaFold's."""
+
+
+OTHERS = {
+    "distance_form": "squared",
+    "distance_epsilon": 0.0,
+    "point_weight_form": "softplus",
+    "rotary_embedding": False,
+    "pair_bias": True,
+    "attention_2d_bias": True,
+    "pair_value_per_head": False,
+}
+"""Config fields that a form fixes and a conversion cannot change, with AlphaFold's values."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +172,7 @@ class Dialect:
         transitions: number of linear layers in their structure module's transition if it is fixed; None if it is free.
         unused: config type to the names and shapes of parameters that the modules own but no forward pass reads. They
             are ignored on reading and written as zeros, so that a strict load succeeds.
+        misfits: function from an attention's config to reasons why their class cannot be constructed with its widths.
         varies: names of config fields in which its published models differ, or that its constructors take.
         shared: config type to the names of config fields in which systems with the same parameter names differ. Only
             naming the dialect determines these fields.
@@ -171,6 +190,7 @@ class Dialect:
     epsilon_argument: str = "eps"
     transitions: int | None = None
     unused: Mapping[type, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    misfits: Callable[[IPAConfig], Iterable[str]] = lambda config: ()
     varies: tuple[str, ...] = ()
     shared: Mapping[type, tuple[str, ...]] = field(default_factory=dict)
     separator: ClassVar[str] = "."

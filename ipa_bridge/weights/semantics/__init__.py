@@ -23,7 +23,9 @@ from ipa_bridge.kinds import attention_of, has_attention
 from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.weights.semantics import modules
 from ipa_bridge.weights.semantics.alphafold import IPA_JAX, IPA_TORCH
+from ipa_bridge.weights.semantics.bioemu import BIOEMU
 from ipa_bridge.weights.semantics.lucidrains import LUCIDRAINS
+from ipa_bridge.weights.semantics.omegafold import OMEGAFOLD
 from ipa_bridge.weights.semantics.openfold import OPENFOLD, OPENFOLD_V1
 from ipa_bridge.weights.semantics.system import Parameters, System
 
@@ -37,6 +39,8 @@ SYSTEMS: dict[str, System] = {
     "frameflow": OPENFOLD_V1,
     "framediff": OPENFOLD_V1,
     "lucidrains": LUCIDRAINS,
+    "bioemu": BIOEMU,
+    "omegafold": OMEGAFOLD,
 }
 """The semantics of every dialect by its name."""
 
