@@ -88,7 +88,7 @@ def find_attentions(model: nn.Module) -> dict[str, Recognised | str]:
             found.setdefault(candidate.root, layer)
             seen |= {id(module)} if isinstance(layer, Recognised) else set()
     # Endings of parameter names that only such attentions have.
-    ends = re.compile(r"(?<![^.])(head_weights|point_weights|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$")
+    ends = re.compile(r"(?<![^.])(head_weights|point_weights|trained_point_weight|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$")
     likely = {path for path, module in model.named_modules() if "pointattention" in type(module).__name__.lower()}
     likely |= {name.removesuffix(end[0]).removesuffix(".") for name in shapes if (end := ends.search(name))}
     for path in sorted(likely):
@@ -164,6 +164,9 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
     infinity = getattr(module, "inf", getattr(getattr(module, "config", None), "inf", 0))
     if not isinstance(infinity, float | int) or 0 < infinity < _MIN_INFINITY:
         return f"it subtracts only {infinity} from the logits of masked keys; at least {_MIN_INFINITY:g} is needed"
+    if not system.epsilon:
+        settings = Settings(config, takes, untouched=untouched, points=system.points)
+        return Recognised(found.root, title, module, system, settings, infinity, tuple(sorted(unused)))
     epsilons = {float(x) for x in (_attribute_at(module, path) for path in _EPSILONS) if isinstance(x, float | int)}
     if len(epsilons) != 1:
         return f"it has {len(epsilons) or 'no'} epsilons in .eps and .config.epsilon; one is needed"
@@ -193,7 +196,7 @@ def _untouched_submodules(
 ) -> tuple[tuple[str, type], ...]:
     """Submodules that ours does not call as the layer does, except those that the layer does not call either."""
     differently = (system.bias, system.pair_values)
-    called = set(with_parameters) - set(differently)
+    called = {*with_parameters, system.dropout} - set(differently)
     ignored = {name.rpartition(".")[0] for name in unused}
     return tuple(
         (path, nn.Linear if path in differently and not isinstance(x, nn.Linear) else type(x))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from ipa_torch.replace.systems.bioemu import BIOEMU, BioEmuAdapter
 from ipa_torch.replace.systems.lucidrains import LUCIDRAINS, LucidrainsAdapter
+from ipa_torch.replace.systems.omegafold import OMEGAFOLD, OmegaFoldAdapter
 from ipa_torch.replace.systems.openfold import OPENFOLD_SYSTEMS, OpenFoldAdapter
 from ipa_torch.replace.systems.system import System
 
-__all__ = ["SYSTEMS", "LucidrainsAdapter", "OpenFoldAdapter", "System"]
+__all__ = ["SYSTEMS", "BioEmuAdapter", "LucidrainsAdapter", "OmegaFoldAdapter", "OpenFoldAdapter", "System"]
 
-SYSTEMS: dict[str, System] = {**OPENFOLD_SYSTEMS, "lucidrains": LUCIDRAINS}
+SYSTEMS: dict[str, System] = {
+    **OPENFOLD_SYSTEMS,
+    "lucidrains": LUCIDRAINS,
+    "bioemu": BIOEMU,
+    "omegafold": OMEGAFOLD,
+}
 """Systems whose layers can be replaced, by dialect. Layers whose forward takes other arguments are left alone.
 
 Parameters without effect are listed in the dialect.

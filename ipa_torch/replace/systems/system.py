@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from ipa_bridge.config import NormForm
 from ipa_torch.replace.adapters import Adapter
 
@@ -24,7 +26,7 @@ class System(NamedTuple):
     pair_values: str = ""
     """Submodule that narrows the pair's channels, if any. Our attention calls it on the sum over the pair."""
     epsilon: str = "eps"
-    """Attribute of its published class with the epsilon of lengths; one of `_EPSILONS`."""
+    """Attribute of its published class with the epsilon of lengths, one of `_EPSILONS`; empty if it has none."""
     points: str = ""
     """Path of the linear layer within a point projection; empty if the projection is that layer."""
     norm_forms: Mapping[str, tuple[NormForm, ...]] = {}
@@ -35,3 +37,9 @@ class System(NamedTuple):
     """Arguments of some versions, with the neutral value at which each has no effect."""
     neutral_attributes: Mapping[str, Any] = {}
     """Attributes of some versions, with the neutral value at which each has no effect."""
+    dropout: str = ""
+    """Submodule that drops outputs in training, if any. The adapter calls it as the layer does."""
+    rounds_to: torch.dtype | None = None
+    """Dtype to which the layer rounds on the way, even if its parameters are in a wider one."""
+    differentiable: bool = True
+    """False if the layer itself raises where gradients are asked for. Then only outputs are compared."""
