@@ -1,7 +1,7 @@
 """BioEmu and Distributional Graphormer (DiG): one class, `SAAttention`, at `st_module.encoder.layers.{i}.attn.`.
 
-Logits read distances and not their squares, and each head has its own values of the pair. No projection but the output's
-has a bias. Widths and forms are those of the multimer layout, with coordinates of points innermost.
+Logits read distances and not their squares, and each head has its own values of the pair. The output projection alone
+has a bias. The layout is the multimer's, with coordinates of points innermost.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ BIOEMU = Dialect(
     shared={IPAConfig: ("frame_unit",)},  # DiG's is Å
     misfits=_misfits,
     frames=(
-        "BioEmu takes frames as (translations, transposed rotations) and the mask as a bias on keys, 0 or -inf; its unit "
-        "is nm, and DiG's is Å"
+        "BioEmu takes frames as (translations, transposed rotations), in nm (DiG: Å), and the mask as a bias on keys, "
+        "0 or -inf"
     ),
 )

@@ -22,8 +22,8 @@ ATTENTION = (
 
 
 def _finish(config: Config) -> Config:
-    """Sets the norm and the unit, which names and shapes do not show."""
-    return replace(cast(IPAConfig, config), norm_form="add", norm_epsilon=0.0, frame_unit=10.0)
+    """Sets the norm, the unit and the initial output, which names and shapes do not show."""
+    return replace(cast(IPAConfig, config), norm_form="add", norm_epsilon=0.0, frame_unit=10.0, zero_init=False)
 
 
 OMEGAFOLD = Dialect(
@@ -31,9 +31,7 @@ OMEGAFOLD = Dialect(
     title="OmegaFold",
     rows={IPAConfig: {"multimer": ATTENTION}},
     forms={
-        "multimer": Form(
-            scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=0.0, epsilon_is_fixed=True
-        ),
+        "multimer": Form(scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=0.0, epsilon_is_fixed=True),
     },
     landmarks={IPAConfig: ("trainable_point_weights", "bias_2d.weight", "q_point.weight")},
     finish=_finish,

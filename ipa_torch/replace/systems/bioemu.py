@@ -27,6 +27,8 @@ class BioEmuAdapter(Adapter):
         check_untouched(layer)
         given = bind_arguments(self, arguments, named)
         x, pair, (translation, transposed) = given["x1d"], given["x2d"], given["pose"]
+        if pair is None:
+            raise ValueError("a pair representation was expected as x2d; got None")
         seen, offset = _of_keys(given["bias"], x)
         h = settings.config.num_head
         scalars = (to(x).unflatten(-1, (h, -1)) for to in (layer.scalar_query, layer.scalar_key, layer.scalar_value))

@@ -25,6 +25,8 @@ class OmegaFoldAdapter(Adapter):
         check_untouched(layer)
         given = bind_arguments(self, arguments, named)
         x, pair, frames = given["node_repr"], given["edge_repr"], given["frames"]
+        if pair is None:
+            raise ValueError("a pair representation was expected as edge_repr; got None")
         seen = frames.mask.bool()
         seen = seen | ~seen.any(-1, keepdim=True)
         h = settings.config.num_head
