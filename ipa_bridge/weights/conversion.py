@@ -283,9 +283,9 @@ def _refuse(config: Config, dialect: Dialect) -> None:
         )
     for field, usual in OTHERS.items():
         theirs, here = form.others.get(field, usual), getattr(ipa, field)
-        if here != theirs:
+        if here != theirs and not (ipa.pair_channel is None and field in _OF_PAIR_BIAS):
             reasons.append(f"its attention has {field}={theirs!r}, and here it is {here!r}")
-    terms = 2 if ipa.pair_channel is None else 3
+    terms = form.logit_terms or (2 if ipa.pair_channel is None else 3)
     if ipa.num_logit_terms != terms:
         reasons.append(f"it scales its logits by √(1/{terms}), and logit_terms is {ipa.num_logit_terms} here")
     reasons += dialect.misfits(ipa)
@@ -298,6 +298,10 @@ def _refuse(config: Config, dialect: Dialect) -> None:
             )
     if reasons:
         raise ValueError(f"{dialect.title} cannot represent this:" + "".join(f"\n  {reason}" for reason in reasons))
+
+
+_OF_PAIR_BIAS = ("pair_bias", "attention_2d_bias")
+"""Config fields that mean nothing without a pair representation."""
 
 
 def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:

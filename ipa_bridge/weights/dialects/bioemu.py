@@ -40,7 +40,10 @@ def _misfits(config: IPAConfig) -> Iterator[str]:
     """Reasons why the class cannot be constructed with these widths."""
     width = config.num_scalar_qk
     if config.pair_value_channel != width:
-        yield f"its values of the pair are as wide as its scalar queries: pair_value_channel must be {width}"
+        yield (
+            f"its values of the pair are as wide as its scalar queries: pair_value_channel must be {width}, not "
+            f"{config.pair_value_channel}"
+        )
     if config.num_head * width != config.num_channel:
         yield (
             f"its heads share the single representation's channels: num_head × num_scalar_qk must be num_channel; here "

@@ -26,8 +26,10 @@ class Order:
     """The order of the same features in our form and in theirs.
 
     An order is one or more groups, separated by bars. The letters of a group are its axes, outermost first; `sizes`
-    gives their sizes. For example, "c h q" is coordinate, then head, then query point. No two groups have the same
-    axes, so that groups may come in another order, too.
+    gives their sizes. For example, "c h q" is coordinate, then head, then query point. Each group of theirs is the
+    first group of ours with the same letters that no earlier group is. Groups of theirs that are joined by a plus are
+    concatenated along their last axis; "1" is an axis of size one. For example, "h p 1+h p c" is a point's length
+    before its three coordinates.
     """
 
     ours: str
@@ -35,17 +37,28 @@ class Order:
 
     def indices(self, config: IPAConfig) -> np.ndarray:
         """Positions of their features in ours: theirs[k] = ours[indices[k]]."""
-        size, start, blocks = sizes(config), 0, {}
-        for axes in map(str.split, self.ours.split("|")):
-            shape = [size[axis] for axis in axes]
-            block = np.arange(start, start + math.prod(shape)).reshape(shape)
-            blocks[frozenset(axes)] = axes, block
-            start += block.size
-        moved = []
-        for theirs in map(str.split, self.theirs.split("|")):
-            axes, block = blocks[frozenset(theirs)]
-            moved.append(block.transpose([axes.index(axis) for axis in theirs]).reshape(-1))
-        return np.concatenate(moved)
+        start, remaining = 0, []
+        for group, width in zip(self.ours.split("|"), self.widths(config), strict=True):
+            axes = group.split()
+            shape = [sizes(config)[axis] for axis in axes]
+            remaining.append((axes, np.arange(start, start + width).reshape(shape)))
+            start += width
+
+        def block(group: str) -> np.ndarray:
+            axes = group.split()
+            letters = [axis for axis in axes if axis != "1"]
+            found = next(i for i, (ours, _) in enumerate(remaining) if sorted(ours) == sorted(letters))
+            ours, positions = remaining.pop(found)
+            positions = positions.transpose([ours.index(axis) for axis in letters])
+            return np.expand_dims(positions, [i for i, axis in enumerate(axes) if axis == "1"])
+
+        joined = ([block(group) for group in groups.split("+")] for groups in self.theirs.split("|"))
+        return np.concatenate([np.concatenate(blocks, -1).reshape(-1) for blocks in joined])
+
+    def widths(self, config: IPAConfig) -> list[int]:
+        """Number of features in each group of ours."""
+        size = sizes(config)
+        return [math.prod(size[axis] for axis in group.split()) for group in self.ours.split("|")]
 
 
 def sizes(config: IPAConfig) -> dict[str, int]:
@@ -53,9 +66,11 @@ def sizes(config: IPAConfig) -> dict[str, int]:
     return {
         "c": 3,
         "h": config.num_head,
+        "d": config.num_scalar_qk,
         "s": config.num_scalar_v,
         "q": config.num_point_qk,
         "p": config.num_point_v,
+        "w": config.num_point_qk + config.num_point_v,
         "z": config.pair_value_channel or config.pair_channel or 0,
     }
 
@@ -138,6 +153,8 @@ class Form:
     pair_required: bool = True
     pair_value_divisor: int | None = None
     """Width of the attended pair is c_z divided by this; None if the pair is attended to without projection."""
+    logit_terms: int | None = None
+    """Terms that its scale of the logits counts; None for 3 with a pair representation and 2 without."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """Values of the config fields in `OTHERS` that differ from AlphaFold's."""
 
