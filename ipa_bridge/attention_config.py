@@ -292,6 +292,43 @@ class IPAConfig:
             zero_init=False,
         )
 
+    @classmethod
+    def bioemu(cls, d_model: int = 512, *, d_pair: int = 256, n_head: int = 32) -> IPAConfig:
+        """The attention of BioEmu, with its constructor's own argument names; for DiG, d_model is 768.
+
+        BioEmu's frames are in nm, and DiG's in Å: there, replace frame_unit by 1.
+
+        Raises:
+            ValueError: d_model is not a multiple of n_head.
+        """
+        if d_model % n_head:
+            raise ValueError(f"d_model must be a multiple of n_head, {n_head}; got {d_model}")
+        width = d_model // n_head
+        return cls(
+            num_channel=d_model,
+            pair_channel=d_pair,
+            num_head=n_head,
+            num_scalar_qk=width,
+            num_scalar_v=width,
+            num_point_qk=4,
+            num_point_v=8,
+            layout="multimer",
+            scalar_bias=False,
+            point_bias=False,
+            norm_epsilon=0.0,
+            distance_form="unsquared",
+            attention_2d_bias=False,
+            pair_value_channel=width,
+            pair_value_per_head=True,
+            frame_unit=10.0,
+            zero_init=False,
+        )
+
+    @classmethod
+    def omegafold(cls) -> IPAConfig:
+        """OmegaFold: AlphaFold 2's attention with separate projections for q, k and v, and lengths without an ε."""
+        return replace(cls.alphafold2(), layout="multimer", norm_epsilon=0.0, zero_init=False)
+
 
 def check_width(field: str, value: object, hint: str = "") -> None:
     """Checks that a field's value is a positive integer.

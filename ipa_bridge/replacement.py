@@ -44,7 +44,7 @@ class ReplacementReport:
                 x.system,
                 x.layer,
                 x.dtype,
-                "not compared" if x.error is None else f"{x.error:.1f} eps apart",
+                "not compared" if x.error is None else f"{x.error:.{'1f' if x.error < 1e4 else '1e'}} eps apart",
             )
             for x in self.replaced
         ]

@@ -207,7 +207,8 @@ def _fit(given: Parameters, form: Form) -> tuple[Parameters, list[Loss]]:
     losses: list[Loss] = []
     for field, has_bias in (("scalar_bias", form.scalar_bias), ("point_bias", form.point_bias)):
         given = _with_biases(given, field, has_bias, losses)
-    if attention_of(given.config).pair_value_channel is not None and form.pair_value_divisor is None:
+    ipa = attention_of(given.config)
+    if ipa.pair_value_channel is not None and not ipa.pair_value_per_head and form.pair_value_divisor is None:
         given = _merged(given)
         losses.append(Loss("down_z", f"the target has no down_z: {LOSSES['down_z']}"))
     ipa = attention_of(given.config)

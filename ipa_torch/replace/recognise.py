@@ -88,7 +88,9 @@ def find_attentions(model: nn.Module) -> dict[str, Recognised | str]:
             found.setdefault(candidate.root, layer)
             seen |= {id(module)} if isinstance(layer, Recognised) else set()
     # Endings of parameter names that only such attentions have.
-    ends = re.compile(r"(?<![^.])(head_weights|point_weights|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$")
+    ends = re.compile(
+        r"(?<![^.])(head_weights|point_weights|trained_point_weight|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$"
+    )
     likely = {path for path, module in model.named_modules() if "pointattention" in type(module).__name__.lower()}
     likely |= {name.removesuffix(end[0]).removesuffix(".") for name in shapes if (end := ends.search(name))}
     for path in sorted(likely):
@@ -196,7 +198,7 @@ def _untouched_submodules(
 ) -> tuple[tuple[str, type], ...]:
     """Submodules that ours does not call as the layer does, except those that the layer does not call either."""
     differently = (system.bias, system.pair_values)
-    called = set(with_parameters) - set(differently) - set(system.uncalled)
+    called = {*with_parameters, system.dropout} - set(differently) - set(system.uncalled)
     ignored = {name.rpartition(".")[0] for name in unused}
     return tuple(
         (path, nn.Linear if path in differently and not isinstance(x, nn.Linear) else type(x))

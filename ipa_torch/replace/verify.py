@@ -10,8 +10,8 @@ import math
 import sys
 import typing
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -53,10 +53,7 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
             training = _run(layer, layer.original, wide, batch=batch, training=True)
             after = _run(layer, layer.replacement, dtype, batch=batch)
             wider = torch.finfo(wide).eps < torch.finfo(dtype).eps
-            if wider or dtype is torch.float64:
-                own = _errors(_run(layer, layer.original, dtype, batch=batch), truth)
-            else:
-                own = _own_errors(layer, after, batch)
+            own = _own_errors(layer, after, truth, dtype if wider or dtype is torch.float64 else None, batch)
             if not all(map(math.isfinite, own.values())):  # float16 cannot store the number subtracted at masked keys
                 nobody = {x: _run(layer, layer.original, x, batch=batch, masked=False) for x in (wide, dtype)}
                 own = _errors(nobody[dtype], nobody[wide])
@@ -68,6 +65,7 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
         ) from error
     sides = 1 if wider or dtype is torch.float64 else 2
     eps = torch.finfo(dtype).eps
+    coarser = max(1.0, torch.finfo(layer.system.rounds_to or dtype).eps / eps)
     # Some layers subtract a large number from all logits of a masked row, which rounds them, also in the reference.
     rounded = layer.infinity * torch.finfo(wide).eps / eps
     parts = {
@@ -80,7 +78,7 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
     errors = _errors(after, truth)
     for what, (part, within) in parts.items():
         now = errors[part] / eps
-        explained = sides * max(within, 2 * own[part] / eps)  # large weights increase the layer's own error
+        explained = sides * max(coarser * within, 2 * own[part] / eps)  # large weights increase the layer's own error
         if not (wrong or now <= explained):
             wrong = f"{what} are {now:.3g} eps of {name} apart on random input, where rounding explains {explained:.3g}"
     if wrong:
@@ -118,8 +116,16 @@ def _with_nearest_norm(layer: Recognised, truth: _Run, dtype: torch.dtype, batch
     return min(candidates, key=lambda x: _apart(_run(x, x.replacement, dtype, batch=batch).out, truth.out))
 
 
-def _own_errors(layer: Recognised, after: _Run, batch: tuple[int, ...]) -> dict[str, float]:
-    """Rounding errors of our layer, measured against itself in float64; zeros if it cannot run in float64."""
+def _own_errors(
+    layer: Recognised, after: _Run, truth: _Run, dtype: torch.dtype | None, batch: tuple[int, ...]
+) -> dict[str, float]:
+    """Rounding errors of the original layer in a dtype; with None, or where it cannot run in it, those of ours.
+
+    Ours are measured against itself in float64, and are zeros if it cannot run in float64.
+    """
+    with suppress(Exception):
+        if dtype is not None:
+            return _errors(_run(layer, layer.original, dtype, batch=batch), truth)
     try:
         return _errors(after, _run(layer, layer.replacement, torch.float64, batch=batch))
     except Exception:
@@ -208,6 +214,8 @@ def _run(
         parameter = getattr(copied.get_submodule(owner), leaf)
         drawn = tensor(rng.standard_normal(tuple(parameter.shape)))
         setattr(copied.get_submodule(owner), leaf, nn.Parameter(drawn, requires_grad=False))
+    if system.dropout:
+        copied.add_module(system.dropout, _InsteadOfDropout())
     placed = (torch.from_numpy(x).to(device, at_least_float32(dtype)) for x in random_frames(rng, shape, spread=1.5))
     valid = (rng.random(shape) > 0.1) | (not masked)
     single = tensor(rng.standard_normal((*shape, config.num_channel))).requires_grad_()
@@ -220,14 +228,25 @@ def _run(
     needed = {x.name: next(iter(x.neutral), None) for x in layer.settings.takes if x.default is inspect.Parameter.empty}
     with without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        returned = type(copied).forward(copied, **(needed | given))
+        with torch.set_grad_enabled(system.differentiable):
+            returned = type(copied).forward(copied, **(needed | given))
         out = returned[0] if isinstance(returned, tuple) else returned
-        gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
+        gradients: Sequence[Tensor | None] = [None] * len(inputs)
+        if system.differentiable:
+            gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
     to_single, *to_pair = (
         _numpy(torch.zeros_like(x) if g is None else g) for g, x in zip(gradients, inputs, strict=True)
     )
     rows = _numpy(out)
     return _Run(rows[valid], rows[~valid], to_single, to_pair[0] if to_pair else np.zeros(0))
+
+
+class _InsteadOfDropout(nn.Module):
+    """Multiplies channels by fixed numbers: it shows where a layer drops, without random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies the last axis."""
+        return x * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype, device=x.device)
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -76,6 +76,8 @@ NATIVE = {
     "flashabb": ("flashabb", FLASHABB),
     "flashabb without spectra": ("flashabb", replace(FLASHABB, pair_channel=None, pair_bias=True)),
     "lucidrains without pair": ("lucidrains", replace(ODD_NO_BIAS, pair_channel=None)),
+    "bioemu": ("bioemu", IPAConfig.bioemu(12, d_pair=5, n_head=3)),
+    "omegafold": ("omegafold", replace(ODD, layout="multimer", norm_epsilon=0.0)),
     "lucidrains block": ("lucidrains", IPABlockConfig.lucidrains(6, heads=2, ff_mult=2)),
     "lucidrains transformer": (
         "lucidrains",

@@ -108,6 +108,9 @@ def test_parameters_that_may_be_the_attentions_own_raise(name):
         ("openfold multimer", lambda s: s | {"linear_k.weight": np.roll(s["linear_k.weight"], 1, 0)}),
         ("framediff", lambda s: s | {"down_z.bias": 1.01 * s["down_z.bias"]}),
         ("lucidrains", lambda s: s | {"to_point_v.weight": np.roll(s["to_point_v.weight"], 1, 0)}),
+        ("bioemu", lambda s: s | {"pair_value.weight": np.roll(s["pair_value.weight"], 1, 0)}),
+        ("bioemu", lambda s: s | {"fc_out.weight": np.roll(s["fc_out.weight"], 1, 1)}),
+        ("omegafold", lambda s: swapped(s, "k_point.weight", "q_point.weight")),
         (
             "openfold structure module",
             lambda s: swapped(s, "angle_resnet.linear_in.weight", "angle_resnet.linear_initial.weight"),

@@ -7,10 +7,12 @@ import os
 from ipa_bridge.weights.dialects.abodybuilder2 import ABODYBUILDER2
 from ipa_bridge.weights.dialects.abodybuilder3 import ABODYBUILDER3, IBEX
 from ipa_bridge.weights.dialects.alphafold import ALPHAFOLD, IPA_JAX, IPA_TORCH
+from ipa_bridge.weights.dialects.bioemu import BIOEMU
 from ipa_bridge.weights.dialects.esmfold import ESMFOLD
 from ipa_bridge.weights.dialects.flashabb import FLASHABB
 from ipa_bridge.weights.dialects.framediff import FRAMEDIFF, FRAMEFLOW
 from ipa_bridge.weights.dialects.lucidrains import LUCIDRAINS
+from ipa_bridge.weights.dialects.omegafold import OMEGAFOLD
 from ipa_bridge.weights.dialects.openfold import OPENFOLD, OPENFOLD_V1
 from ipa_bridge.weights.dialects.spec import OTHERS, Dialect, Form, Transform, layout_of
 
@@ -20,7 +22,7 @@ DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
         *(ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS),
-        *(ABODYBUILDER2, ABODYBUILDER3, FLASHABB, IBEX),
+        *(ABODYBUILDER2, ABODYBUILDER3, BIOEMU, FLASHABB, IBEX, OMEGAFOLD),
     )
 }
 """Every dialect by name."""

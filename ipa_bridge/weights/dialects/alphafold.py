@@ -54,6 +54,9 @@ class TorchDialect(Dialect):
 _FOLD_ITERATIONS_OWN = "rigid_sidechain/unnormalized_angles/weights"
 """A parameter that a structure module's layer has and an IPA block does not."""
 
+_OMEGAFOLDS = "bias_2d.weight"
+"""A parameter of OmegaFold's attention, whose point weights have AlphaFold's name."""
+
 _ALPHAFOLDS = (StructureModuleConfig, IPAConfig, PredictedLDDTConfig)
 
 
@@ -73,6 +76,7 @@ ALPHAFOLD = HaikuDialect(
         ),
     },
     landmarks={kind: KINDS[kind].landmarks for kind in _ALPHAFOLDS},
+    absent=(_OMEGAFOLDS,),
 )
 
 IPA_JAX = HaikuDialect(
@@ -81,7 +85,7 @@ IPA_JAX = HaikuDialect(
     rows={kind: {} for kind in KINDS},
     forms={},
     landmarks={kind: row.landmarks for kind, row in KINDS.items()},
-    absent=(_FOLD_ITERATIONS_OWN,),
+    absent=(_FOLD_ITERATIONS_OWN, _OMEGAFOLDS),
     at=lambda root, kind: kind not in _ALPHAFOLDS or not _lies_in_alphafold(root),
 )
 
@@ -91,5 +95,5 @@ IPA_TORCH = TorchDialect(
     rows={kind: {} for kind in KINDS},
     forms={},
     landmarks={kind: tuple(map(torch_name, row.landmarks)) for kind, row in KINDS.items()},
-    absent=(torch_name(_FOLD_ITERATIONS_OWN),),
+    absent=(torch_name(_FOLD_ITERATIONS_OWN), _OMEGAFOLDS),
 )

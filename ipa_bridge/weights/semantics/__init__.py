@@ -25,8 +25,10 @@ from ipa_bridge.weights.semantics import modules
 from ipa_bridge.weights.semantics.abodybuilder2 import ABODYBUILDER2
 from ipa_bridge.weights.semantics.abodybuilder3 import ABODYBUILDER3
 from ipa_bridge.weights.semantics.alphafold import IPA_JAX, IPA_TORCH
+from ipa_bridge.weights.semantics.bioemu import BIOEMU
 from ipa_bridge.weights.semantics.flashabb import FLASHABB
 from ipa_bridge.weights.semantics.lucidrains import LUCIDRAINS
+from ipa_bridge.weights.semantics.omegafold import OMEGAFOLD
 from ipa_bridge.weights.semantics.openfold import OPENFOLD, OPENFOLD_V1
 from ipa_bridge.weights.semantics.system import Parameters, System
 
@@ -44,6 +46,8 @@ SYSTEMS: dict[str, System] = {
     "flashabb": FLASHABB,
     "abodybuilder3": ABODYBUILDER3,
     "ibex": ABODYBUILDER3,
+    "bioemu": BIOEMU,
+    "omegafold": OMEGAFOLD,
 }
 """The semantics of every dialect by its name."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ipa_bridge.config import NormForm
@@ -41,3 +42,9 @@ class System(NamedTuple):
     """Submodules whose parameters our attention reads without calling them."""
     rigids: Callable[[type, Tensor, Tensor], Any] | None = None
     """Makes rigids that a class of layers takes, for the comparison; None for OpenFold's rigids and the like."""
+    dropout: str = ""
+    """Submodule that drops outputs in training, if any. The adapter calls it as the layer does."""
+    rounds_to: torch.dtype | None = None
+    """Dtype to which the layer rounds on the way, even if its parameters are in a wider one."""
+    differentiable: bool = True
+    """False if the layer itself raises where gradients are asked for. Then only outputs are compared."""
