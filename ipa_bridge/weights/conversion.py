@@ -303,8 +303,9 @@ def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
         block = config.block if isinstance(config, IPATransformerConfig) else config
         if not block.post_norm:
             notes.append("construct it with post_norm=False, which a file cannot store")
-    if isinstance(config, IPATransformerConfig) and not config.detach_rotations:
-        notes.append("construct it with detach_rotations=False, which a file cannot store")
+    if isinstance(config, IPATransformerConfig) and config.detach_rotations != dialect.detach_argument[1]:
+        name = dialect.detach_argument[0]
+        notes.append(f"construct it with {name}={config.detach_rotations}, which a file cannot store")
     if isinstance(config, StructureModuleConfig):
         usual = (
             StructureModuleConfig.alphafold_multimer()

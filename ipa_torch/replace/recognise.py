@@ -179,7 +179,7 @@ def _arguments_taken(system: System, original: Any) -> tuple[Argument, ...] | st
     """The arguments of a layer's own forward, or the reason why they are not those of its system."""
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
-    harmless = (*system.flags, *system.neutral_arguments)
+    harmless = (*system.optional, *system.flags, *system.neutral_arguments)
     plain = all(x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY) for x in parameters)
     if not plain or set(names) - set(harmless) != set(system.takes):
         optional = f", optionally with {', '.join(harmless)}" if harmless else ""

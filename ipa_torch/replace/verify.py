@@ -216,7 +216,9 @@ def _run(
     cotangent = tensor(rng.standard_normal(single.shape) * valid[..., None])
     inputs = [single] if pair is None else [single, pair]
     given = system.inputs(single, pair, *placed, tensor(valid), partial(_make_rigids, layer))
-    needed = {x.name: next(iter(x.neutral), None) for x in layer.settings.takes if x.default is inspect.Parameter.empty}
+    takes = layer.settings.takes
+    needed = {x.name: next(iter(x.neutral), None) for x in takes if x.default is inspect.Parameter.empty}
+    given = {name: x for name, x in given.items() if name in {argument.name for argument in takes}}
     with without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = type(copied).forward(copied, **(needed | given))

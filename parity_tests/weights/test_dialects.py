@@ -232,19 +232,23 @@ def exact_pairs() -> set[tuple[str, str]]:
 
 
 EVERYONE = {"alphafold", "openfold", "openfold_v1", "esmfold"}
+LUCIDRAINS = {"lucidrains", "igfold"}
 EXPECTED = {
-    "alphafold monomer": {"alphafold", "lucidrains"},
+    "alphafold monomer": {"alphafold"} | LUCIDRAINS,
     "alphafold multimer": {"alphafold"},
-    "openfold": EVERYONE | {"lucidrains"},
+    "openfold": EVERYONE | LUCIDRAINS,
     "openfold multimer": {"alphafold", "openfold"},
-    "openfold_v1": EVERYONE | {"lucidrains"},
-    "esmfold": EVERYONE | {"lucidrains"},
+    "openfold_v1": EVERYONE | LUCIDRAINS,
+    "esmfold": EVERYONE | LUCIDRAINS,
     "framediff": {"framediff", "frameflow"},
     "frameflow": {"framediff", "frameflow"},
-    "lucidrains": {"lucidrains", "alphafold"},
-    "lucidrains without pair": {"lucidrains"},
-    "lucidrains block": {"lucidrains"},
+    "lucidrains": {"alphafold"} | LUCIDRAINS,
+    "lucidrains without pair": LUCIDRAINS,
+    "lucidrains block": LUCIDRAINS,
     "lucidrains transformer": {"lucidrains"},
+    "igfold": {"alphafold"} | LUCIDRAINS,
+    "igfold block": LUCIDRAINS,
+    "igfold transformer": LUCIDRAINS,
     "alphafold structure module": EVERYONE,
     "openfold structure module": EVERYONE,
     "openfold_v1 structure module": EVERYONE,

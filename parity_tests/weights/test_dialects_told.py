@@ -42,6 +42,8 @@ def test_names_and_shapes_identify_the_dialect(name, root):
         root = f"{root}.plddt".removeprefix(".")
     if dialect == "esmfold" and root:
         root = f"{root.replace('model.structure_module', 'trunk.structure_module')}"
+    if dialect == "igfold":
+        root = f"{root}.structure_ipa".removeprefix(".")
     state = {f"{root}.{x}".removeprefix("."): y.shape for x, y in state_of(Weights.random(config), dialect).items()}
     found, inferred, _ = find_module(state)
     alike = {"esmfold": {"openfold_v1"} if "trunk" not in root else set()}

@@ -7,7 +7,7 @@ import os
 from ipa_bridge.weights.dialects.alphafold import ALPHAFOLD, IPA_JAX, IPA_TORCH
 from ipa_bridge.weights.dialects.esmfold import ESMFOLD
 from ipa_bridge.weights.dialects.framediff import FRAMEDIFF, FRAMEFLOW
-from ipa_bridge.weights.dialects.lucidrains import LUCIDRAINS
+from ipa_bridge.weights.dialects.lucidrains import IGFOLD, LUCIDRAINS
 from ipa_bridge.weights.dialects.openfold import OPENFOLD, OPENFOLD_V1
 from ipa_bridge.weights.dialects.spec import Dialect, Form, Transform, layout_of
 
@@ -15,7 +15,18 @@ __all__ = ["DIALECTS", "Dialect", "Form", "Transform", "default_dialect", "find_
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
-    for dialect in (ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS)
+    for dialect in (
+        ALPHAFOLD,
+        IPA_JAX,
+        IPA_TORCH,
+        OPENFOLD,
+        OPENFOLD_V1,
+        ESMFOLD,
+        FRAMEFLOW,
+        FRAMEDIFF,
+        LUCIDRAINS,
+        IGFOLD,
+    )
 }
 """Every dialect by name."""
 

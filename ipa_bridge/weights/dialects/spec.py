@@ -151,6 +151,7 @@ class Dialect:
         finish: function that sets config fields which names and shapes do not determine.
         frames: note for callers on how frames and mask differ from ours; "" if they do not.
         epsilon_argument: their constructors' argument for ε.
+        detach_argument: their transformer's argument for detached rotations, and its default.
         transitions: number of linear layers in their structure module's transition if it is fixed; None if it is free.
         unused: config type to the names and shapes of parameters that the modules own but no forward pass reads. They
             are ignored on reading and written as zeros, so that a strict load succeeds.
@@ -169,6 +170,7 @@ class Dialect:
     finish: Callable[[Config], Config] = lambda config: config
     frames: str = ""
     epsilon_argument: str = "eps"
+    detach_argument: tuple[str, bool] = ("detach_rotations", True)
     transitions: int | None = None
     unused: Mapping[type, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     varies: tuple[str, ...] = ()

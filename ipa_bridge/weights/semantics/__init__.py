@@ -37,6 +37,7 @@ SYSTEMS: dict[str, System] = {
     "frameflow": OPENFOLD_V1,
     "framediff": OPENFOLD_V1,
     "lucidrains": LUCIDRAINS,
+    "igfold": LUCIDRAINS,
 }
 """The semantics of every dialect by its name."""
 

@@ -8,7 +8,7 @@ from ipa_torch.replace.systems.system import System
 
 __all__ = ["SYSTEMS", "LucidrainsAdapter", "OpenFoldAdapter", "System"]
 
-SYSTEMS: dict[str, System] = {**OPENFOLD_SYSTEMS, "lucidrains": LUCIDRAINS}
+SYSTEMS: dict[str, System] = {**OPENFOLD_SYSTEMS, "lucidrains": LUCIDRAINS, "igfold": LUCIDRAINS}
 """Systems whose layers can be replaced, by dialect. Layers whose forward takes other arguments are left alone.
 
 Parameters without effect are listed in the dialect.

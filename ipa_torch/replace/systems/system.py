@@ -31,6 +31,8 @@ class System(NamedTuple):
     """Norm forms of its versions, by layout. The comparison finds which of them a layer computes."""
     flags: tuple[str, ...] = ()
     """Arguments of some versions that change how the layer computes, but not its result."""
+    optional: tuple[str, ...] = ()
+    """Arguments of some versions that its adapter reads."""
     neutral_arguments: Mapping[str, Any] = {}
     """Arguments of some versions, with the neutral value at which each has no effect."""
     neutral_attributes: Mapping[str, Any] = {}
