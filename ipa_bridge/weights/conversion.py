@@ -16,7 +16,6 @@ from ipa_bridge.config import (
     IPAConfig,
     IPATransformerConfig,
     Layout,
-    NormForm,
     StructureModuleConfig,
 )
 from ipa_bridge.kinds import attention_of, has_attention, kind_of, parameter_shapes, replace_attention
@@ -218,7 +217,7 @@ def _fit(given: Parameters, form: Form) -> tuple[Parameters, list[Loss]]:
         formula = {"add": "√(|x|² + {})", "clamp": "√max(|x|², {}²)"}
         ours, theirs = formula[ipa.norm_form].format(ipa.norm_epsilon), formula[form.norm_form].format(epsilon)
         losses.append(Loss("norm", f"the length of a value point x is {ours} here and {theirs} in the target"))
-        changed = replace(ipa, norm_form=cast(NormForm, form.norm_form), norm_epsilon=epsilon)
+        changed = replace(ipa, norm_form=form.norm_form, norm_epsilon=epsilon)
         given = given._replace(config=replace_attention(given.config, changed))
     return given, losses
 

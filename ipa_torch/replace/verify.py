@@ -200,7 +200,7 @@ def _run(
             linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
 
     draw(system.output)
-    if config.pair_channel is not None and not cast(Any, copied.get_submodule(system.bias)).weight.any():
+    if system.bias and config.pair_channel and not cast(Any, copied.get_submodule(system.bias)).weight.any():
         draw(system.bias)
     for name in layer.unused:  # so that their use would change the results
         owner, _, leaf = name.rpartition(".")
@@ -221,7 +221,7 @@ def _run(
     given = {name: x for name, x in given.items() if name in {argument.name for argument in takes}}
     with without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = type(copied).forward(copied, **(needed | given))
+        out = getattr(type(copied), system.method)(copied, **(needed | given))
         gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
     to_single, *to_pair = (
         _numpy(torch.zeros_like(x) if g is None else g) for g, x in zip(gradients, inputs, strict=True)
@@ -312,6 +312,11 @@ def _rigids_beside(kinds: Iterable[type]) -> list[Any]:
     for name in dict.fromkeys(x for x in names if x in sys.modules):
         own = vars(sys.modules[name])
         imported = [vars(x) for x in own.values() if isinstance(x, ModuleType)]
+        package = name.partition(".")[0]
+        sources = {getattr(x, "__module__", None) or "" for x in own.values() if inspect.isroutine(x)}
+        imported += [
+            vars(sys.modules[x]) for x in sorted(sources) if x.partition(".")[0] == package and x in sys.modules
+        ]
         for spaces in ([own], imported):
             found = [space[x] for x in ("Rigid", "Rigid3Array") for space in spaces if x in space]
             if rigids := [x for x in found if isinstance(x, type) and _is_rigid(x)]:

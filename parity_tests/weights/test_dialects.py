@@ -233,13 +233,14 @@ def exact_pairs() -> set[tuple[str, str]]:
 
 EVERYONE = {"alphafold", "openfold", "openfold_v1", "esmfold"}
 LUCIDRAINS = {"lucidrains", "igfold"}
+OTHERS = {"lociparse"}
 EXPECTED = {
     "alphafold monomer": {"alphafold"} | LUCIDRAINS,
     "alphafold multimer": {"alphafold"},
-    "openfold": EVERYONE | LUCIDRAINS,
+    "openfold": EVERYONE | LUCIDRAINS | OTHERS,
     "openfold multimer": {"alphafold", "openfold"},
-    "openfold_v1": EVERYONE | LUCIDRAINS,
-    "esmfold": EVERYONE | LUCIDRAINS,
+    "openfold_v1": EVERYONE | LUCIDRAINS | OTHERS,
+    "esmfold": EVERYONE | LUCIDRAINS | OTHERS,
     "framediff": {"framediff", "frameflow"},
     "frameflow": {"framediff", "frameflow"},
     "lucidrains": {"alphafold"} | LUCIDRAINS,
@@ -249,6 +250,7 @@ EXPECTED = {
     "igfold": {"alphafold"} | LUCIDRAINS,
     "igfold block": LUCIDRAINS,
     "igfold transformer": LUCIDRAINS,
+    "lociparse": EVERYONE | LUCIDRAINS | OTHERS,
     "alphafold structure module": EVERYONE,
     "openfold structure module": EVERYONE,
     "openfold_v1 structure module": EVERYONE,

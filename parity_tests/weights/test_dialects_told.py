@@ -46,7 +46,7 @@ def test_names_and_shapes_identify_the_dialect(name, root):
         root = f"{root}.structure_ipa".removeprefix(".")
     state = {f"{root}.{x}".removeprefix("."): y.shape for x, y in state_of(Weights.random(config), dialect).items()}
     found, inferred, _ = find_module(state)
-    alike = {"esmfold": {"openfold_v1"} if "trunk" not in root else set()}
+    alike = {"esmfold": {"openfold_v1"} if "trunk" not in root else set(), "lociparse": {"openfold_v1"}}
     if "confidence" not in name:  # OpenFold's versions use the same name
         assert found.dialect.name in {dialect} | alike.get(dialect, set())
     assert (found.kind, found.root) == (type(config), root)

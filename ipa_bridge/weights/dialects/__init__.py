@@ -7,11 +7,12 @@ import os
 from ipa_bridge.weights.dialects.alphafold import ALPHAFOLD, IPA_JAX, IPA_TORCH
 from ipa_bridge.weights.dialects.esmfold import ESMFOLD
 from ipa_bridge.weights.dialects.framediff import FRAMEDIFF, FRAMEFLOW
+from ipa_bridge.weights.dialects.lociparse import LOCIPARSE
 from ipa_bridge.weights.dialects.lucidrains import IGFOLD, LUCIDRAINS
 from ipa_bridge.weights.dialects.openfold import OPENFOLD, OPENFOLD_V1
-from ipa_bridge.weights.dialects.spec import Dialect, Form, Transform, layout_of
+from ipa_bridge.weights.dialects.spec import Dialect, Form, Order, Row, Transform, layout_of
 
-__all__ = ["DIALECTS", "Dialect", "Form", "Transform", "default_dialect", "find_dialect", "layout_of"]
+__all__ = ["DIALECTS", "Dialect", "Form", "Order", "Row", "Transform", "default_dialect", "find_dialect", "layout_of"]
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
@@ -26,6 +27,7 @@ DIALECTS: dict[str, Dialect] = {
         FRAMEDIFF,
         LUCIDRAINS,
         IGFOLD,
+        LOCIPARSE,
     )
 }
 """Every dialect by name."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from ipa_bridge.config import Config, IPAConfig, Layout
-from ipa_bridge.kinds import attention_of, has_attention, infer_config, kind_of, parameter_shapes
+from ipa_bridge.config import Config, IPAConfig, Layout, NormForm
+from ipa_bridge.kinds import attention_of, has_attention, infer_config, kind_of, parameter_shapes, replace_attention
 from ipa_bridge.parameters import Shapes, canonical_leaf, torch_name
 from ipa_bridge.weights.assumptions import fields, told_by_shapes
 
@@ -124,7 +124,7 @@ class Form:
 
     scalar_bias: bool
     point_bias: bool
-    norm_form: str
+    norm_form: NormForm
     norm_epsilon: float
     """Their default ε."""
     epsilon_is_fixed: bool = False
@@ -147,6 +147,8 @@ class Dialect:
         forms: layout to the form of the attention.
         landmarks: config type to the names that identify such a module; all of them must be present.
         absent: names that must not be present.
+        beside: submodules with parameters of their own that lie beside the attention's in this system. If no dialect
+            is named, all of them must be present, and the dialect then goes before others that read the same names.
         at: function that returns whether a module of a kind may lie at a path; used if no dialect is named.
         finish: function that sets config fields which names and shapes do not determine.
         frames: note for callers on how frames and mask differ from ours; "" if they do not.
@@ -166,6 +168,7 @@ class Dialect:
     forms: Mapping[Layout, Form]
     landmarks: Mapping[type, tuple[str, ...]]
     absent: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     at: Callable[[str, type], bool] = lambda root, kind: True
     finish: Callable[[Config], Config] = lambda config: config
     frames: str = ""
@@ -242,11 +245,14 @@ class Dialect:
             ValueError: parameters are missing, or sizes do not divide by the number of heads.
         """
         canonical = self.canonical_names(shapes, kind)
-        return self.finish(
-            infer_config(
-                {ours: shapes[x][::-1] if ours.endswith("/weights") else shapes[x] for x, ours in canonical.items()}
-            )
+        config = infer_config(
+            {ours: shapes[x][::-1] if ours.endswith("/weights") else shapes[x] for x, ours in canonical.items()}
         )
+        form = self.forms.get(layout_of(config))
+        if form is not None and has_attention(config):
+            ipa = replace(attention_of(config), norm_form=form.norm_form, norm_epsilon=form.norm_epsilon)
+            config = replace_attention(config, ipa)
+        return self.finish(config)
 
     def told(self, config: Config, *, named: bool) -> frozenset[str]:
         """Paths of the config's fields that names and shapes determine, or that all its published models share.

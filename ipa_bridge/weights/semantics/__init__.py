@@ -38,6 +38,7 @@ SYSTEMS: dict[str, System] = {
     "framediff": OPENFOLD_V1,
     "lucidrains": LUCIDRAINS,
     "igfold": LUCIDRAINS,
+    "lociparse": OPENFOLD_V1,
 }
 """The semantics of every dialect by its name."""
 

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from ipa_torch.replace.systems.lociparse import LOCIPARSE, LociParseAdapter
 from ipa_torch.replace.systems.lucidrains import LUCIDRAINS, LucidrainsAdapter
 from ipa_torch.replace.systems.openfold import OPENFOLD_SYSTEMS, OpenFoldAdapter
 from ipa_torch.replace.systems.system import System
+from ipa_torch.replace.systems.table import CALLS, Call, TableAdapter, forget_tables, system_of
 
-__all__ = ["SYSTEMS", "LucidrainsAdapter", "OpenFoldAdapter", "System"]
+__all__ = [
+    "CALLS",
+    "SYSTEMS",
+    "Call",
+    "LociParseAdapter",
+    "LucidrainsAdapter",
+    "OpenFoldAdapter",
+    "System",
+    "TableAdapter",
+    "forget_tables",
+    "system_of",
+]
 
-SYSTEMS: dict[str, System] = {**OPENFOLD_SYSTEMS, "lucidrains": LUCIDRAINS, "igfold": LUCIDRAINS}
+SYSTEMS: dict[str, System] = {
+    **OPENFOLD_SYSTEMS,
+    "lucidrains": LUCIDRAINS,
+    "igfold": LUCIDRAINS,
+    "lociparse": LOCIPARSE,
+}
 """Systems whose layers can be replaced, by dialect. Layers whose forward takes other arguments are left alone.
 
 Parameters without effect are listed in the dialect.

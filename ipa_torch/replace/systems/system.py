@@ -37,3 +37,7 @@ class System(NamedTuple):
     """Arguments of some versions, with the neutral value at which each has no effect."""
     neutral_attributes: Mapping[str, Any] = {}
     """Attributes of some versions, with the neutral value at which each has no effect."""
+    method: str = "forward"
+    """The method that computes the attention alone; the layer's own forward calls it."""
+    calls_projections: bool = True
+    """False if the adapter reads the projections' parameters without calling them."""
