@@ -14,6 +14,7 @@ from torch import nn
 
 from ipa_bridge.config import Implementation
 from ipa_bridge.replacement import ReplacedLayer, ReplacementReport
+from ipa_bridge.weights.dialects import DIALECTS
 from ipa_torch.attention import check_implementation
 from ipa_torch.replace.adapters import (
     Adapter,
@@ -51,8 +52,9 @@ def replace_ipa(
 ) -> ReplacementReport:
     """Lets every invariant point attention in a model compute as ours does.
 
-    Layers of OpenFold 1 and 2 (monomer and multimer), ESMFold, FrameDiff and its family, and the package
-    `invariant-point-attention` are recognised by their parameters. Each keeps its call, its conventions and its
+    Layers of OpenFold 1 and 2 (monomer and multimer), ESMFold, FrameDiff and its family, the package
+    `invariant-point-attention`, IgFold and lociPARSE are recognised by their parameters, and so are those of your own
+    (`register_adapter`). Each keeps its call, its conventions and its
     parameter tensors. Optimisers, hooks, `state_dict()`, device and dtype stay as they are, and checkpoints saved
     before and after are interchangeable. `restore_ipa` undoes the replacement. Replacing again changes the
     implementation.
@@ -88,8 +90,8 @@ def replace_ipa(
     if not layers:
         reasons = "".join(f"\n  {path or 'the model itself'}: {reason}" for path, reason in left_alone.items())
         raise ValueError(
-            f"an invariant point attention of OpenFold, ESMFold, FrameDiff or invariant-point-attention was expected "
-            f"somewhere in this {type(model).__name__}; there is none" + (f" but these:{reasons}" if reasons else "")
+            f"an invariant point attention of a supported system ({_titles()}) was expected somewhere in this "
+            f"{type(model).__name__}; there is none" + (f" but these:{reasons}" if reasons else "")
         )
     classes = [layer.replacement for layer in layers]
     verified = [compare_with_original(layer) if verify else (layer, None) for layer in layers]
@@ -104,6 +106,11 @@ def replace_ipa(
         ),
         left_alone,
     )
+
+
+def _titles() -> str:
+    """Titles of the systems whose layers can be replaced."""
+    return ", ".join(DIALECTS[dialect].title for dialect in SYSTEMS if dialect in DIALECTS)
 
 
 def restore_ipa(model: nn.Module) -> list[str]:

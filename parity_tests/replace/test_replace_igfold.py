@@ -6,6 +6,7 @@ import copy
 
 import pytest
 
+from ipa_bridge.config import IPATransformerConfig
 from ipa_bridge.tolerance import bound
 from ipa_bridge.weights import Weights
 
@@ -66,6 +67,45 @@ class Model(nn.Module):
 
     def forward(self, *arguments, **named):
         return self.structure_ipa(*arguments, **named)
+
+
+class Block(nn.Module):
+    def __init__(self, dim=6):
+        super().__init__()
+        self.attn, self.attn_norm, self.ff_norm = Attention(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.ff = nn.Sequential(*(nn.Linear(dim, dim) if i % 2 == 0 else nn.ReLU() for i in range(5)))
+
+    def forward(self, x, **frames):
+        x = self.attn_norm(x + self.attn(x, **frames))
+        return self.ff_norm(x + self.ff(x))
+
+
+def product(a, b):
+    """Hamilton's product of quaternions, real parts first, whose lengths are never made 1."""
+    a, u, b, v = a[..., :1], a[..., 1:], b[..., :1], b[..., 1:]
+    return torch.cat([a * b - (u * v).sum(-1, keepdim=True), a * v + b * u + torch.linalg.cross(u, v)], -1)
+
+
+def row_rotations(quaternions):
+    """Matrices that turn row vectors; they do not depend on the quaternions' lengths."""
+    return ipa_torch.Rigid.from_quaternion(quaternions, quaternions[..., 1:]).rotation
+
+
+class Transformer(nn.Module):
+    """A stand-in for IgFold's transformer up to its frames."""
+
+    def __init__(self, dim=6, depth=3):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([Block(dim), nn.Linear(dim, 6)]) for _ in range(depth))
+
+    def forward(self, x, *, translations, quaternions, **others):
+        for block, update in self.layers:
+            rotations = row_rotations(quaternions)
+            x = block(x, rotations=rotations, translations=translations, **others)
+            turn, step = update(x).chunk(2, -1)
+            quaternions = product(quaternions, nn.functional.pad(turn, (1, 0), value=1.0))
+            translations = translations + torch.einsum("bic,bicd->bid", step, rotations)
+        return translations, quaternions
 
 
 def inputs(dtype=torch.float64, *, number=9):
@@ -164,3 +204,50 @@ def test_a_checkpoint_and_back():
     back = weights.to_torch(dialect="igfold", root="structure_ipa")
     assert back.keys() == model.state_dict().keys()
     assert all(torch.equal(x, back[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_the_transformer_converts(name):
+    """Our transformer gives valid residues IgFold's frames, with the same gradients, also through the rotations."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, name)
+    model = nn.ModuleDict({"structure_ipa": Transformer()}).to(dtype)
+    weights = Weights.from_torch(model.state_dict())
+    assert weights.config == IPATransformerConfig.igfold(
+        6, depth=3, heads=3, scalar_key_dim=4, scalar_value_dim=5, point_key_dim=2, point_value_dim=3
+    )
+    assert not weights.assumed
+    ours = ipa_torch.IPATransformer(weights.config).to(dtype)
+    ours.load_state_dict(weights.to_torch(), strict=True)
+    (single, pair, _, translations), _, readable = inputs(dtype)
+    quaternions = 2 * torch.randn(2, 9, 4, dtype=dtype)
+    leaves, valid = [single, pair, translations], readable[..., None]
+    ends, turns = model["structure_ipa"](
+        single,
+        pairwise_repr=pair,
+        translations=translations,
+        quaternions=quaternions,
+        mask=readable,
+        key_padding_mask=readable,
+    )
+    rotations = row_rotations(turns).transpose(-1, -2)
+    frames = ipa_torch.Rigid(row_rotations(quaternions).transpose(-1, -2), translations)
+    found = ours(single, pair, frames, readable).rigids
+    judge(found.translation, ends, readable.numpy(), "translation", name)
+    judge(found.rotation.flatten(-2), rotations.flatten(-2), readable.numpy(), "rotation", name)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=dtype) for x in (ends, rotations)]
+    gradients = [
+        torch.autograd.grad(
+            (x * cotangents[0] * valid).sum() + (y * cotangents[1] * valid[..., None]).sum(), [*leaves, *m.parameters()]
+        )
+        for x, y, m in ((ends, rotations, model), (found.translation, found.rotation, ours))
+    ]
+    for leaf, x, y in zip(("single", "pair", "translations"), gradients[1], gradients[0], strict=False):
+        judge(x, y, None, f"gradient/{leaf}", name)
+    named = dict(zip(dict(ours.named_parameters()), gradients[1][3:], strict=True))
+    ported = Weights.from_torch(named, dialect="ipa_torch", config=weights.config)
+    ported = ported.to_torch(dialect="igfold", root="structure_ipa")
+    for (leaf, _), y in zip(model.named_parameters(), gradients[0][3:], strict=True):
+        if not leaf.endswith("attn_bias.0.bias"):
+            judge(ported[leaf], y, None, f"gradient/{leaf}", name)

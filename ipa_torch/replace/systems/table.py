@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -51,7 +52,7 @@ class TableAdapter(Adapter):
         call = CALLS[settings.dialect]
         check_untouched(self)
         given = bind_arguments(self, arguments, named)
-        module = _module(settings.config, settings.implementation)
+        module = _module(settings.config, settings.implementation, threading.get_ident())
         out = torch.func.functional_call(module, _our_parameters(self, settings), (), dict(call.to_ours(self, **given)))
         return out if call.result is None else call.result(self, out, **given)
 
@@ -87,8 +88,11 @@ def system_of(
 
 
 @cache
-def _module(config: IPAConfig, implementation: Implementation | None) -> InvariantPointAttention:
-    """Our module without numbers, which takes frames in whatever unit the layer does."""
+def _module(config: IPAConfig, implementation: Implementation | None, thread: int) -> InvariantPointAttention:
+    """Our module without numbers, which takes frames in whatever unit the layer does.
+
+    Each thread has its own, since a call puts the layer's numbers in for as long as it runs.
+    """
     with torch.device("meta"):
         return InvariantPointAttention(replace(config, frame_unit=None), implementation=implementation)
 
