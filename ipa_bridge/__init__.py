@@ -10,6 +10,7 @@ from ipa_bridge.config import (
 from ipa_bridge.proteins import Structure, load_structure, save_structure
 from ipa_bridge.version import __version__
 from ipa_bridge.weights import Weights
+from ipa_bridge.weights.registration import register_dialect, unregister_dialect
 
 __all__ = [
     "IPABlockConfig",
@@ -21,5 +22,7 @@ __all__ = [
     "Weights",
     "__version__",
     "load_structure",
+    "register_dialect",
     "save_structure",
+    "unregister_dialect",
 ]

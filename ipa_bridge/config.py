@@ -180,6 +180,20 @@ class IPATransformerConfig:
             original_composition_order=original_composition_order,
         )
 
+    @classmethod
+    def igfold(cls, dim: int, *, depth: int, stop_rotation_grad: bool = False, **block: Any) -> IPATransformerConfig:
+        """IgFold's `IPATransformer`, with its constructor's own argument names.
+
+        It returns ideal backbone atoms in the frames, which have no parameters, and the frames as translations and
+        quaternions; this transformer returns the frames.
+        """
+        return cls(
+            block=IPABlockConfig.lucidrains(dim, **block),
+            num_layer=depth,
+            detach_rotations=stop_rotation_grad,
+            original_composition_order=True,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedLDDTConfig:

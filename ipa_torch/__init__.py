@@ -38,7 +38,7 @@ from ipa_torch.losses import (
     violation_metrics,
     within_residue_violations,
 )
-from ipa_torch.replace import replace_ipa, restore_ipa
+from ipa_torch.replace import register_adapter, replace_ipa, restore_ipa, unregister_adapter
 from ipa_torch.rigid import Rigid
 from ipa_torch.side_chains import (
     GroupFrames,
@@ -94,6 +94,7 @@ __all__ = [
     "plddt_loss",
     "point_attention",
     "predicted_lddt",
+    "register_adapter",
     "rename_ambiguous_atoms",
     "rename_ambiguous_frames",
     "replace_ipa",
@@ -104,6 +105,7 @@ __all__ = [
     "structure_target",
     "supervised_chi_loss",
     "torsion_angles_to_frames",
+    "unregister_adapter",
     "violation_metrics",
     "within_residue_violations",
 ]

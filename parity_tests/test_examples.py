@@ -35,6 +35,7 @@ def backbones(examples):
 
 
 SHORT = {
+    "custom_layer": [],
     "denoise_backbone": ["--steps", "2", "--out", "out"],
     "denoise_backbone_jax": ["--steps", "2", "--out", "out"],
     "handoff": ["--steps", "4", "--at", "2", "--out", "out"],

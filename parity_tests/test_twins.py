@@ -45,6 +45,10 @@ ONLY_IN_ONE = {
     "attention.fused.OLDEST_TRITON": "JAX brings its own",
     "replace.__init__.replace_ipa": "a torch model is an object whose layers can be swapped …",
     "replace.__init__.restore_ipa": "… and given back",
+    **dict.fromkeys(
+        ("replace.__init__.register_adapter", "replace.__init__.unregister_adapter"),
+        "in JAX, AlphaFold is the only system whose modules can be replaced",
+    ),
     "replace.__init__.replace_alphafold_ipa": "AlphaFold builds its modules anew in each trace",
     **{
         f"replace.__init__.AlphaFoldReplacement{name}": "what undoes it: no object holds AlphaFold's modules"

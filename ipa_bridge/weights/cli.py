@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +43,12 @@ examples:
 @as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0 for success, 1 if files differ or a verification fails, 2 for an error."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    try:
+        _import_named(argv)
+    except (ValueError, ImportError) as error:
+        print(f"ipa-port: --import: {error}", file=sys.stderr)
+        return 2
+    args = _parser().parse_args(argv)
     try:
         return args.run(args)
     except BrokenPipeError:
@@ -50,6 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"ipa-port {args.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _import_named(argv: Sequence[str] | None) -> None:
+    """Imports the modules named by --import, before the other options are read: their dialects are choices there.
+
+    A module is also found in the current directory, if it is nowhere else.
+    """
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--import", action="append", dest="imports", nargs="?", default=[])
+    imports = [name for name in first.parse_known_args(argv)[0].imports if name]
+    if not imports:
+        return
+    sys.path.append(os.getcwd())
+    try:
+        for name in imports:
+            importlib.import_module(name)
+    finally:
+        sys.path.pop()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (convert, inspect, compare):
         command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument(
+            "--import",
+            action="append",
+            metavar="MODULE",
+            help="import this Python module first, which adds dialects with ipa_bridge.register_dialect",
+        )
     return parser
 
 

@@ -16,7 +16,6 @@ from ipa_bridge.config import (
     IPAConfig,
     IPATransformerConfig,
     Layout,
-    NormForm,
     StructureModuleConfig,
 )
 from ipa_bridge.kinds import attention_of, has_attention, kind_of, parameter_shapes, replace_attention
@@ -219,7 +218,7 @@ def _fit(given: Parameters, form: Form) -> tuple[Parameters, list[Loss]]:
         formula = {"add": "√(|x|² + {})", "clamp": "√max(|x|², {}²)"}
         ours, theirs = formula[ipa.norm_form].format(ipa.norm_epsilon), formula[form.norm_form].format(epsilon)
         losses.append(Loss("norm", f"the length of a value point x is {ours} here and {theirs} in the target"))
-        changed = replace(ipa, norm_form=cast(NormForm, form.norm_form), norm_epsilon=epsilon)
+        changed = replace(ipa, norm_form=form.norm_form, norm_epsilon=epsilon)
         given = given._replace(config=replace_attention(given.config, changed))
     return given, losses
 
@@ -328,8 +327,9 @@ def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
         block = config.block if isinstance(config, IPATransformerConfig) else config
         if not block.post_norm:
             notes.append("construct it with post_norm=False, which a file cannot store")
-    if isinstance(config, IPATransformerConfig) and not config.detach_rotations:
-        notes.append("construct it with detach_rotations=False, which a file cannot store")
+    if isinstance(config, IPATransformerConfig) and config.detach_rotations != dialect.detach_argument[1]:
+        name = dialect.detach_argument[0]
+        notes.append(f"construct it with {name}={config.detach_rotations}, which a file cannot store")
     if isinstance(config, StructureModuleConfig):
         notes += _structure_notes(config, dialect)
     return (*notes, *([dialect.frames] if dialect.frames else []))

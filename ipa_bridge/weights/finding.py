@@ -51,7 +51,7 @@ class Found(NamedTuple):
             if name not in known and shapes[key] == unused.get(name):
                 without_effect.append(name)
             elif name not in known and self._is_beside(name):
-                beside.append(name)
+                beside += [] if name.partition(".")[0] in self.dialect.beside else [name]
             else:
                 below[name] = key
         return Parts(self, below, tuple(without_effect), tuple(beside))
@@ -59,10 +59,10 @@ class Found(NamedTuple):
     def _is_beside(self, name: str) -> bool:
         """Returns True if a name below the root belongs to another module beside the attention."""
         module, dot, _ = name.partition(".")
-        if module in self.dialect.beside.get(self.kind, {}):
+        if module in self.dialect.other_modules.get(self.kind, {}) or module in self.dialect.beside:
             return True
         is_theirs = self.kind is IPAConfig and bool(self.dialect.rows[IPAConfig])
-        return is_theirs and bool(dot) and not set(_words(module)) & _words_of_attentions()
+        return is_theirs and bool(dot) and not set(_words(module)) & words_of_attentions()
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Parts:
     unused: tuple[str, ...]
     """Names of parameters that no forward pass of its system reads."""
     beside: tuple[str, ...]
-    """Names of other modules' parameters."""
+    """Names of other modules' parameters, except those of modules that the dialect lists."""
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ class Parts:
         if self.unused:
             notes.append(f"{', '.join(self.unused)}{where}: ignored, since {self.found.dialect.title} never reads them")
         modules = list(dict.fromkeys(name.partition(".")[0] for name in self.beside))
-        known = self.found.dialect.beside.get(self.found.kind, {})
+        known = self.found.dialect.other_modules.get(self.found.kind, {})
         notes += [f"{name}{where}: ignored, as {known[name]}" for name in modules if name in known]
         modules = [name for name in modules if name not in known]
         if modules:
@@ -126,9 +126,17 @@ def modules(keys: Mapping[str, object], dialect: str | None = None, *, haiku: bo
                 prefix = root + each.separator if root else ""
                 there = all(prefix + name in keys for name in others)
                 foreign = any(prefix + name in keys for name in each.absent)
-                if there and not foreign and (dialect is not None or each.at(root, kind)):
+                usual = dialect is not None or (each.at(root, kind) and _has_beside(each, prefix, keys))
+                if there and not foreign and usual:
                     found.append(Found(each, kind, root))
-    return found
+    told = {(each.kind, each.root) for each in found if each.dialect.beside}
+    return [each for each in found if each.dialect.beside or (each.kind, each.root) not in told]
+
+
+def _has_beside(dialect: Dialect, prefix: str, keys: Iterable[str]) -> bool:
+    """Returns True if all submodules that lie beside a dialect's attention have parameters there."""
+    starts = [f"{prefix}{name}{dialect.separator}" for name in dialect.beside]
+    return all(any(key.startswith(start) for key in keys) for start in starts)
 
 
 def find_module(
@@ -228,7 +236,7 @@ _GENERAL_WORDS = frozenset({"edge", "final"})
 
 
 @cache
-def _words_of_attentions() -> frozenset[str]:
+def words_of_attentions() -> frozenset[str]:
     """Words in the names of submodules of other systems' attentions, and of few other modules."""
     rows = (row for each in DIALECTS.values() for layout in each.rows.get(IPAConfig, {}).values() for row in layout)
     return frozenset(word for row in rows for word in _words(row.theirs.partition(".")[0])) - _GENERAL_WORDS

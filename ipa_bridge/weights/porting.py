@@ -159,9 +159,10 @@ def verify(
         allow_lossy: losses to allow, by their names in `conversion.LOSSES`.
 
     Raises:
-        ValueError: a dialect cannot represent the weights, or a loss is not allowed.
+        ValueError: a dialect cannot represent the weights or has no semantics, or a loss is not allowed.
     """
     source_system, target = find_dialect(source_dialect), find_dialect(dialect)
+    _check_semantics(source_system, target)
     weights = _without_zeros(weights)
     rounded = weights.astype(dtype) if dtype else weights
     written, _ = rounded.converted(target, allow_lossy=allow_lossy)
@@ -178,6 +179,16 @@ def verify(
         change=change if finite else None,
         passed=finite and max(errors) <= MAX_VERIFIED_EPS,
     )
+
+
+def _check_semantics(*dialects: Dialect) -> None:
+    """Raises if a dialect was registered without semantics."""
+    for each in dialects:
+        if each.name not in semantics.SYSTEMS:
+            raise ValueError(
+                f"cannot verify: what {each.title} computes is unknown; pass semantics= where register_dialect adds "
+                f"{each.name!r}, or convert without verification"
+            )
 
 
 def inspect(

@@ -6,12 +6,15 @@ our `forward`. No other package is imported: layers are recognised by the names 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from ipa_bridge.config import Implementation
 from ipa_bridge.replacement import ReplacedLayer, ReplacementReport
+from ipa_bridge.weights.dialects import DIALECTS
 from ipa_torch.attention import check_implementation
 from ipa_torch.replace.adapters import (
     Adapter,
@@ -22,7 +25,15 @@ from ipa_torch.replace.adapters import (
     original_class,
 )
 from ipa_torch.replace.recognise import Recognised, find_attentions
-from ipa_torch.replace.systems import LucidrainsAdapter, OpenFoldAdapter
+from ipa_torch.replace.systems import (
+    CALLS,
+    SYSTEMS,
+    Call,
+    LucidrainsAdapter,
+    OpenFoldAdapter,
+    forget_tables,
+    system_of,
+)
 from ipa_torch.replace.verify import compare_with_original
 
 _NAMES_IN_OLD_PICKLES = {
@@ -41,8 +52,9 @@ def replace_ipa(
 ) -> ReplacementReport:
     """Lets every invariant point attention in a model compute as ours does.
 
-    Layers of OpenFold 1 and 2 (monomer and multimer), ESMFold, FrameDiff and its family, and the package
-    `invariant-point-attention` are recognised by their parameters. Each keeps its call, its conventions and its
+    Layers of OpenFold 1 and 2 (monomer and multimer), ESMFold, FrameDiff and its family, the package
+    `invariant-point-attention`, IgFold and lociPARSE are recognised by their parameters, and so are those of your own
+    (`register_adapter`). Each keeps its call, its conventions and its
     parameter tensors. Optimisers, hooks, `state_dict()`, device and dtype stay as they are, and checkpoints saved
     before and after are interchangeable. `restore_ipa` undoes the replacement. Replacing again changes the
     implementation.
@@ -78,8 +90,8 @@ def replace_ipa(
     if not layers:
         reasons = "".join(f"\n  {path or 'the model itself'}: {reason}" for path, reason in left_alone.items())
         raise ValueError(
-            f"an invariant point attention of OpenFold, ESMFold, FrameDiff or invariant-point-attention was expected "
-            f"somewhere in this {type(model).__name__}; there is none" + (f" but these:{reasons}" if reasons else "")
+            f"an invariant point attention of a supported system ({_titles()}) was expected somewhere in this "
+            f"{type(model).__name__}; there is none" + (f" but these:{reasons}" if reasons else "")
         )
     classes = [layer.replacement for layer in layers]
     verified = [compare_with_original(layer) if verify else (layer, None) for layer in layers]
@@ -94,6 +106,11 @@ def replace_ipa(
         ),
         left_alone,
     )
+
+
+def _titles() -> str:
+    """Titles of the systems whose layers can be replaced."""
+    return ", ".join(DIALECTS[dialect].title for dialect in SYSTEMS if dialect in DIALECTS)
 
 
 def restore_ipa(model: nn.Module) -> list[str]:
@@ -114,3 +131,50 @@ def restore_ipa(model: nn.Module) -> list[str]:
         module.__class__ = original_class(module)
         del module._ipa_twins
     return list(replaced)
+
+
+def register_adapter(
+    dialect: str,
+    *,
+    to_ours: Callable[..., Mapping[str, Any]],
+    to_theirs: Callable[..., Mapping[str, Any]],
+    result: Callable[..., Any] | None = None,
+    method: str = "forward",
+) -> None:
+    """Lets `replace_ipa` replace layers of a class of your own, whose parameters a registered dialect describes.
+
+    The layer's parameters go into our module by the dialect's table, so that only the call remains to be described.
+    Its submodules are not called any more: hooks on them raise. Copies of the layer in another process need the same
+    registration there.
+
+    Args:
+        dialect: name of the dialect; see `ipa_bridge.register_dialect`.
+        to_ours: function of the layer and the arguments of its call, by their names, which returns the arguments of
+            `InvariantPointAttention` by name: single, pair, rigids and, if there are masks, mask, key_mask, pair_mask.
+        to_theirs: function that makes the arguments of the layer's call, by name, to compare before and after on random
+            input. It takes a single representation, a pair representation (or None), rotation matrices, translations
+            and a residue mask.
+        result: function of the layer, our attention's output and the arguments of the layer's call, by their names,
+            which makes what the layer returns, such as a residual sum; None if that is the output.
+        method: the method to replace, if it is not forward: forward then stays as it is.
+
+    Raises:
+        ValueError: there is no such dialect, or it has an adapter already.
+    """
+    system = system_of(dialect, to_ours, to_theirs, method)
+    if dialect in SYSTEMS:
+        raise ValueError(f"layers of the dialect {dialect!r} can be replaced already: call unregister_adapter first")
+    SYSTEMS[dialect], CALLS[dialect] = system, Call(to_ours, result)
+
+
+def unregister_adapter(dialect: str) -> None:
+    """Undoes `register_adapter`, as tests may need to.
+
+    Raises:
+        ValueError: no adapter was registered for the dialect.
+    """
+    if dialect not in CALLS:
+        known = ", ".join(CALLS) or "none"
+        raise ValueError(f"a dialect with a registered adapter was expected ({known}); got {dialect!r}")
+    del SYSTEMS[dialect], CALLS[dialect]
+    forget_tables()

@@ -44,6 +44,8 @@ class Settings:
     """Paths and classes of submodules that our attention does not call as the layer did. They must not change."""
     points: str = ""
     """Path of the linear layer within a point projection; empty if the projection is that layer."""
+    dialect: str = ""
+    """The dialect that the layer was recognised by."""
 
 
 class Adapter(nn.Module):
@@ -54,10 +56,11 @@ class Adapter(nn.Module):
     """
 
     _ipa_twins: Settings
-    _ipa_twins_classes: tuple[Any, Any]
+    _ipa_twins_classes: tuple[Any, ...]
+    """Arguments of `replaced_class`."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles refer to the two base classes, because the combined class cannot be imported."""
+        """Copies and pickles refer to the base classes, because the combined class cannot be imported."""
         reduced = cast(tuple, super().__reduce_ex__(protocol))
         if not is_as_replaced(self):  # its class was changed since
             return reduced
@@ -65,20 +68,21 @@ class Adapter(nn.Module):
 
 
 @cache
-def replaced_class(adapter: Any, original: Any) -> Any:
-    """The class of a replaced layer."""
+def replaced_class(adapter: Any, original: Any, method: str = "forward") -> Any:
+    """The class of a replaced layer, in which the adapter computes `method`."""
 
-    @wraps(original.forward)
-    def forward(self: Any, *arguments: Any, **named: Any) -> Tensor:
+    @wraps(getattr(original, method))
+    def computed(self: Any, *arguments: Any, **named: Any) -> Tensor:
         return adapter.forward(self, *arguments, **named)
 
-    namespace = {"__doc__": adapter.__doc__, "_ipa_twins_classes": (adapter, original), "forward": forward}
-    return type(f"IPATwins{original.__name__}", (adapter, original), namespace)
+    classes = (adapter, original) if method == "forward" else (adapter, original, method)
+    namespace = {"__doc__": adapter.__doc__, "_ipa_twins_classes": classes, "forward": original.forward}
+    return type(f"IPATwins{original.__name__}", (adapter, original), namespace | {method: computed})
 
 
-def empty_layer(adapter: Any, original: Any) -> Any:
+def empty_layer(adapter: Any, original: Any, method: str = "forward") -> Any:
     """A replaced layer without attributes, which copies and pickles then fill."""
-    return object.__new__(replaced_class(adapter, original))
+    return object.__new__(replaced_class(adapter, original, method))
 
 
 def original_class(attention: Any) -> Any:

@@ -56,7 +56,8 @@ class Recognised:
     @property
     def replacement(self) -> Any:
         """The class of the replaced layer."""
-        return replaced_class(cast(Any, self.system.adapter), self.original)
+        method = self.system.method
+        return replaced_class(cast(Any, self.system.adapter), self.original, *([] if method == "forward" else [method]))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,6 +133,7 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
     if found.dialect.name not in SYSTEMS:
         return "it is this project's own attention"
     system, names = SYSTEMS[found.dialect.name], found.names(shapes)
+    names = {name: key for name, key in names.items() if name.partition(".")[0] not in found.dialect.beside}
     try:
         config = cast(IPAConfig, found.infer(shapes))
         expected = {theirs: transform.their_shape for theirs, transform in found.dialect.names(config).values()}
@@ -149,6 +151,8 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
         return f"it has no {system.bias}, and {title}'s attention without a pair is not supported"
     if isinstance(module, Adapter) and not is_as_replaced(module):
         return f"its class was changed to {type(module).__name__} after it was replaced"
+    if not hasattr(original_class(module), system.method):
+        return f"it has no {system.method}, the method that computes {title}'s attention"
     replaced = [path for path, x in module.named_modules() if "forward" in vars(x)]
     if replaced:
         where = replaced[0] or "the layer"
@@ -159,46 +163,54 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]]) ->
     for name, neutral in system.neutral_attributes.items():
         if not is_neutral(value := getattr(module, name, neutral), neutral):
             return f"its {name} is {value}, and only at {neutral} does it compute what ours does"
-    untouched = _untouched_submodules(module, system, {name.rpartition(".")[0] for name in expected}, unused)
+    with_parameters = {name.rpartition(".")[0] for name in expected} - {""}
+    untouched = _untouched_submodules(module, system, with_parameters, unused, found.dialect.beside)
     for path, kind in untouched:
         if problem := alteration(module.get_submodule(path), kind):
             return f"its {path} {problem}, which would have no effect: ours does not call it as the layer does"
     infinity = getattr(module, "inf", getattr(getattr(module, "config", None), "inf", 0))
     if not isinstance(infinity, float | int) or 0 < infinity < _MIN_INFINITY:
         return f"it subtracts only {infinity} from the logits of masked keys; at least {_MIN_INFINITY:g} is needed"
+    form = found.dialect.forms[config.layout]
     if not system.epsilon:
-        settings = Settings(config, takes, untouched=untouched, points=system.points)
+        settings = Settings(config, takes, untouched=untouched, points=system.points, dialect=found.dialect.name)
         return Recognised(found.root, title, module, system, settings, infinity, tuple(sorted(unused)))
     epsilons = {float(x) for x in (_attribute_at(module, path) for path in _EPSILONS) if isinstance(x, float | int)}
+    epsilons = {form.norm_epsilon} if form.epsilon_is_fixed else epsilons
     if len(epsilons) != 1:
         return f"it has {len(epsilons) or 'no'} epsilons in .eps and .config.epsilon; one is needed"
     try:
         ours = replace(config, norm_epsilon=epsilons.pop())
     except ValueError as error:
         return str(error)
-    settings = Settings(ours, takes, untouched=untouched, points=system.points)
+    settings = Settings(ours, takes, untouched=untouched, points=system.points, dialect=found.dialect.name)
     return Recognised(found.root, title, module, system, settings, infinity, tuple(sorted(unused)))
 
 
 def _arguments_taken(system: System, original: Any) -> tuple[Argument, ...] | str:
     """The arguments of a layer's own forward, or the reason why they are not those of its system."""
-    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    parameters = list(inspect.signature(getattr(original, system.method)).parameters.values())[1:]
     names = [parameter.name for parameter in parameters]
-    harmless = (*system.flags, *system.neutral_arguments)
+    harmless = (*system.optional, *system.flags, *system.neutral_arguments)
     plain = all(x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY) for x in parameters)
     if not plain or set(names) - set(harmless) != set(system.takes):
         optional = f", optionally with {', '.join(harmless)}" if harmless else ""
-        return f"its forward takes {', '.join(names)}, and not {', '.join(system.takes)}{optional}"
+        return f"its {system.method} takes {', '.join(names)}, and not {', '.join(system.takes)}{optional}"
     neutral = {name: (value,) for name, value in system.neutral_arguments.items()}
     return tuple(Argument(x.name, x.default, x.kind is x.KEYWORD_ONLY, neutral.get(x.name, ())) for x in parameters)
 
 
 def _untouched_submodules(
-    module: nn.Module, system: System, with_parameters: Iterable[str], unused: Iterable[str]
+    module: nn.Module, system: System, with_parameters: set[str], unused: Iterable[str], beside: Iterable[str]
 ) -> tuple[tuple[str, type], ...]:
-    """Submodules that ours does not call as the layer does, except those that the layer does not call either."""
-    differently = (system.bias, system.pair_values)
-    called = {*with_parameters, system.dropout} - set(differently) - set(system.uncalled)
+    """Submodules that ours does not call as the layer does, except those that the layer does not call either.
+
+    If our attention computes a method, the layer's own forward still calls the other submodules.
+    """
+    differently = (system.bias, system.pair_values) if system.calls_projections else tuple(with_parameters)
+    called = {*beside, system.dropout, *(with_parameters - set(differently) - set(system.uncalled))}
+    if system.method != "forward":
+        called |= {path for path, _ in module.named_modules() if path not in with_parameters}
     ignored = {name.rpartition(".")[0] for name in unused}
     return tuple(
         (path, nn.Linear if path in differently and not isinstance(x, nn.Linear) else type(x))

@@ -206,7 +206,7 @@ def _run(
             linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
 
     draw(system.output)
-    reads_pair = config.pair_channel is not None and config.pair_bias
+    reads_pair = bool(system.bias) and config.pair_channel is not None and config.pair_bias
     if reads_pair and not cast(Any, copied.get_submodule(system.bias)).weight.any():
         draw(system.bias)
     for name in layer.unused:  # so that their use would change the results
@@ -225,11 +225,13 @@ def _run(
     cotangent = tensor(rng.standard_normal(single.shape) * valid[..., None])
     inputs = [single] if pair is None else [single, pair]
     given = system.inputs(single, pair, *placed, tensor(valid), partial(_make_rigids, layer))
-    needed = {x.name: next(iter(x.neutral), None) for x in layer.settings.takes if x.default is inspect.Parameter.empty}
+    takes = layer.settings.takes
+    needed = {x.name: next(iter(x.neutral), None) for x in takes if x.default is inspect.Parameter.empty}
+    given = {name: x for name, x in given.items() if name in {argument.name for argument in takes}}
     with without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.set_grad_enabled(system.differentiable):
-            returned = type(copied).forward(copied, **(needed | given))
+            returned = getattr(type(copied), system.method)(copied, **(needed | given))
         out = returned[0] if isinstance(returned, tuple) else returned
         gradients: Sequence[Tensor | None] = [None] * len(inputs)
         if system.differentiable:
@@ -333,6 +335,11 @@ def _rigids_beside(kinds: Iterable[type]) -> list[Any]:
     for name in dict.fromkeys(x for x in names if x in sys.modules):
         own = vars(sys.modules[name])
         imported = [vars(x) for x in own.values() if isinstance(x, ModuleType)]
+        package = name.partition(".")[0]
+        sources = {getattr(x, "__module__", None) or "" for x in own.values() if inspect.isroutine(x)}
+        imported += [
+            vars(sys.modules[x]) for x in sorted(sources) if x.partition(".")[0] == package and x in sys.modules
+        ]
         for spaces in ([own], imported):
             found = [space[x] for x in ("Rigid", "Rigid3Array") for space in spaces if x in space]
             if rigids := [x for x in found if isinstance(x, type) and _is_rigid(x)]:

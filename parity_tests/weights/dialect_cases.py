@@ -85,6 +85,10 @@ NATIVE = {
             6, depth=12, num_tokens=5, predict_points=True, original_composition_order=True, heads=2
         ),
     ),
+    "igfold": ("igfold", ODD_NO_BIAS),
+    "igfold block": ("igfold", IPABlockConfig.lucidrains(6, heads=2)),
+    "igfold transformer": ("igfold", IPATransformerConfig.igfold(6, depth=3, heads=2)),
+    "lociparse": ("lociparse", ONE_WIDTH),
     "alphafold structure module": ("alphafold", SMALL_MODULE),
     "openfold structure module": ("openfold", SMALL_MODULE),
     "openfold_v1 structure module": ("openfold_v1", SMALL_MODULE),

@@ -230,24 +230,30 @@ def exact_pairs() -> set[tuple[str, str]]:
 
 
 EVERYONE = {"alphafold", "openfold", "openfold_v1", "esmfold"}
+LUCIDRAINS = {"lucidrains", "igfold"}
+OTHERS = {"lociparse"}
 EXPECTED = {
-    "alphafold monomer": {"alphafold", "lucidrains"},
+    "alphafold monomer": {"alphafold"} | LUCIDRAINS,
     "alphafold multimer": {"alphafold"},
-    "openfold": EVERYONE | {"lucidrains"},
+    "openfold": EVERYONE | LUCIDRAINS | OTHERS,
     "openfold multimer": {"alphafold", "openfold"},
-    "openfold_v1": EVERYONE | {"lucidrains"},
-    "esmfold": EVERYONE | {"lucidrains"},
+    "openfold_v1": EVERYONE | LUCIDRAINS | OTHERS,
+    "esmfold": EVERYONE | LUCIDRAINS | OTHERS,
     "framediff": {"framediff", "frameflow"},
     "frameflow": {"framediff", "frameflow"},
-    "lucidrains": {"lucidrains", "alphafold"},
-    "lucidrains without pair": {"lucidrains"},
+    "lucidrains": {"alphafold"} | LUCIDRAINS,
+    "lucidrains without pair": LUCIDRAINS,
     "abodybuilder2": {"abodybuilder2"},
     "flashabb": {"flashabb"},
     "flashabb without spectra": {"flashabb"},
     "bioemu": {"bioemu"},
-    "omegafold": {"omegafold", "lucidrains"},
-    "lucidrains block": {"lucidrains"},
+    "omegafold": {"omegafold"} | LUCIDRAINS,
+    "lucidrains block": LUCIDRAINS,
     "lucidrains transformer": {"lucidrains"},
+    "igfold": {"alphafold"} | LUCIDRAINS,
+    "igfold block": LUCIDRAINS,
+    "igfold transformer": LUCIDRAINS,
+    "lociparse": EVERYONE | LUCIDRAINS | OTHERS,
     "alphafold structure module": EVERYONE,
     "openfold structure module": EVERYONE,
     "openfold_v1 structure module": EVERYONE,

@@ -42,9 +42,12 @@ def test_names_and_shapes_identify_the_dialect(name, root):
         root = f"{root}.plddt".removeprefix(".")
     if dialect == "esmfold" and root:
         root = f"{root.replace('model.structure_module', 'trunk.structure_module')}"
+    if dialect == "igfold":
+        root = f"{root}.structure_ipa".removeprefix(".")
     state = {f"{root}.{x}".removeprefix("."): y.shape for x, y in state_of(Weights.random(config), dialect).items()}
     found, inferred, _ = find_module(state)
-    alike = {"esmfold": {"openfold_v1"} if "trunk" not in root else set(), "ibex": {"abodybuilder3"}}
+    alike = {"esmfold": {"openfold_v1"} if "trunk" not in root else set()}
+    alike |= {"ibex": {"abodybuilder3"}, "lociparse": {"openfold_v1"}}
     if "confidence" not in name:  # OpenFold's versions use the same name
         assert found.dialect.name in {dialect} | alike.get(dialect, set())
     assert (found.kind, found.root) == (type(config), root)

@@ -11,18 +11,30 @@ from ipa_bridge.weights.dialects.bioemu import BIOEMU
 from ipa_bridge.weights.dialects.esmfold import ESMFOLD
 from ipa_bridge.weights.dialects.flashabb import FLASHABB
 from ipa_bridge.weights.dialects.framediff import FRAMEDIFF, FRAMEFLOW
-from ipa_bridge.weights.dialects.lucidrains import LUCIDRAINS
+from ipa_bridge.weights.dialects.lociparse import LOCIPARSE
+from ipa_bridge.weights.dialects.lucidrains import IGFOLD, LUCIDRAINS
 from ipa_bridge.weights.dialects.omegafold import OMEGAFOLD
 from ipa_bridge.weights.dialects.openfold import OPENFOLD, OPENFOLD_V1
-from ipa_bridge.weights.dialects.spec import OTHERS, Dialect, Form, Transform, layout_of
+from ipa_bridge.weights.dialects.spec import OTHERS, Dialect, Form, Order, Row, Transform, layout_of
 
-__all__ = ["DIALECTS", "OTHERS", "Dialect", "Form", "Transform", "default_dialect", "find_dialect", "layout_of"]
+__all__ = [
+    "DIALECTS",
+    "OTHERS",
+    "Dialect",
+    "Form",
+    "Order",
+    "Row",
+    "Transform",
+    "default_dialect",
+    "find_dialect",
+    "layout_of",
+]
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
         *(ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS),
-        *(ABODYBUILDER2, ABODYBUILDER3, BIOEMU, FLASHABB, IBEX, OMEGAFOLD),
+        *(ABODYBUILDER2, ABODYBUILDER3, BIOEMU, FLASHABB, IBEX, IGFOLD, LOCIPARSE, OMEGAFOLD),
     )
 }
 """Every dialect by name."""

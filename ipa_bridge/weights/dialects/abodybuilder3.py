@@ -100,7 +100,7 @@ ABODYBUILDER3 = Dialect(
     },
     published=lambda layout: StructureModuleConfig.abodybuilder3(),
     refuse=_refuse,
-    beside={StructureModuleConfig: {"plddt": "the confidence head, which `root=` reads"}},
+    other_modules={StructureModuleConfig: {"plddt": "the confidence head, which `root=` reads"}},
 )
 
 IBEX = replace(
@@ -111,9 +111,9 @@ IBEX = replace(
     shared={},
     varies=("skip_connection",),
     structure={field: x for field, x in ABODYBUILDER3.structure.items() if field != "skip_connection"},
-    beside={
+    other_modules={
         StructureModuleConfig: {
-            **ABODYBUILDER3.beside[StructureModuleConfig],
+            **ABODYBUILDER3.other_modules[StructureModuleConfig],
             "plm_in": "the embedding of a language model's output, which the caller appends to the single "
             "representation",
         }

@@ -1,7 +1,11 @@
-"""The PyPI package `invariant-point-attention`: the multimer layout, but with coordinates of points innermost."""
+"""The PyPI package `invariant-point-attention`: the multimer layout, but with coordinates of points innermost.
+
+IgFold's layers have the package's names and compute the same, in modules of their own.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from ipa_bridge.config import Config, IPABlockConfig, IPAConfig, IPATransformerConfig
@@ -28,9 +32,12 @@ BLOCK = (
     Row("transition{}", "ff.{2}"),
     Row("transition_layer_norm", "ff_norm"),
 )
-TRANSFORMER = (
+LAYERS = (
     *within("ipa_block{}/", "layers.{0}.0.", BLOCK),
     Row("affine_update{}", "layers.{0}.1"),
+)
+TRANSFORMER = (
+    *LAYERS,
     Row("token_embedding", "token_emb"),
     Row("predicted_points", "to_points"),
 )
@@ -39,6 +46,17 @@ TRANSFORMER = (
 def _finish(config: Config) -> Config:
     """Sets the package's order of composition, which names and shapes do not show."""
     return replace(config, original_composition_order=True) if isinstance(config, IPATransformerConfig) else config
+
+
+def _finish_igfold(config: Config) -> Config:
+    """IgFold's transformer also lets gradients pass through the rotations."""
+    config = _finish(config)
+    return replace(config, detach_rotations=False) if isinstance(config, IPATransformerConfig) else config
+
+
+def _lies_in_igfold(root: str) -> bool:
+    """Returns True for a path that only IgFold has."""
+    return re.search(r"(^|\.)(template|structure|dev)_ipa(\.|$)", root) is not None
 
 
 LUCIDRAINS = Dialect(
@@ -57,10 +75,30 @@ LUCIDRAINS = Dialect(
         IPABlockConfig: ("attn.point_weights", "attn_norm.weight", "ff.0.weight"),
         IPAConfig: ("point_weights", "to_scalar_q.weight", "to_out.weight"),
     },
+    at=lambda root, kind: not _lies_in_igfold(root),
     finish=_finish,
     varies=("norm_epsilon", "post_norm", "detach_rotations", "attention_dropout", "transition_dropout"),
     frames=(
         "invariant-point-attention takes row-vector frames: its `rotations` are the transpose of ours; masked residues "
         "attend to all residues uniformly"
     ),
+)
+
+IGFOLD = replace(
+    LUCIDRAINS,
+    name="igfold",
+    title="IgFold",
+    rows={
+        IPAConfig: {"multimer": ATTENTION},
+        IPABlockConfig: {"multimer": BLOCK},
+        IPATransformerConfig: {"multimer": LAYERS},
+    },
+    at=lambda root, kind: _lies_in_igfold(root),
+    finish=_finish_igfold,
+    varies=(),
+    frames=(
+        "IgFold takes row-vector frames: its `rotations` are the transpose of ours; masked residues attend uniformly "
+        "to all residues that are no padding"
+    ),
+    detach_argument=("stop_rotation_grad", False),
 )

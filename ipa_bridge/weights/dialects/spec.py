@@ -16,8 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ipa_bridge.config import Config, IPAConfig, Layout, StructureModuleConfig
-from ipa_bridge.kinds import attention_of, has_attention, infer_config, kind_of, parameter_shapes
+from ipa_bridge.config import Config, IPAConfig, Layout, NormForm, StructureModuleConfig
+from ipa_bridge.kinds import attention_of, has_attention, infer_config, kind_of, parameter_shapes, replace_attention
 from ipa_bridge.parameters import Shapes, canonical_leaf, torch_name
 from ipa_bridge.weights.assumptions import fields, told_by_shapes
 
@@ -161,7 +161,7 @@ class Form:
     scalar_bias: bool | None
     point_bias: bool | None
     """None if both are possible."""
-    norm_form: str
+    norm_form: NormForm
     norm_epsilon: float
     """Their default ε."""
     epsilon_is_fixed: bool = False
@@ -227,10 +227,13 @@ class Dialect:
         forms: layout to the form of the attention.
         landmarks: config type to the names that identify such a module; all of them must be present.
         absent: names that must not be present.
+        beside: submodules with parameters of their own that lie beside the attention's in this system. If no dialect
+            is named, all of them must be present, and the dialect then goes before others that read the same names.
         at: function that returns whether a module of a kind may lie at a path; used if no dialect is named.
         finish: function that sets config fields which names and shapes do not determine.
         frames: note for callers on how frames and mask differ from ours; "" if they do not.
         epsilon_argument: their constructors' argument for ε.
+        detach_argument: their transformer's argument for detached rotations, and its default.
         transitions: number of linear layers in their structure module's transition if it is fixed; None if it is free.
         unused: config type to the names and shapes of parameters that the modules own but no forward pass reads. They
             are ignored on reading and written as zeros, so that a strict load succeeds.
@@ -243,7 +246,7 @@ class Dialect:
         structure: config field to the value that all its structure modules have.
         published: function from a layout to the config of its published structure module.
         refuse: function that returns why none of its structure modules has a config's form; "" if one has.
-        beside: config type to names of other modules that lie at such a module's path, each with what it is. Their
+        other_modules: config type to names of other modules at such a module's path, each with what it is. Their
             parameters are ignored.
     """
 
@@ -253,10 +256,12 @@ class Dialect:
     forms: Mapping[Layout, Form]
     landmarks: Mapping[type, tuple[str, ...]]
     absent: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     at: Callable[[str, type], bool] = lambda root, kind: True
     finish: Callable[[Config], Config] = lambda config: config
     frames: str = ""
     epsilon_argument: str = "eps"
+    detach_argument: tuple[str, bool] = ("detach_rotations", True)
     transitions: int | None = None
     unused: Mapping[type, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     misfits: Callable[[IPAConfig], Iterable[str]] = lambda config: ()
@@ -266,7 +271,7 @@ class Dialect:
     structure: Mapping[str, Any] = field(default_factory=lambda: ALPHAFOLDS_STRUCTURE)
     published: Callable[[Layout], StructureModuleConfig] = alphafolds
     refuse: Callable[[StructureModuleConfig], str] = lambda config: ""
-    beside: Mapping[type, Mapping[str, str]] = field(default_factory=dict)
+    other_modules: Mapping[type, Mapping[str, str]] = field(default_factory=dict)
     separator: ClassVar[str] = "."
     """Separator between names of modules."""
 
@@ -349,7 +354,12 @@ class Dialect:
             parts = several.get(theirs, [first])
             for ours, shape in zip(parts, _split(theirs, parts, shapes[theirs], told), strict=True):
                 found[ours] = shape[::-1] if ours.endswith("/weights") else shape
-        return self.finish(infer_config(found))
+        config = infer_config(found)
+        form = self.forms.get(layout_of(config))
+        if form is not None and has_attention(config):
+            ipa = replace(attention_of(config), norm_form=form.norm_form, norm_epsilon=form.norm_epsilon)
+            config = replace_attention(config, ipa)
+        return self.finish(config)
 
     def told(self, config: Config, *, named: bool) -> frozenset[str]:
         """Paths of the config's fields that names and shapes determine, or that all its published models share.

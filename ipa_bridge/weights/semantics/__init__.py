@@ -48,6 +48,8 @@ SYSTEMS: dict[str, System] = {
     "ibex": ABODYBUILDER3,
     "bioemu": BIOEMU,
     "omegafold": OMEGAFOLD,
+    "igfold": LUCIDRAINS,
+    "lociparse": OPENFOLD_V1,
 }
 """The semantics of every dialect by its name."""
 

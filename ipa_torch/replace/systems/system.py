@@ -34,6 +34,8 @@ class System(NamedTuple):
     """Norm forms of its versions, by layout. The comparison finds which of them a layer computes."""
     flags: tuple[str, ...] = ()
     """Arguments of some versions that change how the layer computes, but not its result."""
+    optional: tuple[str, ...] = ()
+    """Arguments of some versions that its adapter reads."""
     neutral_arguments: Mapping[str, Any] = {}
     """Arguments of some versions, with the neutral value at which each has no effect."""
     neutral_attributes: Mapping[str, Any] = {}
@@ -48,3 +50,7 @@ class System(NamedTuple):
     """Dtype to which the layer rounds on the way, even if its parameters are in a wider one."""
     differentiable: bool = True
     """False if the layer itself raises where gradients are asked for. Then only outputs are compared."""
+    method: str = "forward"
+    """The method that computes the attention alone; the layer's own forward calls it."""
+    calls_projections: bool = True
+    """False if the adapter reads the projections' parameters without calling them."""
