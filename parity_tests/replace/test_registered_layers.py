@@ -267,3 +267,47 @@ def test_a_form_gives_the_norm(example):
     )
     shapes = {name: tuple(x.shape) for name, x in example.LoomAttention(6, 5).state_dict().items()}
     assert example.LOOM.infer(shapes, IPAConfig).norm_form == "add"
+
+
+def test_a_method_of_a_layer_without_batch_axis(example):
+    """The layer's own forward stays and calls the method; the layer takes one protein, and its ε is a constant."""
+
+    class One(example.LoomAttention):
+        def __init__(self):
+            super().__init__(6, 5)
+            self.eps, self.scale = torch.tensor(1e-6, dtype=torch.float64), 2.0
+
+        def attend(self, nodes, frames, edges):
+            return super().forward(nodes[None], tuple(x[None] for x in frames), edges[None])[0]
+
+        def forward(self, nodes, frames, edges):
+            return self.scale * self.attend(nodes, frames, edges)
+
+    ipa_torch.unregister_adapter("loom")
+    ipa_bridge.unregister_dialect("loom")
+    form = replace(example.LOOM.forms["multimer"], epsilon_is_fixed=True)
+    ipa_bridge.register_dialect(replace(example.LOOM, forms={"multimer": form}))
+    ipa_torch.register_adapter(
+        "loom",
+        to_ours=lambda layer, nodes, frames, edges: {
+            "single": nodes,
+            "pair": edges,
+            "rigids": ipa_torch.Rigid(*frames),
+        },
+        to_theirs=lambda single, pair, rotation, translation, mask: {
+            "nodes": single,
+            "frames": (rotation, translation),
+            "edges": pair,
+        },
+        result=example.result,
+        method="attend",
+    )
+    layer = One().double()
+    _, (nodes, edges, rotations, origins), _ = layer_and_inputs(example)
+    arguments = (nodes[0], (rotations[0], origins[0]), edges[0])
+    expected = layer(*arguments)
+    (row,) = ipa_torch.replace_ipa(layer).replaced
+    assert row.error <= bound("out", "float64")
+    assert type(layer).forward is One.forward
+    assert type(layer).attend is not One.attend
+    judge(layer(*arguments), expected, None, "act")
