@@ -57,6 +57,9 @@ class FoldIteration(Module):
         skip_connection: add the initial activations after the transition.
     """
 
+    skip_connection = False
+    """Modules pickled before there was one have no such attribute."""
+
     def __init__(
         self,
         config: StructureModuleConfig,

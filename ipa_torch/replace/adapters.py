@@ -67,9 +67,13 @@ class Adapter(nn.Module):
         return empty_layer, self._ipa_twins_classes, *reduced[2:]
 
 
-@cache
 def replaced_class(adapter: Any, original: Any, method: str = "forward") -> Any:
     """The class of a replaced layer, in which the adapter computes `method`."""
+    return _replaced_class(adapter, original, method)
+
+
+@cache
+def _replaced_class(adapter: Any, original: Any, method: str) -> Any:
 
     @wraps(getattr(original, method))
     def computed(self: Any, *arguments: Any, **named: Any) -> Tensor:

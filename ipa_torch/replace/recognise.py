@@ -57,7 +57,7 @@ class Recognised:
     def replacement(self) -> Any:
         """The class of the replaced layer."""
         method = self.system.method
-        return replaced_class(cast(Any, self.system.adapter), self.original, *([] if method == "forward" else [method]))
+        return replaced_class(cast(Any, self.system.adapter), self.original, method)
 
     @property
     def dtype(self) -> torch.dtype:

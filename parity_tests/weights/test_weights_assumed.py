@@ -26,19 +26,20 @@ BLOCK = IPABlockConfig(ipa=ODD_NO_BIAS, num_layer_in_transition=2, post_norm=Fal
 TRANSFORMER = IPATransformerConfig(block=BLOCK, num_layer=2, detach_rotations=False)
 MODULE = StructureModuleConfig(ipa=ODD_MULTIMER, num_layer=4, position_scale=15.0, sidechain_channel=5)
 HEAD = PredictedLDDTConfig(num_channel=5, hidden_channel=4, num_bin=3)
-NORM = {"norm_form", "norm_epsilon"}
+FORMS = {"norm_form", "norm_epsilon", "distance_form", "distance_epsilon", "point_weight_form", "logit_terms"}
+STRUCTURE = {"position_scale", "detach_rotations", "project_initial_act", "skip_connection", "smallest_angle_length"}
 UNTOLD = {
-    "attention": (ODD, NORM | {"position_scale"}),
-    "block": (BLOCK, {"post_norm", "ipa.norm_form", "ipa.norm_epsilon", "ipa.position_scale"}),
+    "attention": (ODD, FORMS | {"position_scale"}),
+    "block": (BLOCK, {"post_norm"} | {f"ipa.{name}" for name in FORMS | {"position_scale"}}),
     "transformer": (
         TRANSFORMER,
         {"detach_rotations", "original_composition_order", "block.post_norm"}
-        | {f"block.ipa.{name}" for name in NORM | {"position_scale"}},
+        | {f"block.ipa.{name}" for name in FORMS | {"position_scale"}},
     ),
-    "structure module": (MODULE, {"num_layer", "position_scale"} | {f"ipa.{name}" for name in NORM}),
+    "structure module": (MODULE, STRUCTURE | {"num_layer"} | {f"ipa.{name}" for name in FORMS}),
     "untied structure module": (
         dataclasses.replace(MODULE, tied_layers=False, num_layer=2),
-        {"position_scale"} | {f"ipa.{name}" for name in NORM},
+        STRUCTURE | {f"ipa.{name}" for name in FORMS},
     ),
     "confidence head": (HEAD, set()),
 }
