@@ -41,6 +41,6 @@ def core_arrays(shape=(9,), *, pair=True, mask=True, spread=1.0, dtype="float64"
 
 
 def judge(actual, expected, stage, dtype, conditioning=1.0):
-    names = {"case": "core", "stage": stage, "dtype": dtype, "subject": "streamed", "reference": "reference"}
+    names = {"case": "core", "stage": stage, "dtype": dtype, "subject": "tested", "reference": "the reference"}
     row = compare(np.asarray(actual, np.float64), np.asarray(expected, np.float64), **names, conditioning=conditioning)
     assert row.passed, str(row)

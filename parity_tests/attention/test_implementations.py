@@ -22,7 +22,10 @@ def test_the_type_names_what_is_registered(framework):
     if framework == "jax":
         pytest.importorskip("haiku")
     registered = importlib.import_module(f"ipa_{framework}.attention").IMPLEMENTATIONS
-    assert tuple(registered) == get_args(Implementation)
+    assert tuple(registered) == get_args(Implementation), (
+        f"IMPLEMENTATIONS of ipa_{framework}/attention/__init__.py (left) and Implementation of "
+        "ipa_bridge/attention_config.py (right) must have the same names in the same order"
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"pair": False, "mask": False, "shape": (2, 3, 5)}])

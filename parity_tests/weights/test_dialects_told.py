@@ -51,7 +51,10 @@ def test_names_and_shapes_identify_the_dialect(name, root):
     if "confidence" not in name:  # OpenFold's versions use the same name
         assert found.dialect.name in {dialect} | alike.get(dialect, set())
     assert (found.kind, found.root) == (type(config), root)
-    assert replace_untold(inferred) == replace_untold(config)
+    assert replace_untold(inferred) == replace_untold(config), (
+        "the config inferred from names and shapes (left) is not that of NATIVE (right): a field that they do not "
+        "show has a default, unless `finish` of the dialect sets it (its `Form` does not)"
+    )
 
 
 def test_an_ambiguous_system_raises(monkeypatch):
