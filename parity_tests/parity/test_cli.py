@@ -134,7 +134,7 @@ def test_a_structure_module_layer_by_layer(capsys, structures_dir):
     [
         (["--residues", "9"], "leave out --residues"),
         (["--dtype", "bfloat16"], "takes --dtype float32 or float64; got bfloat16"),
-        (["--preset", "lucidrains"], "has the presets alphafold2, alphafold-multimer, esmfold; got lucidrains"),
+        (["--preset", "lucidrains"], "has the presets alphafold2, alphafold-multimer, esmfold, abodybuilder3; got lucidrains"),
     ],
 )
 def test_arguments_that_a_structure_module_does_not_take(arguments, message, capsys):

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from dialect_cases import ABODYBUILDER3, SMALL_MODULE, WITHOUT_BIASES, assert_same_bits, convert, state_of
-
 from frameworks import Torch
 
 from ipa_bridge.config import IPAConfig, PredictedLDDTConfig, StructureModuleConfig
