@@ -134,11 +134,15 @@ def test_a_structure_module_layer_by_layer(capsys, structures_dir):
     [
         (["--residues", "9"], "leave out --residues"),
         (["--dtype", "bfloat16"], "takes --dtype float32 or float64; got bfloat16"),
-        (["--preset", "lucidrains"], "has the presets alphafold2, alphafold-multimer, esmfold; got lucidrains"),
+        (["--preset", "lucidrains"], "presets alphafold2, alphafold-multimer, esmfold, abodybuilder3; got lucidrains"),
     ],
 )
 def test_arguments_that_a_structure_module_does_not_take(arguments, message, capsys):
     assert message in refused(["--module", "structure-module", *arguments], capsys)
+
+
+def test_a_preset_of_structure_modules_alone_is_refused_for_an_attention(capsys):
+    assert "--module ipa has the presets alphafold2, " in refused(["--preset", "abodybuilder3"], capsys)
 
 
 def test_a_structure_modules_weights_come_from_a_file(tmp_path, capsys):
