@@ -65,7 +65,9 @@ class StructureModuleConfig:
         if not isinstance(self.ipa, IPAConfig):
             raise ValueError(f"ipa must be an IPAConfig; got {self.ipa!r}")
         if self.ipa.pair_channel is None:
-            raise ValueError("ipa.pair_channel must be a width: a structure module reads a pair representation")
+            raise ValueError(
+                "ipa.pair_channel must be a width, because a structure module reads a pair representation; got None"
+            )
         if self.ipa.position_scale != 1:
             raise ValueError(
                 f"ipa.position_scale must be 1 in a structure module, because the module's own position_scale sets the "
@@ -153,7 +155,7 @@ class IPABlockConfig:
 
     @property
     def frame_unit(self) -> float | None:
-        """Å per unit of the frames that the caller passes, None for unknown: its attention's."""
+        """Å per unit of the frames that the caller passes, from the attention's config; None if unknown."""
         return self.ipa.frame_unit
 
     @property
@@ -227,7 +229,7 @@ class IPATransformerConfig:
 
     @property
     def frame_unit(self) -> float | None:
-        """Å per unit of the frames that the caller passes, None for unknown: its attention's."""
+        """Å per unit of the frames that the caller passes, from the attention's config; None if unknown."""
         return self.ipa.frame_unit
 
     @property

@@ -58,7 +58,7 @@ def zero_where_blind(
     key_mask: Shaped[Tensor, "*B N"] | None,
     pair_mask: Shaped[Tensor, "*B N N"] | None,
 ) -> Float[Tensor, "*B N H Pv 3"]:
-    """Local points, at zero for queries that may read no key: their global points are no points of any frame."""
+    """Local points, set to zero for queries that may read no key: their global points are not those of any frame."""
     allowed = combine(key_mask, pair_mask, points.dtype)
     if allowed is None:
         return points
