@@ -1,4 +1,4 @@
-"""Which keys a query may read, where a key mask or a pair mask says so beside the residue mask."""
+"""Masks of keys and of pairs: they restrict, beside the residue mask, which keys a query may read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def combine(
 def hides(
     allowed: Float[Array, "*B Q N"], valid: Float[Array, "*B N"] | None, keys: Float[Array, "*B M"] | None
 ) -> Bool[Array, "*B Q M"]:
-    """True where a query may not read a key: `allowed` says so, or the query is valid and the key is masked.
+    """True where a query may not read a key: `allowed` is 0 there, or the query is valid and the key is masked.
 
     Args:
         allowed: as `combine` gives it.

@@ -1,4 +1,4 @@
-"""Which keys a query may read, where a key mask or a pair mask says so beside the residue mask."""
+"""Masks of keys and of pairs: they restrict, beside the residue mask, which keys a query may read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def combine(
 def hides(
     allowed: Float[Tensor, "*B Q N"], valid: Float[Tensor, "*B N"] | None, keys: Float[Tensor, "*B M"] | None
 ) -> Bool[Tensor, "*B Q M"]:
-    """True where a query may not read a key: `allowed` says so, or the query is valid and the key is masked.
+    """True where a query may not read a key: `allowed` is 0 there, or the query is valid and the key is masked.
 
     Args:
         allowed: as `combine` gives it.
