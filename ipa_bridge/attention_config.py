@@ -160,7 +160,7 @@ class IPAConfig:
 
     @property
     def num_logit_terms(self) -> int:
-        """T in the logits' scale: as logit_terms says, or 3 with a pair representation and 2 without."""
+        """T in the scale √(1/T) of the logits: logit_terms or, by default, 3 with a pair and 2 without."""
         return self.logit_terms or (2 if self.pair_channel is None else 3)
 
     @property

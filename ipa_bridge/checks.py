@@ -72,7 +72,8 @@ def check_config(config: Any, kind: type) -> None:
     if not isinstance(config, kind):
         came = repr(config) if isinstance(config, str) else type(config).__name__
         raise ValueError(
-            f"config must be {_a(kind.__name__)}, as its presets return or as weights of that kind have; got {came}"
+            f"config must be {_a(kind.__name__)}; got {came}: make one, by a preset if it has any, or take the config "
+            f"of weights of such a module"
         )
 
 
@@ -330,15 +331,15 @@ def check_point_attention_inputs(
 
 
 def check_masks(residues: tuple[int, ...], key_mask: Shaped | None, pair_mask: Shaped | None) -> None:
-    """Masks of keys and of pairs fit the residues.
+    """Checks that masks of keys and of pairs fit the residues.
 
     Args:
         residues: batch axes and the number of residues.
-        key_mask: of the residues as keys.
-        pair_mask: of queries and keys.
+        key_mask: mask of the residues as keys.
+        pair_mask: mask of pairs, queries by keys.
 
     Raises:
-        ValueError: no array, or another shape.
+        ValueError: a mask is not an array, or has another shape.
     """
     check_arrays(key_mask=key_mask, pair_mask=pair_mask)
     shapes = {"key_mask": (key_mask, residues), "pair_mask": (pair_mask, (*residues, *residues[-1:]))}
@@ -346,10 +347,10 @@ def check_masks(residues: tuple[int, ...], key_mask: Shaped | None, pair_mask: S
 
 
 def check_logits(logit_terms: int | None, distance_form: str, distance_epsilon: float) -> None:
-    """The numbers and names that say how logits are made.
+    """Checks the numbers and names that determine how logits are computed.
 
     Raises:
-        ValueError: one is none that the attention knows.
+        ValueError: a number is out of range, or no form of distance has the name.
     """
     if logit_terms is not None and (not isinstance(logit_terms, int) or logit_terms < 1):
         raise ValueError(f"logit_terms must be a positive integer, or None to count them; got {logit_terms!r}")

@@ -72,7 +72,7 @@ class IPABlockConfig:
 
     @property
     def frame_unit(self) -> float | None:
-        """Å per unit of the frames that the caller passes, None for unknown: its attention's."""
+        """Å per unit of the frames that the caller passes, from the attention's config; None if unknown."""
         return self.ipa.frame_unit
 
     @property
@@ -146,7 +146,7 @@ class IPATransformerConfig:
 
     @property
     def frame_unit(self) -> float | None:
-        """Å per unit of the frames that the caller passes, None for unknown: its attention's."""
+        """Å per unit of the frames that the caller passes, from the attention's config; None if unknown."""
         return self.ipa.frame_unit
 
     @property

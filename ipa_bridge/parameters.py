@@ -273,7 +273,7 @@ def infer_predicted_lddt(shapes: Mapping[str, tuple[int, ...]]) -> PredictedLDDT
     """
     missing = [name for name in ("act_0/bias", "input_layer_norm/scale", "logits/bias") if name not in shapes]
     if missing:
-        raise ValueError(f"no confidence head without {', '.join(missing)}; got {', '.join(sorted(shapes))}")
+        raise ValueError(f"a confidence head must have {', '.join(missing)}; got {', '.join(sorted(shapes))}")
     num_channel, hidden_channel, num_bin = (
         math.prod(shapes[name]) for name in ("input_layer_norm/scale", "act_0/bias", "logits/bias")
     )
@@ -302,7 +302,8 @@ def infer_ipa(shapes: Mapping[str, tuple[int, ...]]) -> IPAConfig:
     needed = [POINT_WEIGHTS, *(f"{name}/weights" for name in (*scalars, *points, "output_projection"))]
     missing = [name for name in needed if name not in shapes]
     if missing:
-        raise ValueError(f"no invariant point attention without {', '.join(missing)}; got {', '.join(sorted(shapes))}")
+        got = ", ".join(sorted(shapes))
+        raise ValueError(f"an invariant point attention must have {', '.join(missing)}; got {got}")
     of_pair = [f"{name}/weights" for name in ("attention_2d", "pair_value", "down_z")]
     sized = [name for name in (*needed, *of_pair) if name in shapes]
     formless = [name for name in sized if 0 in shapes[name] or len(shapes[name]) < 1 + name.endswith("/weights")]

@@ -34,7 +34,7 @@ class ReplacementReport:
 
     replaced: tuple[ReplacedLayer, ...]
     left_alone: dict[str, str] = field(default_factory=dict)
-    """Path of each layer left alone to the reason."""
+    """Reasons why layers were left alone, by path."""
 
     def __str__(self) -> str:
         rows = [("layer", "whose", "class", "dtype", "before and after")]

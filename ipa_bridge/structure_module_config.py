@@ -77,7 +77,9 @@ class StructureModuleConfig:
         if not isinstance(self.ipa, IPAConfig):
             raise ValueError(f"ipa must be an IPAConfig; got {self.ipa!r}")
         if self.ipa.pair_channel is None:
-            raise ValueError("ipa.pair_channel must be a width: a structure module reads a pair representation")
+            raise ValueError(
+                "ipa.pair_channel must be a width, because a structure module reads a pair representation; got None"
+            )
         if self.ipa.position_scale != 1:
             raise ValueError(
                 f"ipa.position_scale must be 1 in a structure module, because the module's own position_scale sets the "

@@ -40,6 +40,6 @@ def predicted_lddt(logits: Float[Array, "*B N bins"]) -> Float[Array, "*B N"]:
 
 
 def transform_predicted_lddt(config: PredictedLDDTConfig) -> hk.Transformed:
-    """The head as a pair of pure functions, init(rng, act) and apply(params, act)."""
+    """The confidence head as a pair of pure functions, init(rng, act) and apply(params, act)."""
     check_config(config, PredictedLDDTConfig)
     return without_rng(hk.transform(lambda act: PredictedLDDT(config)(act)), "act")

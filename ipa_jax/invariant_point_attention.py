@@ -117,9 +117,9 @@ class InvariantPointAttention(hk.Module):
                 single and pair, at least float32.
             mask: 1 or True where a residue is valid. Valid residues ignore masked ones; masked residues attend to all.
                 The inputs of masked residues must be finite, too.
-            key_mask: 1 or True where residues may attend to a residue. It holds for masked residues too.
+            key_mask: 1 or True where a residue may be attended to. It holds for masked queries too.
             pair_mask: 1 or True where residue i (row) may attend to residue j (column). A residue that may attend to
-                none reads zeros.
+                none gets sums of zero (lines 8–10).
             return_attention: also return the attention weights, heads first.
 
         Raises:
@@ -164,7 +164,7 @@ class InvariantPointAttention(hk.Module):
     def project(self, single: Float[Array, "*B N c_s"], rigids: Rigid) -> Projections:
         """Lines 1–3: q, k, v (*B, N, H, C) and query, key and value points (*B, N, H, P, 3) in the global frame.
 
-        All in the dtype of the frames.
+        All are in the dtype of the frames.
         """
         monomer = self.config.layout == "monomer"
         projections = self._project_monomer(single) if monomer else self._project_multimer(single)
@@ -182,9 +182,9 @@ class InvariantPointAttention(hk.Module):
 
     @hk.name_like("__call__")
     def logit_weights(self, dtype: DTypeLike = jnp.float32) -> tuple[Float[Array, "c_z H"] | None, Float[Array, " H"]]:
-        """Weight from pair to one bias per head (line 4), and point weights: softplus(γ) (line 7), or γ itself.
+        """Weight that projects the pair to a bias per head (line 4), and point weights, softplus(γ) (line 7) or γ.
 
-        The weight is None without a pair, and without a bias from it.
+        The weight is None without a pair, and if the pair gives no bias.
         """
         pair_bias_weight = None
         if self.config.pair_channel is not None and self.config.pair_bias:

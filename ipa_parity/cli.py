@@ -102,11 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--preset",
         choices=list(PRESETS | structure_modules.PRESETS),
-        help="the model, with seeded weights (default: both AlphaFold layouts); with --weights: the system whose "
-        "norm and units to use",
+        help="without --weights: the model, which gets seeded weights (default: both of AlphaFold's layouts); with "
+        "--weights: the system whose norm and units to use",
     )
     parser.add_argument(
-        "--residues", type=_several, help="number of random frames (default: 64, and an idealised peptide)"
+        "--residues",
+        type=_several,
+        help="number of residues with random frames (default: 64); an idealised peptide runs too",
     )
     parser.add_argument(
         "--dtype",

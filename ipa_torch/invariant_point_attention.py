@@ -142,9 +142,9 @@ class InvariantPointAttention(Module):
                 single and pair, at least float32.
             mask: 1 or True where a residue is valid. Valid residues ignore masked ones; masked residues attend to all.
                 The inputs of masked residues must be finite, too.
-            key_mask: 1 or True where residues may attend to a residue. It holds for masked residues too.
+            key_mask: 1 or True where a residue may be attended to. It holds for masked queries too.
             pair_mask: 1 or True where residue i (row) may attend to residue j (column). A residue that may attend to
-                none reads zeros.
+                none gets sums of zero (lines 8–10).
             return_attention: also return the attention weights, heads first.
 
         Raises:
@@ -192,7 +192,7 @@ class InvariantPointAttention(Module):
     def project(self, single: Float[Tensor, "*B N c_s"], rigids: Rigid) -> Projections:
         """Lines 1–3: q, k, v (*B, N, H, C) and query, key and value points (*B, N, H, P, 3) in the global frame.
 
-        All in the dtype of the frames.
+        All are in the dtype of the frames.
         """
         monomer = self.config.layout == "monomer"
         projections = self._project_monomer(single) if monomer else self._project_multimer(single)
@@ -202,7 +202,7 @@ class InvariantPointAttention(Module):
         return q, k, v, rigids.apply(q_points), rigids.apply(k_points), rigids.apply(v_points)
 
     def logit_weights(self) -> tuple[Float[Tensor, "c_z H"] | None, Float[Tensor, " H"]]:
-        """Weight from pair to one bias per head (line 4), and point weights: softplus(γ) (line 7), or γ itself.
+        """Weight that projects the pair to a bias per head (line 4), and point weights, softplus(γ) (line 7) or γ.
 
         The weight is None without a pair, and if the pair gives no bias. It is also None if attention_2d was wrapped,
         replaced or given hooks: then it must be called to know its output.

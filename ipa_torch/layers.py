@@ -37,7 +37,7 @@ class Linear(nn.Linear):
 
     Computes in the wider of the input's and the weight's dtypes, or in autocast's; with `full_precision` in at least
     float32, also under autocast. `initializer` is "linear" (truncated-normal LeCun), "relu" (He) or "zeros". It is an
-    `nn.Linear`, so that tools that search for these find it. Adapters, for example, need a single output axis.
+    `nn.Linear`, so that adapters and other tools find it; adapters need a single output axis.
     """
 
     weight: Float[nn.Parameter, "c_out c_in"]

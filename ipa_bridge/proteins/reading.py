@@ -32,12 +32,12 @@ def load_structure(path: str | os.PathLike[str], *, model: int = 1) -> Structure
     file's order, as in AlphaFold's mmCIF reader (its PDB reader refuses them).
 
     A residue keeps the atoms of its type, and OXT; an unknown residue keeps all atoms named in `ATOM_TYPES`.
-    AlphaFold's readers keep all of these for every residue, which only differs for modified residues. As in AlphaFold's
-    mmCIF reader, the selenium of selenomethionine is named SD, and the nitrogen of an arginine's NH1 and NH2 that is
-    nearer to CD is named NH1.
+    AlphaFold's readers keep all of the latter for every residue; only modified residues then differ. As in AlphaFold's
+    mmCIF reader, the selenium of selenomethionine is named SD, and of an arginine's two outer nitrogens the one nearer
+    to CD is named NH1, the other NH2.
 
     Args:
-        path: the file; its suffix (.pdb, .ent, .cif, .mmcif) sets the format, else its contents do.
+        path: the file; its suffix (.pdb, .ent, .cif, .mmcif) sets the format; if it is another one, the contents do.
         model: number of the model, counted from 1 in the file's order.
 
     Raises:

@@ -95,7 +95,7 @@ class Weights(Generic[ConfigT]):
 
     @property
     def assumed_function(self) -> dict[str, Any]:
-        """Path to value of the assumed fields that affect what a trained module computes."""
+        """Values, by path, of the assumed fields that affect what a trained module computes."""
         return {path: x for path, x in fields(self.config).items() if path in self.assumed and is_functional(path)}
 
     @classmethod
@@ -197,7 +197,9 @@ class Weights(Generic[ConfigT]):
             try:
                 return numpy_array(tensors[key])
             except (TypeError, RuntimeError, NotImplementedError) as error:
-                raise ValueError(f"{key} is no plain tensor ({error}): make it dense, on a device with data") from error
+                raise ValueError(
+                    f"{key} is not a plain tensor ({error}): make it dense, on a device with data"
+                ) from error
 
         weights = Weights(from_dialect(found, settled, shapes, read), cast("Given", settled), assumed=assumed)
         parts.mention(stacklevel=3)
@@ -266,7 +268,7 @@ class Weights(Generic[ConfigT]):
         target = find_dialect(dialect or default_dialect(path))
         converted, conversion = self.converted(target, allow_lossy=allow_lossy)
         for note in conversion.notes:
-            warnings.warn(f"{os.fspath(path)}, as {target.title}'s: {note}", stacklevel=2)
+            warnings.warn(f"{os.fspath(path)} for {target.title}: {note}", stacklevel=2)
         for note in [] if target.forms else unstored_fields(path, converted.arrays, converted.config):
             warnings.warn(f"{os.fspath(path)} {note}", stacklevel=2)
         for note in self.unsure():

@@ -49,7 +49,7 @@ def is_functional(path: str) -> bool:
 
 
 def functional_fields(config: Config) -> dict[str, Any]:
-    """Name to value of the fields that affect what a trained module computes: all but `NOT_FUNCTIONAL`."""
+    """Values, by name, of the fields that affect what a trained module computes: all but `NOT_FUNCTIONAL`."""
     found: dict[str, Any] = {}
     for path, x in sorted(fields(config).items(), key=lambda item: item[0].count(".")):
         if is_functional(path):

@@ -152,9 +152,11 @@ def unstored_fields(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarra
 def _check_size(config: Config, file: ArrayFile) -> None:
     """Raises if a config claims more parameters than a file of this size holds: trained ones hardly compress."""
     number = sum(math.prod(shape) for shape in parameter_shapes(config).values())
-    if number > max(MAX_NUMBERS, file.path.stat().st_size):
+    most = max(MAX_NUMBERS, file.path.stat().st_size)
+    if number > most:
         raise ValueError(
-            f"{file.path}: {number} numbers are more than the {MAX_NUMBERS} that are accepted from a file of its size"
+            f"{file.path}: at most {most} numbers were expected in a module from a file of its size; its config or "
+            f"shapes claim {number}: the file is damaged, or config= is not its module's"
         )
 
 
@@ -188,7 +190,7 @@ def _told_by_metadata(
         values = json.loads(metadata[_CONFIG_KEY])
         config = _believed_config(values)
     except (TypeError, ValueError, AttributeError, KeyError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path}: its {_CONFIG_KEY} metadata is no config ({error}): pass config=") from error
+        raise ValueError(f"{path}: its {_CONFIG_KEY} metadata is not a config ({error}): pass config=") from error
     known = fields(config)
     try:
         marked = json.loads(metadata.get(_ASSUMED_KEY, "[]"))

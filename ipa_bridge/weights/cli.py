@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = _convert_parser(commands)
 
     inspect = commands.add_parser("inspect", help="list the modules and parameters in a file")
-    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument("file", metavar="FILE", help=f"file to read: {', '.join(SUFFIXES)}")
     inspect.add_argument(
         "--dialect",
         choices=DIALECTS,
@@ -96,15 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     compare = commands.add_parser("compare", help="check whether two files hold the same function")
-    compare.add_argument("files", nargs=2, metavar="FILE")
+    compare.add_argument("files", nargs=2, metavar="FILE", help="the two files, A and B")
     for letter in "ab":
         compare.add_argument(
             f"--dialect-{letter}",
             choices=DIALECTS,
             metavar="DIALECT",
-            help=f"system whose names file {letter.upper()} has",
+            help=f"system whose names file {letter.upper()} has (default: recognise it)",
         )
-        compare.add_argument(f"--root-{letter}", metavar="PATH", help=f"path of the module in file {letter.upper()}")
+        compare.add_argument(
+            f"--root-{letter}",
+            metavar="PATH",
+            help=f"path of the module in file {letter.upper()}; needed if there are several",
+        )
     compare.set_defaults(run=_compare)
 
     for command in (convert, inspect, compare):
@@ -139,7 +143,7 @@ def _convert_parser(commands: Any) -> argparse.ArgumentParser:
     convert.add_argument(
         "--to-root",
         metavar="PATH",
-        help="path of the module in DST (default: its own name in haiku names, no prefix in torch names)",
+        help="path of the module in DST (default: the module's own name if DST gets haiku names, none if torch names)",
     )
     convert.add_argument("--dtype", choices=DTYPES, help="round to this dtype (default: do not round)")
     convert.add_argument(
@@ -147,10 +151,12 @@ def _convert_parser(commands: Any) -> argparse.ArgumentParser:
         type=lambda text: text.split(","),
         default=[],
         metavar="LOSS[,LOSS…]",
-        help=f"losses to allow: {', '.join(LOSSES)}",
+        help=f"losses to allow, separated by commas: {', '.join(LOSSES)}",
     )
     convert.add_argument(
-        "--verify", action="store_true", help="check on random input that both systems compute the same function"
+        "--verify",
+        action="store_true",
+        help="check on random input that both systems compute the same function; if not, DST is not written",
     )
     convert.add_argument("--force", action="store_true", help="replace DST if it exists")
     convert.set_defaults(run=_convert)
@@ -213,14 +219,13 @@ def _check_destination(destination: Path, source: Path, force: bool) -> None:
 
 
 def _conversion(report: FileConversion, destination: Path) -> str:
-    source, target = (find_dialect(place.dialect) for place in (report.source, report.destination))
-    where = f" at {report.source.root}" if report.source.root else ""
+    target = find_dialect(report.destination.dialect)
     lines = [
-        f"{report.source.file}: {source.title}'s {report.module}{where}",
-        f"{destination}: {target.title}'s, {report.converted} parameters, {report.numbers:,} numbers",
+        _place(report.source, report.module),
+        f"{destination}: {report.converted} parameters for {target.title}, {report.numbers:,} numbers",
     ]
     if report.added:
-        lines.append(f"added as zeros, since {target.title} never reads them: {', '.join(report.added)}")
+        lines.append(f"added as zeros, since {target.title} expects but never reads them: {', '.join(report.added)}")
     lines += [f"lost, as allowed: {loss.name}: {loss.reason}" for loss in report.losses]
     lines += [f"note: {note}" for note in report.notes]
     if report.elsewhere:
@@ -231,7 +236,7 @@ def _conversion(report: FileConversion, destination: Path) -> str:
             + (f" and {more} more places" if more > 0 else "")
         )
     if report.ignored:
-        lines.append(f"not converted, not named arrays: {_some(report.ignored)}")
+        lines.append(f"not converted, since they are not arrays with names: {_some(report.ignored)}")
     if report.verified is not None:
         lines += _verification(report.verified)
     if not report.written:
@@ -275,7 +280,7 @@ def _contents(report: FileContents) -> str:
     found = report.contents
     if found is None:
         return "\n".join([*lines, str(report.problem)])
-    lines += [f"{find_dialect(found.dialect).title}'s {found.module}" + (f" at {found.root}" if found.root else "")]
+    lines.append(_module(found.module, found.dialect, found.root))
     lines += [f"  {line}" for line in _config_lines(dataclasses.asdict(found.config), found.assumed)]
     if found.assumed:
         lines.append("assumed: neither names, shapes nor the file's metadata determine the field")
@@ -289,7 +294,7 @@ def _contents(report: FileContents) -> str:
         lines.append("other parts of the model:")
         lines += [f"  {stem}: {number} arrays" for stem, number in sorted(found.elsewhere.items())]
     if report.ignored:
-        lines.append(f"not named arrays: {_some(report.ignored)}")
+        lines.append(f"entries that are not arrays with names: {_some(report.ignored)}")
     return "\n".join(lines)
 
 
@@ -339,14 +344,18 @@ def _comparison(report: Comparison) -> str:
 
 
 def _place(place: Place, module: str) -> str:
-    return f"{place.file}: {find_dialect(place.dialect).title}'s {module}" + (f" at {place.root}" if place.root else "")
+    return f"{place.file}: {_module(module, place.dialect, place.root)}"
+
+
+def _module(module: str, dialect: str, root: str) -> str:
+    return f"{module} of {find_dialect(dialect).title}" + (f" at {root}" if root else "")
 
 
 def _difference(row: ParameterComparison) -> str:
     if row.shapes is not None:
-        a, b = ("nothing" if shape is None else list(shape) for shape in row.shapes)
-        return f"{row.name} differs: {a} and {b}"
-    return f"{row.name} differs by {row.difference:.3g}, {row.relative:.2g} of its largest value"
+        a, b = ("absent" if shape is None else list(shape) for shape in row.shapes)
+        return f"{row.name} differs in shape: {a} and {b}"
+    return f"{row.name} differs by {row.difference:.3g}, {row.relative:.2g} of its largest value in the second file"
 
 
 if __name__ == "__main__":

@@ -320,16 +320,20 @@ def _notes(config: Config, dialect: Dialect) -> tuple[str, ...]:
     ipa, notes = attention_of(config), []
     form = dialect.forms[ipa.layout]
     if not form.epsilon_is_fixed and ipa.norm_epsilon != form.norm_epsilon:
-        notes.append(f"construct it with {dialect.epsilon_argument}={ipa.norm_epsilon}, which a file cannot store")
+        notes.append(
+            f"construct the module with {dialect.epsilon_argument}={ipa.norm_epsilon}, which a file cannot store"
+        )
     if ipa.position_scale != 1:
-        notes.append(f"divide the translations of its frames by {ipa.position_scale:g}, as it has no argument for this")
+        notes.append(
+            f"divide the translations of its frames by {ipa.position_scale:g}, as the module has no argument for this"
+        )
     if isinstance(config, IPABlockConfig | IPATransformerConfig):
         block = config.block if isinstance(config, IPATransformerConfig) else config
         if not block.post_norm:
-            notes.append("construct it with post_norm=False, which a file cannot store")
+            notes.append("construct the module with post_norm=False, which a file cannot store")
     if isinstance(config, IPATransformerConfig) and config.detach_rotations != dialect.detach_argument[1]:
         name = dialect.detach_argument[0]
-        notes.append(f"construct it with {name}={config.detach_rotations}, which a file cannot store")
+        notes.append(f"construct the module with {name}={config.detach_rotations}, which a file cannot store")
     if isinstance(config, StructureModuleConfig):
         notes += _structure_notes(config, dialect)
     return (*notes, *([dialect.frames] if dialect.frames else []))
@@ -343,5 +347,5 @@ def _structure_notes(config: StructureModuleConfig, dialect: Dialect) -> list[st
         mine = getattr(config, name)
         if not math.isclose(mine, getattr(usual, name)):
             shown = mine if isinstance(mine, bool) else f"{mine:g}"
-            notes.append(f"construct it with {shown} for what is called {name} here, which a file cannot store")
+            notes.append(f"construct the module with {shown} for our {name}, which a file cannot store")
     return notes

@@ -133,11 +133,11 @@ def _open_npz(path: Path) -> Iterator[ArrayFile]:
             members = archive_zip.namelist()
             twice = [name for name, number in Counter(members).items() if number > 1]
             if twice:
-                raise ValueError(f"{twice[0]!r} is there twice")
+                raise ValueError(f"{twice[0]!r} occurs twice")
 
             def shape(name: str) -> tuple[int, ...]:
                 if f"{name}.npy" not in members:
-                    raise ValueError("it is no .npy array")
+                    raise ValueError("it is not an .npy array")
                 return _npy_shape(archive_zip, f"{name}.npy")
 
             def read(name: str) -> np.ndarray:
@@ -229,7 +229,7 @@ def _flatten(loaded: Mapping, prefix: str, tensors: dict[str, Any], ignored: lis
         name = f"{prefix}{key}"
         if isinstance(x, torch.Tensor) and isinstance(key, str):
             if name in tensors:
-                raise ValueError(f"{name!r} is there twice")
+                raise ValueError(f"{name!r} occurs twice")
             tensors[name] = x
         elif isinstance(x, Mapping) and isinstance(key, str) and id(x) not in seen:
             _flatten(x, f"{name}.", tensors, ignored, seen)

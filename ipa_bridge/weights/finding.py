@@ -189,7 +189,7 @@ def _at_root(found: Sequence[Found], root: str, source: str) -> list[Found]:
     at_root = [each for each in found if each.root == root]
     if not at_root:
         there = list(dict.fromkeys(each.root for each in found))
-        raise ValueError(f"no module at root={root!r} in {source}; modules are at {there or 'no path'}")
+        raise ValueError(f"no module at root={root!r} in {source}; modules were found at {there or 'no path'}")
     return at_root
 
 
@@ -197,10 +197,11 @@ def _none_found(kinds: Sequence[type], shapes: Shapes, dialect: str | None, sour
     """Error message for a missing module of these kinds, with the names that would identify one."""
     known = " or ".join(f"{KINDS[kind].title}s" for kind in kinds)
     ends = " or ".join(KINDS[kind].landmark for kind in kinds)
-    whose = f"in {find_dialect(dialect).title}'s names " if dialect else ""
+    whose = f"with the names of {find_dialect(dialect).title} " if dialect else ""
     some = ", ".join(sorted(shapes)[:5])
     return (
-        f"no {known} {whose}in {source}: no name ends in {ends}, or another dialect's name for it; names are {some}, …"
+        f"no {known} {whose}in {source}: no name ends in {ends}, or in another system's name for it; names are "
+        f"{some}, …"
     )
 
 

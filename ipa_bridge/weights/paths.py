@@ -46,6 +46,6 @@ def without_duplicates(pairs: Iterable[tuple[str, Any]], source: str) -> dict[st
     found: dict[str, Any] = {}
     for name, x in pairs:
         if name in found:
-            raise ValueError(f"{source}: {name!r} is there twice: remove one of the two")
+            raise ValueError(f"{source}: {name!r} occurs twice: remove one of the two")
         found[name] = x
     return found

@@ -366,7 +366,7 @@ def _common_form(weights: Weights) -> Weights:
 
 
 def _differing_fields(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Name to both values of the functional fields that differ."""
+    """Both values, by name, of the functional fields that differ."""
     a, b = functional_fields(one), functional_fields(other)
     return {name: (a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)}
 

@@ -138,5 +138,5 @@ class Comparison:
     module: str
     same: bool
     config: Mapping[str, tuple[Any, Any]]
-    """Name to both values of the functional fields that differ."""
+    """Both values, by name, of the functional fields that differ."""
     parameters: tuple[ParameterComparison, ...]

@@ -90,7 +90,7 @@ def _kernels() -> ModuleType:
 
 
 class Options(NamedTuple):
-    """What is known when JAX compiles."""
+    """Settings that are known when JAX compiles."""
 
     size: int
     """Query rows of a chunk."""

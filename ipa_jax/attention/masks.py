@@ -1,4 +1,4 @@
-"""Which keys a query may read, where a key mask or a pair mask says so beside the residue mask."""
+"""Masks of keys and of pairs: they restrict, beside the residue mask, which keys a query may read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def combine(
 def hides(
     allowed: Float[Array, "*B Q N"], valid: Float[Array, "*B N"] | None, keys: Float[Array, "*B M"] | None
 ) -> Bool[Array, "*B Q M"]:
-    """True where a query may not read a key: `allowed` says so, or the query is valid and the key is masked.
+    """True where a query may not read a key: `allowed` is 0 there, or the query is valid and the key is masked.
 
     Args:
         allowed: as `combine` gives it.
@@ -58,7 +58,7 @@ def zero_where_blind(
     key_mask: Shaped[Array, "*B N"] | None,
     pair_mask: Shaped[Array, "*B N N"] | None,
 ) -> Float[Array, "*B N H Pv 3"]:
-    """Local points, at zero for queries that may read no key: their global points are no points of any frame."""
+    """Local points, set to zero for queries that may read no key: their global points are not those of any frame."""
     allowed = combine(key_mask, pair_mask, points.dtype)
     if allowed is None:
         return points

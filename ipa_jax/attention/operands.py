@@ -30,7 +30,7 @@ class Operands(NamedTuple):
     bias: Float[Array, "c_z H"] | None
     mask: Float[Array, " N"]
     allowed: Float[Array, "Q N"] | None = None
-    """0 where a query may not read a key, as a key mask or a pair mask says; see `ipa_jax.attention.masks`."""
+    """0 where a key mask or a pair mask hides a key from a query, else 1; see `ipa_jax.attention.masks`."""
 
     @classmethod
     def from_inputs(

@@ -91,7 +91,7 @@ class Blocks:
         return jax.nn.softmax(logits, -1), distance
 
     def points(self, rows: Rows) -> list[tuple[list[Float[Array, "H b N"]], Float[Array, "H b N"]]]:
-        """Of every point, the differences q − k in x, y and z, and their length √(|q − k|² + ε)."""
+        """Differences q − k of every point in x, y and z, and their length √(|q − k|² + ε)."""
         offsets = self.offsets(rows)
         points = [offsets[i : i + 3] for i in range(0, len(offsets), 3)]
         return [(xyz, safe_sqrt(_length2(*xyz) + (self.distance_epsilon or 0.0))) for xyz in points]

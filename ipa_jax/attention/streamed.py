@@ -71,7 +71,7 @@ def point_attention(
 
 
 class Options(NamedTuple):
-    """What is known when JAX compiles."""
+    """Settings that are known when JAX compiles."""
 
     block_size: int
     with_attention: bool

@@ -12,7 +12,7 @@ from ipa_parity.attention.stages import RUNNERS, Arrays, run_oracle
 from ipa_parity.report import Comparison, compare
 
 COLLAPSED = 1 / 16
-"""Every residue attends to itself alone if translations' gradients are below this fraction of the terms they sum."""
+"""Largest ratio of translations' gradients to the terms they sum at which residues count as attending to themselves."""
 
 
 def judge(
@@ -33,10 +33,10 @@ def judge(
     Args:
         case: the case, in float64.
         dtype: the dtype to round it to and run it in: "float64", "float32", "bfloat16" or "float16".
-        frameworks: which to run, of "jax" and "torch".
+        frameworks: frameworks to run, of "jax" and "torch".
         gradients: compare gradients too.
         runners: the function that runs each framework, by name; None for `stages.RUNNERS`.
-        progress: is called with the name of each step before it runs.
+        progress: called with the name of each step before it runs.
     """
     runners = RUNNERS if runners is None else runners
     rounded, frameworks = case.astype(dtype), tuple(frameworks)
@@ -97,10 +97,9 @@ def _declared_scale(case: Case, stage: str, expected: Arrays) -> float | None:
     """The size of the terms in a gradient that is mathematically a sum of (nearly) zero; None for every other stage.
 
     The bias of `attention_2d` adds one number to a whole row of logits, which the softmax removes. So its gradient
-    Σ dL over all pairs is zero, and Σ|dL| is at least max|Σ dL·z| / max|z|. So does the bias of keys that are projected
-    by themselves and not rotated. A translation's gradient is the part
-    through the points minus the part through the inverse frame; the two are equal where a residue attends to itself
-    alone.
+    Σ dL over all pairs is zero, and Σ|dL| is at least max|Σ dL·z| / max|z|. The same holds for the bias of keys that
+    are projected by themselves and not rotated. A translation's gradient is the part through the points minus the part
+    through the inverse frame; the two are equal where a residue attends to itself alone.
     """
     if stage == "gradient/attention_2d/bias" and case.pair is not None:
         return float(np.abs(expected["gradient/attention_2d/weights"]).max() / np.abs(case.pair).max())

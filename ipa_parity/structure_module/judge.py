@@ -32,9 +32,9 @@ def judge(
     Args:
         case: the case, in float64.
         dtype: the dtype to round it to and run it in: "float64" or "float32".
-        frameworks: which to run, of "jax" and "torch".
+        frameworks: frameworks to run, of "jax" and "torch".
         gradients: compare gradients too.
-        progress: is called with the name of each step before it runs.
+        progress: called with the name of each step before it runs.
     """
     rounded, frameworks = case.astype(dtype), tuple(frameworks)
     runs: dict[str, Arrays] = {}

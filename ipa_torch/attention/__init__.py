@@ -69,7 +69,7 @@ def point_attention(
         point_weights: w_h, in AlphaFold softplus(γ_h), not yet scaled by √(2/9P).
         mask: 1 or True where a residue is valid. A valid query ignores masked keys; a masked query attends to all.
             All masks are constants: the gradient to a float mask is zero.
-        key_mask: 1 or True where queries may attend to a residue. It holds for masked queries too.
+        key_mask: 1 or True where a residue may be attended to. It holds for masked queries too.
         pair_mask: 1 or True where query i may attend to key j. A key that key_mask or pair_mask hides has a weight of
             exactly zero. A query from which all keys are hidden gets zeros.
         logit_terms: T in the scale √(1/T) of the logits; None for 3 with a pair and 2 without.

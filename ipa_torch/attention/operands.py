@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     bias: Float[Tensor, "c_z H"] | None
     mask: Float[Tensor, "B N"] | None
     allowed: Float[Tensor, "B Q N"] | None = None
-    """0 where a query may not read a key, as a key mask or a pair mask says; see `ipa_torch.attention.masks`."""
+    """0 where a key mask or a pair mask hides a key from a query, else 1; see `ipa_torch.attention.masks`."""
 
     @classmethod
     def from_inputs(

@@ -112,7 +112,7 @@ class Blocks:
         return torch.threshold_(weight, SMALLEST_WEIGHT, 0.0)
 
     def points(self, rows: slice) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """Of one point after the other, the differences q − k in x, y and z, and their length √(|q − k|² + ε)."""
+        """Differences q − k in x, y and z, and their length √(|q − k|² + ε), of one point after the other."""
         offsets = self.offsets(rows)
         for x, y, z in zip(offsets, offsets, offsets, strict=True):
             yield (x, y, z), torch.sqrt(x * x + y * y + z * z + (self.distance_epsilon or 0.0))

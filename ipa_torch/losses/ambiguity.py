@@ -97,7 +97,7 @@ def rename_ambiguous_frames(
 ) -> Rigid:
     """True frames (*B, N, 8), with alternative names of their atoms where these are better (Suppl. Alg. 26 line 7).
 
-    In such a residue, the frame of the last χ is turned by π about its x-axis. Where the mask is 0, aatype may be any
+    Where they are, the frame of the last χ is turned by π about its x-axis. Where the mask is 0, aatype may be any
     integer; None means a mask of ones.
 
     Raises:

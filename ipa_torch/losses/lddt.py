@@ -69,7 +69,8 @@ def plddt_loss(
         predicted_ca: Å.
         true_ca: Å.
         mask: 1 or True where the true Cα is known.
-        resolution: resolution of the experiment, Å. Outside the limits the loss is 0; NMR and distillation are 0 Å.
+        resolution: resolution of the experiment, Å; 0 for NMR structures and self-distillation. Outside the limits the
+            loss is 0.
         min_resolution: Å.
         max_resolution: Å.
 

@@ -105,7 +105,7 @@ def _collate(batch: Sequence[StructureTarget], *, collate_fn_map: Any = None) ->
     if any(without_chains) and not all(without_chains):
         raise ValueError(
             f"chain_id must be given in all targets of a batch or in none; {sum(without_chains)} of {len(batch)} have "
-            "none: pass structure_target(…, chain_id=) equal numbers for a single chain"
+            "none: for targets of a single chain, pass structure_target a chain_id of equal numbers"
         )
     fields = (
         None if each[0] is None else collate(each, collate_fn_map=collate_fn_map) for each in zip(*batch, strict=True)

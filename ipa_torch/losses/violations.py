@@ -22,7 +22,11 @@ from ipa_torch.side_chains import check_aatype, lookup
 
 @by_name
 class BondViolations(NamedTuple):
-    """Peptide bonds: mean losses of C–N (Å) and of the cosines of CA–C–N and C–N–CA; then values per residue."""
+    """Violations of peptide bonds.
+
+    `c_n_loss` is the mean deviation of C–N lengths beyond the tolerance, in Å. `ca_c_n_loss` and `c_n_ca_loss` are
+    those of the cosines of the angles CA–C–N and C–N–CA. The other two fields combine all three by residue.
+    """
 
     c_n_loss: Float[Tensor, "*B"]
     ca_c_n_loss: Float[Tensor, "*B"]
@@ -33,7 +37,7 @@ class BondViolations(NamedTuple):
 
 @by_name
 class ClashViolations(NamedTuple):
-    """Overlaps between residues: mean over pairs of atoms (Å), sum per atom (Å), True for atoms with an overlap."""
+    """Overlaps between residues: their mean over pairs of atoms (Å), their sum by atom (Å), and which atoms overlap."""
 
     loss: Float[Tensor, "*B"]
     loss_per_atom: Float[Tensor, "*B N 14"]
@@ -42,7 +46,7 @@ class ClashViolations(NamedTuple):
 
 @by_name
 class WithinResidueViolations(NamedTuple):
-    """Distances within residues outside their bounds: sum per atom (Å), True for atoms with a violation."""
+    """Distances within residues outside their bounds: their excess summed by atom (Å), and which atoms violate them."""
 
     loss_per_atom: Float[Tensor, "*B N 14"]
     violation_per_atom: Bool[Tensor, "*B N 14"]

@@ -75,7 +75,7 @@ def test_an_extra_name_is_not_ignored():
     state = {name: torch.tensor(x) for name, x in state_of(Weights.random(ONE_WIDTH), "openfold_v1").items()}
     with pytest.raises(ValueError, match=r"unexpected linear_x\.weight \(2, 2\)"):
         Weights.from_torch(state | {"linear_x.weight": torch.ones(2, 2)}, dialect="openfold_v1")
-    with pytest.raises(ValueError, match=r"no invariant point attentions .*in OpenFold 1's names"):
+    with pytest.raises(ValueError, match=r"no invariant point attentions .*with the names of OpenFold 1"):
         Weights.from_torch(state | {"down_z.weight": torch.ones(2, 2)}, dialect="openfold_v1", config=ONE_WIDTH)
 
 
@@ -206,11 +206,11 @@ def test_what_a_file_cannot_store_is_reported(tmp_path):
     weights = Weights.random(
         replace(SMALL_MODULE, position_scale=3.0, ipa=replace(ONE_WIDTH, norm_epsilon=1e-6, frame_unit=3.0))
     )
-    with pytest.warns(UserWarning, match=r"as OpenFold 2's: ") as told:
+    with pytest.warns(UserWarning, match=r" for OpenFold 2: ") as told:
         weights.save(tmp_path / "of.safetensors", dialect="openfold")
     messages = [str(x.message) for x in told]
-    assert any("construct it with eps=1e-06" in x for x in messages)
-    assert any("construct it with 3 for what is called position_scale here" in x for x in messages)
+    assert any("construct the module with eps=1e-06" in x for x in messages)
+    assert any("construct the module with 3 for our position_scale" in x for x in messages)
     again = Weights.load(tmp_path / "of.safetensors")  # the weights themselves know it
     assert again.config == weights.config
     with pytest.warns(UserWarning, match="its `rotations` are the transpose of ours"):

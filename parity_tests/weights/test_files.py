@@ -100,7 +100,7 @@ def test_contents_that_a_pt_file_must_have(tmp_path, torch):
     with pytest.raises(ValueError, match=r"it holds no tensors, but epoch: save a state dict"):
         Weights.load(tmp_path / "checkpoint.pt")
     torch.save({"a.b": torch.ones(2), "a": {"b": torch.ones(2)}}, tmp_path / "twice.pt")
-    with pytest.raises(ValueError, match=r"'a\.b' is there twice"):
+    with pytest.raises(ValueError, match=r"'a\.b' occurs twice"):
         Weights.load(tmp_path / "twice.pt")
 
 
@@ -116,7 +116,9 @@ def test_members_that_are_no_arrays(tmp_path):
     path = tmp_path / "x.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("ipa//trainable_point_weights", b"raw bytes")
-    with pytest.raises(ValueError, match=r"x\.npz: cannot read array 'ipa//trainable_point_weights': it is no \.npy"):
+    with pytest.raises(
+        ValueError, match=r"x\.npz: cannot read array 'ipa//trainable_point_weights': it is not an \.npy"
+    ):
         Weights.load(path)
 
 

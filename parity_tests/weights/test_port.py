@@ -20,8 +20,8 @@ def test_there_and_back_through_openfold(alphafold, tmp_path, capsys):
     there, back = tmp_path / "openfold.pt", tmp_path / "back.npz"
     code, out, _ = run(capsys, "convert", alphafold, there, "--to", "openfold", "--verify")
     assert code == 0
-    assert f"AlphaFold's structure module at {ALPHAFOLD}/structure_module" in out
-    assert "OpenFold 2's, 45 parameters" in out
+    assert f"structure module of AlphaFold at {ALPHAFOLD}/structure_module" in out
+    assert "45 parameters for OpenFold 2" in out
     assert f"10 arrays of other parts of the model: {ALPHAFOLD}/evoformer (2), {ALPHAFOLD}/predicted_lddt" in out
     assert "the same function" in out
     code, out, _ = run(
@@ -67,7 +67,7 @@ def test_json_holds_everything(alphafold, tmp_path, capsys):
 def test_inspect_lists_what_a_file_holds(alphafold, tmp_path, capsys, torch):
     code, out, _ = run(capsys, "inspect", alphafold)
     assert code == 0
-    for line in ("AlphaFold's structure module at", "num_layer = 8", f"  {ALPHAFOLD}/evoformer: 2 arrays"):
+    for line in ("structure module of AlphaFold at", "num_layer = 8", f"  {ALPHAFOLD}/evoformer: 2 arrays"):
         assert line in out
     state = Weights.random(ONE_WIDTH).to_torch(dialect="openfold_v1")
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "ipa.pt")
@@ -78,10 +78,10 @@ def test_inspect_lists_what_a_file_holds(alphafold, tmp_path, capsys, torch):
     code, out, _ = run(capsys, "inspect", tmp_path / "ipa.pt", "--dialect", "esmfold")
     assert code == 0
     assert "(assumed)" not in out
-    assert "not named arrays: epoch" in out
+    assert "not arrays with names: epoch" in out
     assert "linear_kv_points.weight" in out
     Weights.random(ODD_NO_BIAS).save(tmp_path / "ours.npz")
-    assert "IPA Twins in Haiku's invariant point attention" in run(capsys, "inspect", tmp_path / "ours.npz")[1]
+    assert "invariant point attention of IPA Twins in Haiku" in run(capsys, "inspect", tmp_path / "ours.npz")[1]
 
 
 def test_losses_are_allowed_by_name_or_refused(tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_down_z_can_be_merged(tmp_path, capsys):
     assert f"note: {ignored}" in out
     Weights.random(config).save(tmp_path / "ours.safetensors")
     code, out, _ = run(capsys, "convert", tmp_path / "ours.safetensors", tmp_path / "g.pt", "--to", "framediff")
-    zeros = "added as zeros, since FrameDiff never reads them: linear_rbf.weight, linear_rbf.bias"
+    zeros = "added as zeros, since FrameDiff expects but never reads them: linear_rbf.weight, linear_rbf.bias"
     assert (code, zeros in out) == (0, True)
 
 

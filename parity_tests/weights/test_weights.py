@@ -126,7 +126,7 @@ def test_metadata_that_is_not_a_config(junk, tmp_path):
     with files.open_arrays(path) as file:
         arrays = {key: file[key] for key in file.keys}
     files.write_arrays(path, arrays, {"ipa_config": junk})
-    with pytest.raises(ValueError, match=r"w\.safetensors: its ipa_config metadata is no config .*pass config="):
+    with pytest.raises(ValueError, match=r"w\.safetensors: its ipa_config metadata is not a config .*pass config="):
         Weights.load(path)
     assert Weights.load(path, config=ODD).config == ODD
 

@@ -67,7 +67,7 @@ def test_everything_wrong_is_named_at_once():
     [
         ({"q_scalar/weights": np.ones((11, 13))}, "q_scalar/weights has 13 outputs, which 3 heads do not divide"),
         ({"q_point_local/weights": np.ones((11, 12))}, "has 12 outputs, which 3 heads of 3 coordinates do not divide"),
-        ({"kv_scalar/weights": None}, "no invariant point attention without kv_scalar/weights"),
+        ({"kv_scalar/weights": None}, "an invariant point attention must have kv_scalar/weights"),
         ({"kv_scalar/weights": np.ones((11, 6))}, "num_scalar_v must be a positive integer; got -2"),
         ({"trainable_point_weights": np.ones(0)}, "empty, or have too few axes: trainable_point_weights (0,)"),
         ({"attention_2d/weights": np.ones(())}, "empty, or have too few axes: attention_2d/weights ()"),
