@@ -24,7 +24,10 @@ class System(NamedTuple):
     pair_values: str = ""
     """Submodule that narrows the pair's channels, if any. Our attention calls it on the sum over the pair."""
     epsilon: str = "eps"
-    """Attribute of its published class with the epsilon of lengths; one of `_EPSILONS`."""
+    """Attribute of its published class with the epsilon of lengths; one of `ipa_torch.replace.recognise.EPSILONS`."""
+    pair_masks: Mapping[str, str] | None = None
+    """Names of its versions' pair masks and their forms, of `ipa_torch.replace.pair_masks.FORMS`; the comparison finds
+    the form of others. None if its adapter takes no pair mask."""
     points: str = ""
     """Path of the linear layer within a point projection; empty if the projection is that layer."""
     norm_forms: Mapping[str, tuple[NormForm, ...]] = {}
