@@ -205,7 +205,8 @@ _MONOMER = ("q_scalar", "kv_scalar", "q_point_local", "kv_point_local")
 def _fit(given: Parameters, form: Form) -> tuple[Parameters, list[Loss]]:
     """Changes biases, pair projection and norm to those of a form; also returns the losses."""
     losses: list[Loss] = []
-    for field, has_bias in (("scalar_bias", form.scalar_bias), ("point_bias", form.point_bias)):
+    biases = {"scalar_bias": form.scalar_bias, "point_bias": form.point_bias, "attention_2d_bias": True}
+    for field, has_bias in biases.items() if not form.lacks_biases_as(attention_of(given.config)) else ():
         given = _with_biases(given, field, has_bias, losses)
     if attention_of(given.config).pair_value_channel is not None and form.pair_value_divisor is None:
         given = _merged(given)
@@ -280,6 +281,9 @@ def _refuse(config: Config, dialect: Dialect) -> None:
             f"its scalar values are as wide as its queries and keys: num_scalar_v must be {ipa.num_scalar_qk}, not "
             f"{ipa.num_scalar_v}"
         )
+    terms = form.logit_terms or (2 if ipa.pair_channel is None else 3)
+    if ipa.num_logit_terms != terms:
+        reasons.append(f"it scales its logits by √(1/{terms}), and logit_terms is {ipa.num_logit_terms} here")
     if isinstance(config, StructureModuleConfig):
         if not config.tied_layers:
             reasons.append("one set of weights serves all its layers: tied_layers must be True")

@@ -167,6 +167,8 @@ def find_module(
     if config is not None:
         return found[0], config, frozenset()
     readings = [each.infer(shapes) for each in found]
+    if fitting := [i for i, (each, reading) in enumerate(zip(found, readings, strict=True)) if not _lacks_pair(each, reading)]:
+        found, readings = [found[i] for i in fitting], [readings[i] for i in fitting]
     _check_pair(found, readings, source)
     return found[0], readings[0], _untold(found, readings, dialect is not None, source)
 
@@ -194,14 +196,19 @@ def _none_found(kinds: Sequence[type], shapes: Shapes, dialect: str | None, sour
 def _check_pair(found: Sequence[Found], readings: Sequence[Config], source: str) -> None:
     """Raises if a module has no pair representation although every attention of its system reads one."""
     for each, reading in zip(found, readings, strict=True):
-        pairless = has_attention(reading) and attention_of(reading).pair_channel is None
-        forms = () if each.dialect.separator == "/" else each.dialect.forms.values()  # AlphaFold's names are ours too
-        if pairless and forms and all(form.pair_required for form in forms):
+        if _lacks_pair(each, reading):
             raise ValueError(
                 f"{source}: {each.dialect.title}'s attention always reads a pair representation; this one has no "
                 "parameters for it, so it is from another system, whose scale of logits is unknown (in MDGen: √(1/3)). "
                 "Pass config= if the scale is √(1/2), as it is here without a pair"
             )
+
+
+def _lacks_pair(found: Found, reading: Config) -> bool:
+    """True for a module without a pair representation of a system that always reads one."""
+    pairless = has_attention(reading) and attention_of(reading).pair_channel is None
+    forms = () if found.dialect.separator == "/" else found.dialect.forms.values()  # AlphaFold's names are ours too
+    return pairless and bool(forms) and all(form.pair_required for form in forms)
 
 
 def _untold(found: Sequence[Found], readings: Sequence[Config], named: bool, source: str) -> frozenset[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -48,7 +48,7 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
         with _full_precision():
             wide, call, layer, truth = _reference(layer)
             layer = _with_nearest_config(layer, truth, wide, call)
-            training = _run(layer, layer.original, wide, call, training=True)
+            other = _run(layer, layer.original, wide, call, other_mode=True)
             after = _run(layer, layer.replacement, dtype, call)
             wider = torch.finfo(wide).eps < torch.finfo(dtype).eps
             if wider or dtype is torch.float64:
@@ -77,7 +77,7 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
         "gradients to the single representation": ("to_single", bound("gradient", name)),
         "gradients to the pair representation": ("to_pair", bound("gradient", name)),
     }
-    wrong = "outputs in training mode differ from those in evaluation mode" if _differ(training, truth) else ""
+    wrong = "outputs in training mode differ from those in evaluation mode" if _differ(other, truth) else ""
     if reads := sorted(truth.read ^ after.read):
         wrong = f"only one of its forward and ours reads {', '.join(reads)}"
     errors = _errors(after, truth)
@@ -101,6 +101,8 @@ class _Call(NamedTuple):
     batch: tuple[int, ...]
     """Axes before the residues."""
     mask_is_boolean: bool
+    in_training: bool
+    """True for a layer that can be differentiated in training mode only."""
     make_rigids: Callable[[Tensor, Tensor], Any]
 
 
@@ -117,8 +119,8 @@ def _reference(layer: Recognised) -> tuple[torch.dtype, _Call, Recognised, _Run]
     makers, problem = _makers(layer)
     needs = any(PAIR_MASK in (x.ours, x.name) and x.is_needed for x in layer.settings.takes)
     layers = [_with_form(layer, form) for form in layer.pair_masks] if needs else [layer]
-    for dtype, batch, boolean, make in product(dtypes, ((1,), ()), (False, True), makers):
-        call, ran = _Call(batch, boolean, make), []
+    for dtype, *how in product(dtypes, ((1,), ()), (False, True), (False, True), makers):
+        call, ran = _Call(*how), []
         for each in layers:
             try:
                 truth = _run(each, each.original, dtype, call)
@@ -256,7 +258,7 @@ def _run(
     dtype: torch.dtype,
     call: _Call,
     *,
-    training: bool = False,
+    other_mode: bool = False,
     masked: bool = True,
     pairs: bool = False,
     turned: bool = False,
@@ -268,13 +270,14 @@ def _run(
         kind: class of the copy.
         dtype: dtype of parameters and inputs.
         call: how the layer is called.
-        training: True for training mode, without the layer's dropout.
+        other_mode: True to run it in evaluation mode if it is usually run in training mode, and the reverse. Dropout is
+            off in both. Gradients are left out then.
         masked: False for a mask that hides nobody.
         pairs: True to give a pair mask, also if it has a default.
         turned: True to turn all frames alike, which changes nothing but rounding.
     """
     config, system = layer.settings.config, layer.system
-    copied = _bare_copy(layer.module, dtype).train(training)
+    copied = _bare_copy(layer.module, dtype).train(call.in_training != other_mode)
     copied.__class__ = kind
     copied._ipa_twins = layer.settings
     for path in layer.settings.dropouts:
@@ -314,14 +317,16 @@ def _run(
         pair = tensor(rng.standard_normal((*shape, RESIDUES, config.pair_channel))).requires_grad_()
     cotangent = tensor(rng.standard_normal(single.shape) * valid[..., None])
     inputs = [single, *(() if pair is None else (pair,)), *drawn.values()]
-    given = system.inputs(single, pair, *placed, tensor(valid).bool() if call.mask_is_boolean else tensor(valid), call[2])
+    given = system.inputs(single, pair, *placed, tensor(valid).bool() if call.mask_is_boolean else tensor(valid), call.make_rigids)
     if layer.settings.pair_mask:
         shown = (rng.random((*shape, RESIDUES)) > 0.1) | (not masked) | np.eye(RESIDUES, dtype=bool) if pairs else True
         given[PAIR_MASK] = _pair_mask(layer, tensor((valid[..., :, None] & valid[..., None, :] & shown).astype(float)))
     with without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = type(copied).forward(copied, **_by_their_names(layer, given, pairs=pairs))
-        gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
+        gradients: Sequence[Tensor | None] = [None] * len(inputs)
+        if not other_mode:
+            gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
     read = frozenset(name for name, g in zip(drawn, gradients[-len(drawn) :], strict=False) if g is not None)
     to_single, *to_pair = (
         _numpy(torch.zeros_like(x) if g is None else g)

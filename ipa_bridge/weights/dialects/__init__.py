@@ -8,14 +8,20 @@ from ipa_bridge.weights.dialects.alphafold import ALPHAFOLD, IPA_JAX, IPA_TORCH
 from ipa_bridge.weights.dialects.esmfold import ESMFOLD
 from ipa_bridge.weights.dialects.framediff import FRAMEDIFF, FRAMEFLOW
 from ipa_bridge.weights.dialects.lucidrains import LUCIDRAINS
+from ipa_bridge.weights.dialects.mdgen import MDGEN
 from ipa_bridge.weights.dialects.openfold import OPENFOLD, OPENFOLD_V1
 from ipa_bridge.weights.dialects.spec import Dialect, Form, Transform, layout_of
+from ipa_bridge.weights.dialects.unifold import UNIFOLD
 
 __all__ = ["DIALECTS", "Dialect", "Form", "Transform", "default_dialect", "find_dialect", "layout_of"]
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
-    for dialect in (ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS)
+    for dialect in (
+        *(ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS),
+        MDGEN,
+        UNIFOLD,
+    )
 }
 """Every dialect by name."""
 

@@ -134,6 +134,19 @@ class Form:
     pair_required: bool = True
     pair_value_divisor: int | None = None
     """Width of the attended pair is c_z divided by this; None if the pair is attended to without projection."""
+    logit_terms: int | None = None
+    """Terms that its scale of the logits counts; None for 3 with a pair representation and 2 without."""
+    may_lack_biases: bool = False
+    """Some of its modules have no biases in the scalar, point and pair projections; none has only some of them."""
+
+    def has_biases_of(self, config: IPAConfig) -> bool:
+        """Returns True if the form has biases in the projections where an attention has them."""
+        mine = (self.scalar_bias, self.point_bias)
+        return (config.scalar_bias, config.point_bias) == mine or self.lacks_biases_as(config)
+
+    def lacks_biases_as(self, config: IPAConfig) -> bool:
+        """Returns True if an attention has none of the biases that modules of this form may lack."""
+        return self.may_lack_biases and not (config.scalar_bias or config.point_bias or config.attention_2d_bias)
 
 
 @dataclass(frozen=True)
@@ -256,7 +269,7 @@ class Dialect:
         told = told_by_shapes(config)
         form = self.forms.get(layout_of(config))
         ipa = attention_of(config)
-        if form is None or (ipa and (ipa.scalar_bias, ipa.point_bias) != (form.scalar_bias, form.point_bias)):
+        if form is None or (ipa and not form.has_biases_of(ipa)):
             return told
         differ = {*self.varies, *(() if named else self.shared.get(type(config), ()))}
         return told | {path for path in fields(config) if path.rpartition(".")[2] not in differ}

@@ -37,6 +37,8 @@ SYSTEMS: dict[str, System] = {
     "frameflow": OPENFOLD_V1,
     "framediff": OPENFOLD_V1,
     "lucidrains": LUCIDRAINS,
+    "mdgen": OPENFOLD_V1,
+    "unifold": OPENFOLD_V1,
 }
 """The semantics of every dialect by its name."""
 
