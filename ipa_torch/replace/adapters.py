@@ -217,11 +217,11 @@ def attend(
     config = settings.config
     weight = None if linear is None else weight_without_bias(linear)
     if added is not None:
-        scale = torch.full((1, config.num_head), config.num_logit_terms**0.5, device=added.device)
+        scale = added.new_full((1, config.num_head), config.num_logit_terms**0.5)
         shown = added[..., None]
         if pair is not None:
-            zero = scale.new_zeros(pair.shape[-1], config.num_head) if weight is None else weight
-            scale, shown = torch.cat([zero, scale.to(zero.dtype)]), torch.cat([pair, shown.to(pair.dtype)], -1)
+            of_pair = scale.new_zeros(pair.shape[-1], config.num_head) if weight is None else weight
+            scale, shown = torch.cat([of_pair, scale]), torch.cat([pair, shown], -1)
         o, o_points, o_pair = _attend(settings, projections, shown, mask, scale, gamma, key_mask, pair_mask)
         return o, o_points, None if pair is None else o_pair[..., :-1]
     return _attend(settings, projections, pair, mask, weight, gamma, key_mask, pair_mask)

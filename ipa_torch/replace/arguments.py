@@ -32,9 +32,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 """Names that layers give to an argument of each kind; the first one present counts."""
 
 
-def arguments_taken(
-    system: System, original: Any, *, pair_free: bool
-) -> tuple[Argument, ...] | str:
+def arguments_taken(system: System, original: Any, *, pair_free: bool) -> tuple[Argument, ...] | str:
     """The arguments of a layer's own forward, or the reason why our attention cannot be called with them.
 
     An argument without a counterpart in our attention is accepted if it has a default, and later only at that value.

@@ -17,8 +17,12 @@ logit. The mask is (*B, N, N), or has an axis for the heads before the last two,
 HIDES = 1e4
 """A logit that is lower than another one of its row by this number or more has a weight of zero."""
 
-_INFINITY = 1e5
-"""Number to subtract where a mask hides; any number above `HIDES` gives the same weights."""
+_INFINITY = {"residues": 1e5, "shown": 1e7, "shown per head": 1e5}
+"""Number to subtract where a mask hides, for the residue mask and by form.
+
+Any number above `HIDES` gives the same weights, except in a row that one of two masks hides everywhere: the smaller
+number counts there. MultiFlow's is 1e7, and MDGen's is that of its residue mask.
+"""
 
 
 class Allowed(NamedTuple):
@@ -28,7 +32,9 @@ class Allowed(NamedTuple):
     added: Tensor | None
 
 
-def allowed(pair_mask: Tensor, form: str, mask: Tensor | None, batch: torch.Size, *, name: str) -> Allowed:
+def allowed(
+    pair_mask: Tensor, form: str, mask: Tensor | None, batch: torch.Size, *, keys_only: bool, name: str
+) -> Allowed:
     """Who may attend to whom by another project's pair mask and its residue mask, which both add to the logits.
 
     A residue that may attend to none, such as a masked one, attends by its logits: subtracting the same number from
@@ -39,6 +45,7 @@ def allowed(pair_mask: Tensor, form: str, mask: Tensor | None, batch: torch.Size
         form: one of `FORMS`.
         mask: residue mask, *B + (N,); None for none.
         batch: *B + (N,).
+        keys_only: True if the residue mask hides keys from masked residues too.
         name: the layer's name for the pair mask.
 
     Raises:
@@ -54,10 +61,10 @@ def allowed(pair_mask: Tensor, form: str, mask: Tensor | None, batch: torch.Size
     dtype = torch.promote_types(pair_mask.dtype, torch.float32)
     added = pair_mask.to(dtype)
     if form.startswith("shown"):
-        added = _INFINITY * (added - 1)
+        added = _INFINITY[form] * (added - 1)
     if mask is not None:
         valid = mask.to(dtype)
-        added = added + _INFINITY * (valid[..., :, None] * valid[..., None, :] - 1)
+        added = added + _INFINITY["residues"] * ((1 if keys_only else valid[..., :, None]) * valid[..., None, :] - 1)
     added = added.expand(*batch, batch[-1])
     below = added - added.amax(-1, keepdim=True).detach()
     hidden = below <= -HIDES
@@ -69,7 +76,7 @@ def allowed(pair_mask: Tensor, form: str, mask: Tensor | None, batch: torch.Size
             return Allowed(~hidden, None)
     elif form.startswith("shown"):
         return Allowed(~hidden, None)
-    return Allowed(None, below.clamp(min=-_INFINITY))
+    return Allowed(None, below.clamp(min=-10 * HIDES))
 
 
 def _may_read_values(x: Tensor) -> bool:

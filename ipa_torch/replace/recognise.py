@@ -160,7 +160,7 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]], *,
     if unknown and not verify:
         return (
             f"{title}'s attention has no {', '.join(unknown)} of this shape: pass verify=True, to replace the layer if "
-            "its forward does not read them"
+            "its forward does not read what ours does not"
         )
     if config.pair_channel is None and all(form.pair_required for form in found.dialect.forms.values()):
         return f"it has no {system.bias}, and {title}'s attention without a pair is not supported"
@@ -176,7 +176,9 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]], *,
     for name, neutral in system.neutral_attributes.items():
         if not is_neutral(value := getattr(module, name, neutral), neutral):
             return f"its {name} is {value}, and only at {neutral} does it compute what ours does"
-    untouched = _untouched_submodules(module, system, {name.rpartition(".")[0] for name in expected}, [*unused, *unknown])
+    untouched = _untouched_submodules(
+        module, system, {name.rpartition(".")[0] for name in expected}, [*unused, *unknown]
+    )
     for path, kind in untouched:
         if problem := alteration(module.get_submodule(path), kind):
             return f"its {path} {problem}, which would have no effect: ours does not call it as the layer does"
@@ -186,13 +188,15 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]], *,
     epsilons = _epsilons(module)
     if len(epsilons) != 1 and not verify:
         return (
-            f"it has {len(epsilons) or 'no'} epsilons in .{', .'.join(EPSILONS)}: pass verify=True, to find the one "
-            "that fits its outputs"
+            f"it has {len(epsilons) or 'no'} epsilons in .eps, .config.epsilon or the like: pass verify=True, to find "
+            "the one that fits its outputs"
         )
     epsilons = epsilons or USUAL_EPSILONS
     pair_mask = next((x for x in takes if PAIR_MASK in (x.ours, x.name)), None)
-    forms = () if pair_mask is None else (system.pair_masks or {}).get(pair_mask.name, "") or FORMS
-    forms = (forms,) if isinstance(forms, str) else forms
+    forms: tuple[str, ...] = ()
+    if pair_mask is not None:
+        known = (system.pair_masks or {}).get(pair_mask.name)
+        forms = FORMS if known is None else (known,)
     if pair_mask is not None and pair_mask.is_needed and len(forms) > 1 and not verify:
         return f"the form of its {pair_mask.name} is unknown: pass verify=True, to find the one that fits its outputs"
     try:

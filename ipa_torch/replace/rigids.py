@@ -166,16 +166,16 @@ def _is_rigid(kind: type) -> bool:
 
 
 def _beside(kinds: Iterable[type]) -> list[Any]:
-    """Classes of rigids in the modules that define `kinds`, or in modules that those import."""
+    """Classes of rigids in the modules that define `kinds`, then in modules that those import."""
     names = [x.__module__ for kind in kinds for x in kind.__mro__]
-    for name in dict.fromkeys(x for x in names if x in sys.modules and x.partition(".")[0] not in ("torch", "builtins")):
+    found = []
+    for name in dict.fromkeys(x for x in names if x in sys.modules):
         own = vars(sys.modules[name])
         imported = [vars(x) for x in own.values() if isinstance(x, ModuleType)]
-        for spaces in ([own], imported):
-            found = [space[x] for x in RIGID_NAMES for space in spaces if x in space]
-            if rigids := [x for x in found if isinstance(x, type) and _is_rigid(x)]:
-                return rigids
-    return []
+        found += [space[x] for spaces in ([own], imported) for x in RIGID_NAMES for space in spaces if x in space]
+    others = ("torch", "ipa_torch", "builtins")
+    rigids = [x for x in found if isinstance(x, type) and x.__module__.partition(".")[0] not in others]
+    return list(dict.fromkeys(x for x in rigids if _is_rigid(x)))
 
 
 def homogeneous(rotation: Tensor, translation: Tensor) -> Tensor:

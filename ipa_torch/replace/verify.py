@@ -21,7 +21,7 @@ from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.replacement import RESIDUES
 from ipa_bridge.tolerance import DTYPES, bound
 from ipa_torch.dtypes import at_least_float32, without_autocast
-from ipa_torch.replace.adapters import attribute_at, original_class
+from ipa_torch.replace.adapters import original_class
 from ipa_torch.replace.arguments import role
 from ipa_torch.replace.pair_masks import PAIR_MASK
 from ipa_torch.replace.recognise import Recognised
@@ -156,8 +156,10 @@ def _with_nearest_config(layer: Recognised, truth: _Run, dtype: torch.dtype, cal
         if apart < least / 4:
             best, least = each, apart
     keys = replace(best, settings=replace(best.settings, keys_only=True))
-    rows = [_apart(_run(x, x.replacement, dtype, call).masked, truth.masked) for x in (best, keys)]
-    return keys if rows[1] < 1e-3 < rows[0] else best
+    for each in (best, keys):
+        if _apart(_run(each, each.replacement, dtype, call).masked, truth.masked) < 1e-3:
+            return each
+    return best
 
 
 def _with_pair_mask(layer: Recognised, dtype: torch.dtype, call: _Call) -> Recognised:
@@ -297,7 +299,11 @@ def _run(
             linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
 
     draw(system.output)
-    if config.pair_channel is not None and config.pair_bias and not cast(Any, copied.get_submodule(system.bias)).weight.any():
+    if (
+        config.pair_channel is not None
+        and config.pair_bias
+        and not cast(Any, copied.get_submodule(system.bias)).weight.any()
+    ):
         draw(system.bias)
     drawn: dict[str, Tensor] = {}
     for name in (*layer.unused, *layer.unknown):  # random, so that their use would change the results
@@ -317,7 +323,9 @@ def _run(
         pair = tensor(rng.standard_normal((*shape, RESIDUES, config.pair_channel))).requires_grad_()
     cotangent = tensor(rng.standard_normal(single.shape) * valid[..., None])
     inputs = [single, *(() if pair is None else (pair,)), *drawn.values()]
-    given = system.inputs(single, pair, *placed, tensor(valid).bool() if call.mask_is_boolean else tensor(valid), call.make_rigids)
+    given = system.inputs(
+        single, pair, *placed, tensor(valid).bool() if call.mask_is_boolean else tensor(valid), call.make_rigids
+    )
     if layer.settings.pair_mask:
         shown = (rng.random((*shape, RESIDUES)) > 0.1) | (not masked) | np.eye(RESIDUES, dtype=bool) if pairs else True
         given[PAIR_MASK] = _pair_mask(layer, tensor((valid[..., :, None] & valid[..., None, :] & shown).astype(float)))
@@ -361,7 +369,7 @@ def _numpy(x: Tensor) -> np.ndarray:
 
 def _errors(run: _Run, truth: _Run) -> dict[str, float]:
     """Relative error of each part of a run."""
-    return {part: _apart(x, y) for part, x, y in zip(_PARTS, run, truth, strict=False)}
+    return {part: _apart(x, y) for part, x, y in zip(_PARTS, run[:4], truth[:4], strict=True)}
 
 
 def _apart(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -373,7 +381,7 @@ def _apart(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def _differ(run: _Run, truth: _Run) -> bool:
     """True if outputs differ by more than a cast to float32 explains."""
-    return _apart(run.out, truth.out) > 64 * np.finfo(np.float32).eps
+    return _apart(run.out, truth.out) > 64 * torch.finfo(torch.float32).eps
 
 
 def _bare_copy(module: Any, dtype: torch.dtype) -> Any:
@@ -402,11 +410,14 @@ def _makers(layer: Recognised) -> tuple[list[Callable[[Tensor, Tensor], Any]], E
     argument = next((x.name for x in layer.settings.takes if role(x.ours or x.name) == "frames"), "")
     arrays = layer.settings.config.layout == "multimer"
     makers = list(makers_of_rigids(layer.original, argument, layer.callers, arrays=arrays)) if argument else []
-    if makers or not argument:
-        return makers or [lambda rotation, translation: None], None
+    if not argument:  # its system makes its frames itself
+        return [lambda rotation, translation: None], None
+    plain: list[Callable[[Tensor, Tensor], Any]] = [homogeneous, lambda rotation, translation: (rotation, translation)]
+    if makers:
+        return [*makers, *plain], None
     around = " or ".join(dict.fromkeys(x.__name__ for x in (layer.original, *layer.callers)))
     problem = ValueError(
-        f"a forward whose {argument} is annotated with the class of its rigids, or a Rigid or Rigid3Array in the module "
-        f"that defines {around}, was expected; there is neither"
+        f"a forward whose {argument} is annotated with the class of its rigids, or a Rigid or Rigid3Array in the "
+        f"module that defines {around}, was expected; there is neither"
     )
-    return [homogeneous, lambda rotation, translation: (rotation, translation)], problem
+    return plain, problem

@@ -34,9 +34,7 @@ class OpenFoldAdapter(Adapter):
         return _update(self, given["s"], z, given["r"], given.get("mask"), given.get("pair_mask"))
 
 
-def _update(
-    layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor | None, pair_mask: Tensor | None
-) -> Tensor:
+def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor | None, pair_mask: Tensor | None) -> Tensor:
     """The forward of `OpenFoldAdapter`. Frames, masks and pair may have fewer batch axes than s."""
     settings: Settings = layer._ipa_twins
     check_untouched(layer)
@@ -72,7 +70,8 @@ def _masks(
                 f"{name}=None was expected, since it is no mask that our attention has; got a "
                 f"{type(pair_mask).__name__}: call restore_ipa to use it"
             )
-        return {"mask": None, **allowed(pair_mask, settings.pair_mask, mask, batch, name=name)._asdict()}
+        seen = allowed(pair_mask, settings.pair_mask, mask, batch, keys_only=settings.keys_only, name=name)
+        return {"mask": None, **seen._asdict()}
     return {"mask": None, "key_mask": mask} if settings.keys_only else {"mask": mask}
 
 
