@@ -17,6 +17,7 @@ from ipa_bridge.config import IPAConfig
 from ipa_bridge.weights.finding import Found, modules
 from ipa_torch.replace.adapters import (
     Adapter,
+    Argument,
     Settings,
     alteration,
     attribute_at,
@@ -144,26 +145,11 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]], *,
     title = found.dialect.title
     if found.dialect.name not in SYSTEMS:
         return "it is this project's own attention"
-    system, names = SYSTEMS[found.dialect.name], found.names(shapes)
-    try:
-        config = cast(IPAConfig, found.infer(shapes))
-        expected = {theirs: transform.their_shape for theirs, transform in found.dialect.names(config).values()}
-    except ValueError as error:
-        return f"its parameters are not {title}'s: {error}"
-    without_effect = found.dialect.unused.get(found.kind, {})
-    unused = {name: shape for name, shape in without_effect.items() if name in names and name not in expected}
-    unknown = sorted({name for name in names if shapes[names[name]] != unused.get(name)} - set(expected))
-    misfits = sorted(name for name, shape in expected.items() if name not in names or shapes[names[name]] != shape)
-    expected |= {name: shape for name, shape in unused.items() if name not in unknown}
-    if misfits:
-        return f"its parameters are not {title}'s: missing or of another shape are {', '.join(misfits)}"
-    if unknown and not verify:
-        return (
-            f"{title}'s attention has no {', '.join(unknown)} of this shape: pass verify=True, to replace the layer if "
-            "its forward does not read what ours does not"
-        )
-    if config.pair_channel is None and all(form.pair_required for form in found.dialect.forms.values()):
-        return f"it has no {system.bias}, and {title}'s attention without a pair is not supported"
+    system = SYSTEMS[found.dialect.name]
+    parameters = _parameters(found, system, shapes, verify=verify)
+    if isinstance(parameters, str):
+        return parameters
+    config, expected, unused, unknown = parameters
     if isinstance(module, Adapter) and not is_as_replaced(module):
         return f"its class was changed to {type(module).__name__} after it was replaced"
     replaced = [path for path, x in module.named_modules() if "forward" in vars(x)]
@@ -176,29 +162,23 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]], *,
     for name, neutral in system.neutral_attributes.items():
         if not is_neutral(value := getattr(module, name, neutral), neutral):
             return f"its {name} is {value}, and only at {neutral} does it compute what ours does"
-    untouched = _untouched_submodules(
-        module, system, {name.rpartition(".")[0] for name in expected}, [*unused, *unknown]
-    )
+    owners = {name.rpartition(".")[0] for name in (*expected, *unused)}
+    untouched = _untouched_submodules(module, system, owners, [*unused, *unknown])
     for path, kind in untouched:
         if problem := alteration(module.get_submodule(path), kind):
             return f"its {path} {problem}, which would have no effect: ours does not call it as the layer does"
     infinity = getattr(module, "inf", getattr(getattr(module, "config", None), "inf", 0))
     if not isinstance(infinity, float | int) or 0 < infinity < _MIN_INFINITY:
         return f"it subtracts only {infinity} from the logits of masked keys; at least {_MIN_INFINITY:g} is needed"
-    epsilons = _epsilons(module)
+    epsilons, forms = _epsilons(module), _pair_mask_forms(system, takes)
     if len(epsilons) != 1 and not verify:
         return (
             f"it has {len(epsilons) or 'no'} epsilons in .eps, .config.epsilon or the like: pass verify=True, to find "
             "the one that fits its outputs"
         )
+    if len(forms) > 1 and not verify and any(x.is_needed for x in takes if PAIR_MASK in (x.ours, x.name)):
+        return "the form of its pair mask is unknown: pass verify=True, to find the one that fits its outputs"
     epsilons = epsilons or USUAL_EPSILONS
-    pair_mask = next((x for x in takes if PAIR_MASK in (x.ours, x.name)), None)
-    forms: tuple[str, ...] = ()
-    if pair_mask is not None:
-        known = (system.pair_masks or {}).get(pair_mask.name)
-        forms = FORMS if known is None else (known,)
-    if pair_mask is not None and pair_mask.is_needed and len(forms) > 1 and not verify:
-        return f"the form of its {pair_mask.name} is unknown: pass verify=True, to find the one that fits its outputs"
     try:
         ours = replace(config, norm_epsilon=epsilons[0])
     except ValueError as error:
@@ -209,16 +189,54 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]], *,
         untouched=untouched,
         points=system.points,
         pair_mask=forms[0] if len(forms) == 1 else "",
-        dropouts=tuple(name for name in DROPOUTS if isinstance(getattr(module, name, None), float | int))
-        + tuple(f"{path}.p" for path, x in module.named_modules() if path and isinstance(x, nn.Dropout)),
+        dropouts=_dropouts(module),
     )
     return Recognised(
         *(found.root, title, module, system, settings, infinity),
-        unused=tuple(sorted(set(unused) - set(unknown))),
-        unknown=tuple(unknown),
+        unused=unused,
+        unknown=unknown,
         epsilons=epsilons,
         pair_masks=forms,
     )
+
+
+def _parameters(
+    found: Found, system: System, shapes: dict[str, tuple[int, ...]], *, verify: bool
+) -> tuple[IPAConfig, tuple[str, ...], tuple[str, ...], tuple[str, ...]] | str:
+    """The config, and names of parameters: read ones, known ones that are not, and unknown ones; or what is wrong."""
+    title, names = found.dialect.title, found.names(shapes)
+    try:
+        config = cast(IPAConfig, found.infer(shapes))
+        expected = {theirs: transform.their_shape for theirs, transform in found.dialect.names(config).values()}
+    except ValueError as error:
+        return f"its parameters are not {title}'s: {error}"
+    without_effect = found.dialect.unused.get(found.kind, {})
+    unused = {x for x, shape in without_effect.items() if x not in expected and shapes.get(names.get(x, "")) == shape}
+    unknown = sorted(set(names) - set(expected) - unused)
+    misfits = sorted(name for name, shape in expected.items() if name not in names or shapes[names[name]] != shape)
+    if misfits:
+        return f"its parameters are not {title}'s: missing or of another shape are {', '.join(misfits)}"
+    if unknown and not verify:
+        return (
+            f"{title}'s attention has no {', '.join(unknown)} of this shape: pass verify=True, to replace the layer if "
+            "its forward does not read what ours does not"
+        )
+    if config.pair_channel is None and all(form.pair_required for form in found.dialect.forms.values()):
+        return f"it has no {system.bias}, and {title}'s attention without a pair is not supported"
+    return config, tuple(expected), tuple(sorted(unused)), tuple(unknown)
+
+
+def _pair_mask_forms(system: System, takes: Iterable[Argument]) -> tuple[str, ...]:
+    """Forms that a layer's pair mask may have; none if it takes no pair mask."""
+    name = next((x.name for x in takes if PAIR_MASK in (x.ours, x.name)), None)
+    known = (system.pair_masks or {}).get(name or "")
+    return () if name is None else FORMS if known is None else (known,)
+
+
+def _dropouts(module: nn.Module) -> tuple[str, ...]:
+    """Paths of probabilities of dropout."""
+    own = tuple(name for name in DROPOUTS if isinstance(getattr(module, name, None), float | int))
+    return own + tuple(f"{path}.p" for path, x in module.named_modules() if path and isinstance(x, nn.Dropout))
 
 
 def _epsilons(module: Any) -> tuple[float, ...]:

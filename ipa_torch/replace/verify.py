@@ -279,38 +279,14 @@ def _run(
         turned: True to turn all frames alike, which changes nothing but rounding.
     """
     config, system = layer.settings.config, layer.system
-    copied = _bare_copy(layer.module, dtype).train(call.in_training != other_mode)
-    copied.__class__ = kind
-    copied._ipa_twins = layer.settings
-    for path in layer.settings.dropouts:
-        owner, _, name = path.rpartition(".")
-        setattr(copied.get_submodule(owner), name, 0.0)
     rng, shape = np.random.default_rng(0), (*call.batch, RESIDUES)
-    device = copied.get_submodule(system.output).weight.device
+    device = layer.module.get_submodule(system.output).weight.device
 
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(device, layer.dtype).to(dtype)
 
-    def draw(path: str) -> None:
-        linear = cast(Any, copied.get_submodule(path))
-        drawn = rng.standard_normal(tuple(linear.weight.shape)) / math.sqrt(linear.weight.shape[1])
-        linear.weight = nn.Parameter(tensor(drawn), requires_grad=False)
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
-
-    draw(system.output)
-    if (
-        config.pair_channel is not None
-        and config.pair_bias
-        and not cast(Any, copied.get_submodule(system.bias)).weight.any()
-    ):
-        draw(system.bias)
-    drawn: dict[str, Tensor] = {}
-    for name in (*layer.unused, *layer.unknown):  # random, so that their use would change the results
-        owner, _, leaf = name.rpartition(".")
-        x = tensor(rng.standard_normal(tuple(getattr(copied.get_submodule(owner), leaf).shape)))
-        drawn[name] = nn.Parameter(x, requires_grad=True)
-        setattr(copied.get_submodule(owner), leaf, drawn[name])
+    copied, drawn = _randomised_copy(layer, kind, dtype, rng, tensor)
+    copied.train(call.in_training != other_mode)
     frames = random_frames(rng, shape, spread=1.5)
     if turned:
         turn = random_frames(np.random.default_rng(1), ())[0]
@@ -342,6 +318,41 @@ def _run(
     )
     rows = _numpy(out)
     return _Run(rows[valid], rows[~valid], to_single, to_pair[0] if to_pair else np.zeros(0), read)
+
+
+def _randomised_copy(
+    layer: Recognised, kind: Any, dtype: torch.dtype, rng: np.random.Generator, tensor: Callable[[np.ndarray], Tensor]
+) -> tuple[Any, dict[str, nn.Parameter]]:
+    """A copy without dropout, and its parameters that ours does not know, by name.
+
+    These, the output projection, and a pair bias of zeros get random numbers, so that they hide no difference.
+    """
+    config, system = layer.settings.config, layer.system
+    copied = _bare_copy(layer.module, dtype)
+    copied.__class__ = kind
+    copied._ipa_twins = layer.settings
+    for path in layer.settings.dropouts:
+        owner, _, name = path.rpartition(".")
+        setattr(copied.get_submodule(owner), name, 0.0)
+
+    def draw(path: str) -> None:
+        linear = cast(Any, copied.get_submodule(path))
+        drawn = rng.standard_normal(tuple(linear.weight.shape)) / math.sqrt(linear.weight.shape[1])
+        linear.weight = nn.Parameter(tensor(drawn), requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
+
+    draw(system.output)
+    reads_pair = config.pair_channel is not None and config.pair_bias
+    if reads_pair and not cast(Any, copied.get_submodule(system.bias)).weight.any():
+        draw(system.bias)
+    unknown: dict[str, nn.Parameter] = {}
+    for name in (*layer.unused, *layer.unknown):
+        owner, _, leaf = name.rpartition(".")
+        x = tensor(rng.standard_normal(tuple(getattr(copied.get_submodule(owner), leaf).shape)))
+        unknown[name] = nn.Parameter(x)
+        setattr(copied.get_submodule(owner), leaf, unknown[name])
+    return copied, unknown
 
 
 def _by_their_names(layer: Recognised, given: dict[str, Any], *, pairs: bool) -> dict[str, Any]:
