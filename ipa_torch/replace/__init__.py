@@ -80,7 +80,7 @@ def replace_ipa(
             model is unchanged then.
     """
     check_implementation(implementation)
-    found = find_attentions(model)
+    found = find_attentions(model, verify=verify)
     left_alone = {path: reason for path, reason in found.items() if isinstance(reason, str)}
     layers = [
         replace(layer, settings=replace(layer.settings, implementation=implementation))

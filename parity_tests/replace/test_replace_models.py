@@ -237,7 +237,7 @@ def pickled_formerly(layer) -> bytes:
     def formerly(now: re.Match) -> bytes:
         return b"cipa_torch.replace\n" + NAMES_IN_OLD_PICKLES[now[1]] + b"\n"
 
-    return re.sub(rb"cipa_torch\.replace\.\w+\n(\w+)\n", formerly, pickle.dumps(layer, protocol=2))
+    return re.sub(rb"cipa_torch\.replace\.[\w.]+\n(\w+)\n", formerly, pickle.dumps(layer, protocol=2))
 
 
 def test_a_layer_keeps_everything(esmfold):

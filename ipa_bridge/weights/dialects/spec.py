@@ -175,11 +175,17 @@ class Form:
     """Terms that its scale of the logits counts; None for 3 with a pair representation and 2 without."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """Values of the config fields in `OTHERS` that differ from AlphaFold's; None where all are possible."""
+    may_lack_biases: bool = False
+    """Some of its modules have no biases in the scalar, point and pair projections; none has only some of them."""
 
     def has_biases_of(self, config: IPAConfig) -> bool:
         """Returns True if the form has biases in the projections where an attention has them."""
         pairs = ((self.scalar_bias, config.scalar_bias), (self.point_bias, config.point_bias))
-        return all(mine is None or mine == theirs for mine, theirs in pairs)
+        return self.lacks_biases_as(config) or all(mine in (None, theirs) for mine, theirs in pairs)
+
+    def lacks_biases_as(self, config: IPAConfig) -> bool:
+        """Returns True if an attention has none of the biases that modules of this form may lack."""
+        return self.may_lack_biases and not (config.scalar_bias or config.point_bias or config.attention_2d_bias)
 
 
 OTHERS = {
