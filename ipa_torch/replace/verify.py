@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple, cast
@@ -51,10 +51,7 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
             other = _run(layer, layer.original, wide, call, other_mode=True)
             after = _run(layer, layer.replacement, dtype, call)
             wider = torch.finfo(wide).eps < torch.finfo(dtype).eps
-            if wider or dtype is torch.float64:
-                own = _errors(_run(layer, layer.original, dtype, call), truth)
-            else:
-                own = _own_errors(layer, after, call)
+            own = _own_errors(layer, after, truth, call, runs=wider or dtype is torch.float64)
             if dtype is torch.float64:
                 own = _with_casts(layer, own, truth, call)
             if not all(map(math.isfinite, own.values())):  # float16 cannot store the number subtracted at masked keys
@@ -178,8 +175,14 @@ def _with_pair_mask(layer: Recognised, dtype: torch.dtype, call: _Call) -> Recog
     return _with_form(layer, "")
 
 
-def _own_errors(layer: Recognised, after: _Run, call: _Call) -> dict[str, float]:
-    """Rounding errors of our layer, measured against itself in float64; zeros if it cannot run in float64."""
+def _own_errors(layer: Recognised, after: _Run, truth: _Run, call: _Call, *, runs: bool) -> dict[str, float]:
+    """Rounding errors of the original layer in its dtype, or of ours if it has none (`runs` is False) or cannot run.
+
+    Ours are measured against itself in float64, and are zeros if it cannot run in float64.
+    """
+    with suppress(Exception):  # some layers in half precision run under autocast only
+        if runs:
+            return _errors(_run(layer, layer.original, layer.dtype, call), truth)
     try:
         return _errors(after, _run(layer, layer.replacement, torch.float64, call))
     except Exception:
