@@ -71,7 +71,7 @@ NATIVE = {
     "esmfold": ("esmfold", replace(ONE_WIDTH, point_weight_init=0.0)),
     "framediff": ("framediff", FRAMEDIFF),
     "frameflow": ("frameflow", FRAMEDIFF),
-    "mdgen": ("mdgen", replace(ONE_WIDTH, pair_channel=None, logit_terms=3)),
+    "mdgen": ("mdgen", replace(ONE_WIDTH, pair_channel=None, logit_terms=3, frame_unit=1.0)),
     "unifold": ("unifold", replace(ONE_WIDTH, layout="multimer", scalar_bias=False, frame_unit=20.0)),
     "openfold_v1 without biases": (
         "openfold_v1",

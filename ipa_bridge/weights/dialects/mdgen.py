@@ -1,4 +1,7 @@
-"""MDGen's attention without a pair: OpenFold 1's names less the pair bias. Its logits still have the scale √(1/3)."""
+"""MDGen's attention without a pair: OpenFold 1's names less the pair bias. Its logits still have the scale √(1/3).
+
+Frames are in Å.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from ipa_bridge.weights.dialects.spec import Dialect, Form
 
 
 def _finish(config: Config) -> Config:
-    """Sets the scale of logits, which names and shapes do not show."""
-    return replace(cast(IPAConfig, config), logit_terms=3)
+    """Sets the scale of logits and the unit of frames, which names and shapes do not show."""
+    return replace(cast(IPAConfig, config), logit_terms=3, frame_unit=1.0)
 
 
 MDGEN = Dialect(
@@ -33,5 +36,5 @@ MDGEN = Dialect(
     landmarks={IPAConfig: ("head_weights", "linear_q_points.weight", "linear_kv.weight")},
     absent=("linear_b.weight", "down_z.weight"),
     finish=_finish,
-    varies=("norm_epsilon", "position_scale", "frame_unit"),
+    varies=("norm_epsilon",),
 )

@@ -59,9 +59,7 @@ def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor | None
     return layer.linear_out(read.to(s.dtype if z is None else z.dtype))
 
 
-def _masks(
-    settings: Settings, mask: Tensor | None, pair_mask: Tensor | None, batch: torch.Size
-) -> dict[str, Tensor | None]:
+def _masks(settings: Settings, mask: Tensor | None, pair_mask: Tensor | None, batch: torch.Size) -> dict[str, Any]:
     """The masks in our attention's arguments."""
     if pair_mask is not None:
         name = next(x.name for x in settings.takes if PAIR_MASK in (x.ours, x.name))

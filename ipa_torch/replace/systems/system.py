@@ -27,8 +27,10 @@ class System(NamedTuple):
     pair_values: str = ""
     """Submodule that narrows the pair's channels, if any. Our attention calls it on the sum over the pair."""
     epsilon: str = "eps"
-    """Attribute of its published class with the epsilon of lengths, one of `ipa_torch.replace.recognise.EPSILONS`; empty if it
-    has none."""
+    """Attribute of its published class with the epsilon of lengths, one of `ipa_torch.replace.recognise.EPSILONS`.
+
+    Empty if it has none.
+    """
     dispensable: tuple[str, ...] = ()
     """Arguments without which its adapter can be called, for versions that do not take them."""
     pair_masks: Mapping[str, str] | None = None
