@@ -100,16 +100,15 @@ def find_attentions(model: nn.Module, *, verify: bool) -> dict[str, Recognised |
     attentions = [candidate for candidate in modules(shapes, haiku=False) if candidate.kind is IPAConfig]
     attentions.sort(key=lambda candidate: not _holds_epsilon_as_its_system_does(candidate, model))
     for candidate in attentions:
-        if isinstance(found.get(candidate.root), Recognised):
-            continue
-        module = model.get_submodule(candidate.root)
-        if id(module) not in seen:
+        module, before = model.get_submodule(candidate.root), found.get(candidate.root)
+        if id(module) not in seen or (isinstance(before, Recognised) and before.unknown):
             layer = _recognise(candidate, module, shapes, verify=verify)
-            if isinstance(layer, Recognised):
-                layer = replace(layer, callers=_classes_around(model, candidate.root))
-                found[candidate.root] = layer
             found.setdefault(candidate.root, layer)
-            seen |= {id(module)} if isinstance(layer, Recognised) else set()
+            if isinstance(layer, Recognised) and not (
+                isinstance(before, Recognised) and len(layer.unknown) >= len(before.unknown)
+            ):
+                found[candidate.root] = replace(layer, callers=_classes_around(model, candidate.root))
+                seen.add(id(module))
     # Endings of parameter names that only such attentions have.
     ends = re.compile(
         r"(?<![^.])(head_weights|point_weights|trained_point_weight|(linear_\w+_points|to_point_\w)(\.linear)?\.weight)$"
@@ -153,14 +152,8 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]], *,
     if isinstance(parameters, str):
         return parameters
     config, expected, unused, unknown = parameters
-    if isinstance(module, Adapter) and not is_as_replaced(module):
-        return f"its class was changed to {type(module).__name__} after it was replaced"
-    if not hasattr(original_class(module), system.method):
-        return f"it has no {system.method}, the method that computes {title}'s attention"
-    replaced = [path for path, x in module.named_modules() if "forward" in vars(x)]
-    if replaced:
-        where = replaced[0] or "the layer"
-        return f"{where} has a forward set on the object, as hooks that move layers between devices do"
+    if problem := _alteration(module, system, title):
+        return problem
     takes = arguments_taken(system, original_class(module), pair_free=config.pair_channel is None)
     if isinstance(takes, str):
         return takes
@@ -206,6 +199,19 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]], *,
         epsilons=epsilons,
         pair_masks=forms,
     )
+
+
+def _alteration(module: Any, system: System, title: str) -> str:
+    """Reason why a layer is not of a class with the attention; empty if it is."""
+    if isinstance(module, Adapter) and not is_as_replaced(module):
+        return f"its class was changed to {type(module).__name__} after it was replaced"
+    if not hasattr(original_class(module), system.method):
+        return f"it has no {system.method}, the method that computes {title}'s attention"
+    replaced = [path for path, x in module.named_modules() if "forward" in vars(x)]
+    if replaced:
+        where = replaced[0] or "the layer"
+        return f"{where} has a forward set on the object, as hooks that move layers between devices do"
+    return ""
 
 
 def _parameters(
