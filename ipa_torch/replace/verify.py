@@ -47,8 +47,7 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
         )
     try:
         with _full_precision():
-            wide, call, layer, truth = _reference(layer)
-            layer = _with_nearest_config(layer, truth, wide, call)
+            wide, call, layer, truth = _settled(layer)
             other = _run(layer, layer.original, wide, call, other_mode=True)
             after = _run(layer, layer.replacement, dtype, call)
             wider = torch.finfo(wide).eps < torch.finfo(dtype).eps
@@ -59,7 +58,6 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
                 nobody = {x: _run(layer, layer.original, x, call, masked=False) for x in (wide, dtype)}
                 own = _errors(nobody[dtype], nobody[wide])
                 own["masked"] = own["out"]
-            layer = _with_pair_mask(layer, wide, call)
     except Exception as error:
         raise ValueError(
             f"{layer.where}: the layer could not be compared before and after on random input: "
@@ -92,6 +90,18 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
         )
     unused = {*layer.unused, *(set(layer.unknown) - truth.read)}
     return replace(layer, unused=tuple(sorted(unused))), errors["out"] / eps
+
+
+def _settled(layer: Recognised) -> tuple[torch.dtype, _Call, Recognised, _Run]:
+    """The widest dtype that the original layer runs in, how it is called, the layer as it computes, and its results.
+
+    What names and shapes leave open is found with an implementation that has every dtype and mask.
+    """
+    implementation = layer.settings.implementation
+    layer = replace(layer, settings=replace(layer.settings, implementation="reference"))
+    wide, call, layer, truth = _reference(layer)
+    layer = _with_pair_mask(_with_nearest_config(layer, truth, wide, call), wide, call)
+    return wide, call, replace(layer, settings=replace(layer.settings, implementation=implementation)), truth
 
 
 class _Call(NamedTuple):
