@@ -259,6 +259,24 @@ class IPAConfig:
         )
 
     @classmethod
+    def mdgen(cls) -> IPAConfig:
+        """MDGen's attention, which reads no pair but scales its logits as with one; it takes frames in Å.
+
+        Each layer (`ipa_layers.0.ipa` …) has its own weights.
+        """
+        return cls(
+            num_channel=384,
+            pair_channel=None,
+            num_head=4,
+            num_scalar_qk=32,
+            num_scalar_v=32,
+            num_point_qk=8,
+            num_point_v=8,
+            logit_terms=3,
+            frame_unit=1.0,
+        )
+
+    @classmethod
     def lucidrains(
         cls,
         dim: int,

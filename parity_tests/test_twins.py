@@ -58,14 +58,15 @@ ONLY_IN_ONE = {
         f"replace.adapters.{name}": "torch layers of several systems keep their own calls, parameters and hooks"
         for name in (
             *("Argument", "Settings", "Adapter", "is_as_replaced", "empty_layer", "is_neutral", "alteration"),
-            *("bind_arguments", "check_untouched", "project_points", "rotation_and_translation", "place_points"),
-            "attend",
+            *("bind_arguments", "check_untouched", "project_points", "attribute_at", "place_points"),
+            *("attend", "Argument.is_needed"),
         )
     },
     **{
         f"replace.recognise.{name}": "in JAX there is AlphaFold alone, known by where its modules lie"
         for name in (
             *("Recognised", "Recognised.original", "Recognised.replacement", "Recognised.dtype", "Recognised.where"),
+            *("EPSILONS", "USUAL_EPSILONS", "DROPOUTS"),
         )
     },
     "replace.recognise.SYSTEMS": "torch has a package of systems",
@@ -132,8 +133,8 @@ OTHER_SIGNATURES = {
 """Callables of both packages whose arguments differ, each with the reason."""
 
 
-ONLY_IN_TORCH = "replace.systems"
-"""A package of which JAX has no twin: there, AlphaFold is the only system whose modules can be replaced."""
+ONLY_IN_TORCH = (*("replace.systems", "replace.arguments", "replace.copies", "replace.pair_masks", "replace.rigids"),)
+"""Modules of which JAX has no twins: there, AlphaFold is the only system whose modules can be replaced."""
 
 
 def modules(package: str) -> dict[str, ast.Module]:

@@ -204,7 +204,9 @@ _MONOMER = ("q_scalar", "kv_scalar", "q_point_local", "kv_point_local")
 def _fit(given: Parameters, form: Form) -> tuple[Parameters, list[Loss]]:
     """Changes biases, pair projection and norm to those of a form; also returns the losses."""
     losses: list[Loss] = []
-    for field, has_bias in (("scalar_bias", form.scalar_bias), ("point_bias", form.point_bias)):
+    biases = {field: getattr(form, field) for field in ("scalar_bias", "point_bias")}
+    biases["attention_2d_bias"] = form.others.get("attention_2d_bias", True)
+    for field, has_bias in biases.items() if not form.lacks_biases_as(attention_of(given.config)) else ():
         given = _with_biases(given, field, has_bias, losses)
     ipa = attention_of(given.config)
     if ipa.pair_value_channel is not None and not ipa.pair_value_per_head and form.pair_value_divisor is None:
@@ -282,6 +284,8 @@ def _refuse(config: Config, dialect: Dialect) -> None:
         )
     for field, usual in OTHERS.items():
         theirs, here = form.others.get(field, usual), getattr(ipa, field)
+        if field == "attention_2d_bias" and not here:  # `_fit` adds a bias of zero
+            continue
         if theirs not in (None, here) and not (ipa.pair_channel is None and field in _OF_PAIR_BIAS):
             reasons.append(f"its attention has {field}={theirs!r}, and here it is {here!r}")
     terms = form.logit_terms or (2 if ipa.pair_channel is None else 3)

@@ -17,7 +17,7 @@ from ipa_bridge.config import Config, IPAConfig
 from ipa_bridge.kinds import KINDS, attention_of, has_attention
 from ipa_bridge.parameters import Shapes
 from ipa_bridge.weights.assumptions import fields, functional_fields
-from ipa_bridge.weights.dialects import DIALECTS, Dialect, find_dialect
+from ipa_bridge.weights.dialects import DIALECTS, Dialect, find_dialect, layout_of
 from ipa_bridge.weights.paths import names_below
 
 
@@ -180,6 +180,9 @@ def find_module(
     if config is not None:
         return found[0], config, frozenset()
     readings = [each.infer(shapes) for each in found]
+    pairs = list(zip(found, readings, strict=True))
+    fitting = [pair for pair in pairs if not _lacks_pair(*pair) and _has_biases(*pair)]
+    found, readings = map(list, zip(*(fitting or pairs), strict=True))
     _check_pair(found, readings, source)
     return found[0], readings[0], _untold(found, readings, dialect is not None, source)
 
@@ -208,14 +211,25 @@ def _none_found(kinds: Sequence[type], shapes: Shapes, dialect: str | None, sour
 def _check_pair(found: Sequence[Found], readings: Sequence[Config], source: str) -> None:
     """Raises if a module has no pair representation although every attention of its system reads one."""
     for each, reading in zip(found, readings, strict=True):
-        pairless = has_attention(reading) and attention_of(reading).pair_channel is None
-        forms = () if each.dialect.separator == "/" else each.dialect.forms.values()  # AlphaFold's names are ours too
-        if pairless and forms and all(form.pair_required for form in forms):
+        if _lacks_pair(each, reading):
             raise ValueError(
                 f"{source}: {each.dialect.title}'s attention always reads a pair representation; this one has no "
                 "parameters for it, so it is from another system, whose scale of logits is unknown (in MDGen: √(1/3)). "
                 "Pass config= if the scale is √(1/2), as it is here without a pair"
             )
+
+
+def _lacks_pair(found: Found, reading: Config) -> bool:
+    """True for a module without a pair representation of a system that always reads one."""
+    pairless = has_attention(reading) and attention_of(reading).pair_channel is None
+    forms = () if found.dialect.separator == "/" else found.dialect.forms.values()  # AlphaFold's names are ours too
+    return pairless and bool(forms) and all(form.pair_required for form in forms)
+
+
+def _has_biases(found: Found, reading: Config) -> bool:
+    """True unless a module lacks biases that its system's attention has, or the reverse."""
+    form = found.dialect.forms.get(layout_of(reading))
+    return form is None or not has_attention(reading) or form.has_biases_of(attention_of(reading))
 
 
 def _untold(found: Sequence[Found], readings: Sequence[Config], named: bool, source: str) -> frozenset[str]:

@@ -52,25 +52,28 @@ def replace_ipa(
 ) -> ReplacementReport:
     """Lets every invariant point attention in a model compute as ours does.
 
-    Layers of OpenFold 1 and 2 (monomer and multimer), ESMFold, FrameDiff and its family, the package
-    `invariant-point-attention`, IgFold and lociPARSE are recognised by their parameters, and so are those of your own
-    (`register_adapter`). Each keeps its call, its conventions and its
-    parameter tensors. Optimisers, hooks, `state_dict()`, device and dtype stay as they are, and checkpoints saved
-    before and after are interchangeable. `restore_ipa` undoes the replacement. Replacing again changes the
-    implementation.
+    Layers of these systems are recognised by their parameters: OpenFold 1 and 2 (monomer and multimer), ESMFold,
+    FrameDiff and its family, Genie, MDGen, Uni-Fold, the package `invariant-point-attention`, IgFold, lociPARSE,
+    ABodyBuilder2, BioEmu, FlashABB and OmegaFold. So are layers of your own (`register_adapter`). Each keeps its call,
+    its conventions and its parameter tensors. Optimisers, hooks, `state_dict()`, device and dtype stay as they are, and
+    checkpoints saved before and after are interchangeable. `restore_ipa` undoes the replacement. Replacing again
+    changes the implementation.
 
     Hooks on the layer (forward and backward), on its projections and on any parameter's tensor are called as before.
     Some submodules are not called as the layer called them: the pair's bias (only its weight is read), `down_z` (called
     on the sum over the pair), `softmax` and the like. If one of these has hooks or was exchanged, the call raises. It
-    also raises if an argument beyond single, pair, frames and mask has a value with an effect. Later changes of the
-    layer's epsilon have no effect. Second derivatives and forward mode need `implementation="reference"`.
+    also raises if an argument beyond single, pair, frames and masks is not at its default, and in training if the layer
+    would drop attention weights. Later changes of the layer's epsilon have no effect. Second derivatives and forward
+    mode need `implementation="reference"`.
 
     Args:
         model: any module, also an attention itself.
         implementation: implementation of the attention; see `point_attention`.
         verify: compare outputs and gradients of each layer before and after, on random input, in its dtype and on its
             device. The comparison uses a random output projection, so that neither zero weights nor a large bias hide a
-            difference. The reference is the layer in float64, or in float32 where it cannot run in float64.
+            difference. The reference is the layer in float64, or in float32 where it cannot run in float64. Only a
+            comparison can replace a layer with more parameters than its system has, with an epsilon that no attribute
+            holds, or with a mask that is not known by its name.
 
     Returns:
         Report of the layers replaced and how far they differ before and after, and of similar layers left alone.
@@ -80,7 +83,7 @@ def replace_ipa(
             model is unchanged then.
     """
     check_implementation(implementation)
-    found = find_attentions(model)
+    found = find_attentions(model, verify=verify)
     left_alone = {path: reason for path, reason in found.items() if isinstance(reason, str)}
     layers = [
         replace(layer, settings=replace(layer.settings, implementation=implementation))

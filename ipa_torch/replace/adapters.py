@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from ipa_bridge.config import Implementation, IPAConfig
@@ -31,6 +32,13 @@ class Argument(NamedTuple):
     by_name_only: bool
     neutral: tuple[Any, ...] = ()
     """Holds the only value allowed; empty if any value is."""
+    ours: str = ""
+    """Its name in the system's own class; empty if it is the same or there is none."""
+
+    @property
+    def is_needed(self) -> bool:
+        """True if it has no default."""
+        return self.default is inspect.Parameter.empty
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,12 @@ class Settings:
     """Path of the linear layer within a point projection; empty if the projection is that layer."""
     dialect: str = ""
     """The dialect that the layer was recognised by."""
+    pair_mask: str = ""
+    """Form of its pair mask, one of `ipa_torch.replace.pair_masks.FORMS`; empty if it has none that ours can take."""
+    keys_only: bool = False
+    """True if its residue mask hides keys from masked residues too."""
+    dropouts: tuple[str, ...] = ()
+    """Paths of probabilities of dropout, which must be 0 in training."""
 
 
 class Adapter(nn.Module):
@@ -100,7 +114,7 @@ def is_as_replaced(attention: Adapter) -> bool:
 
 
 def bind_arguments(layer: Adapter, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call, by their names in the layer's own forward.
+    """Arguments of a call, by their names in the system's own class.
 
     Raises:
         TypeError: the layer's own forward would not accept them.
@@ -118,7 +132,7 @@ def bind_arguments(layer: Adapter, arguments: tuple[Any, ...], named: dict[str, 
     for argument in takes:
         name = argument.name
         if name not in given:
-            if argument.default is inspect.Parameter.empty:
+            if argument.is_needed:
                 raise TypeError(f"{name} is missing")
             given[name] = argument.default
         if argument.neutral and not is_neutral(given[name], argument.neutral[0]):
@@ -126,7 +140,7 @@ def bind_arguments(layer: Adapter, arguments: tuple[Any, ...], named: dict[str, 
                 f"{name}={argument.neutral[0]} was expected, since our attention has no such argument; got a "
                 f"{type(given[name]).__name__}: call restore_ipa to use it"
             )
-    return given
+    return {argument.ours or argument.name: given[argument.name] for argument in takes}
 
 
 def is_neutral(value: Any, neutral: Any) -> bool:
@@ -135,7 +149,16 @@ def is_neutral(value: Any, neutral: Any) -> bool:
 
 
 def check_untouched(layer: Any) -> None:
-    """Raises if a submodule that is not called as before was exchanged, or has hooks that only its call would run."""
+    """Raises if a submodule that is not called as before was changed, or if the layer would drop attention weights.
+
+    A change is another class, or a hook that only the submodule's call would run.
+    """
+    for path in layer._ipa_twins.dropouts if layer.training else ():
+        if probability := attribute_at(layer, path):
+            raise NotImplementedError(
+                f"{path} is {probability}, and our attention has no dropout: set it to 0, call eval(), or call "
+                "restore_ipa to train with it"
+            )
     for path, kind in layer._ipa_twins.untouched:
         if problem := alteration(layer.get_submodule(path), kind):
             raise NotImplementedError(
@@ -165,12 +188,11 @@ def project_points(projection: Any, settings: Settings, s: Tensor) -> Tensor:
         return linear(s.to(linear.weight.dtype) if hasattr(linear, "weight") else s)
 
 
-def rotation_and_translation(r: Any) -> tuple[Tensor, Tensor]:
-    """Rotation matrices and translations of OpenFold's `Rigid`, its multimer's `Rigid3Array` or similar classes."""
-    if hasattr(r, "get_rots"):
-        rotations = r.get_rots()  # tFold returns the matrices themselves
-        return rotations if isinstance(rotations, Tensor) else rotations.get_rot_mats(), r.get_trans()
-    return tuple(x if isinstance(x, Tensor) else x.to_tensor() for x in (r.rotation, r.translation))  # type: ignore[return-value]
+def attribute_at(module: Any, path: str) -> Any:
+    """The attribute at a path with dots; None if there is none."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def place_points(
@@ -194,23 +216,47 @@ def attend(
     *,
     key_mask: Tensor | None = None,
     pair_mask: Tensor | None = None,
+    added: Tensor | None = None,
     return_attention: bool = False,
 ) -> tuple[Any, ...]:
-    """Lines 4 and 7–10; `linear` projects the pair to one bias per head."""
+    """Lines 4 and 7–10; `linear` projects the pair to one bias per head, and `added` (*B, N, N) is added to all logits.
+
+    Numbers to add become one more channel of the pair, which copies it.
+    """
+    config = settings.config
+    options: dict[str, Any] = {"mask": mask, "key_mask": key_mask, "pair_mask": pair_mask}
+    options["return_attention"] = return_attention
+    weight = None if linear is None else weight_without_bias(linear)
+    if added is not None:
+        scale = added.new_full((1, config.num_head), config.num_logit_terms**0.5)
+        shown = added[..., None]
+        if pair is not None:
+            of_pair = scale.new_zeros(pair.shape[-1], config.num_head) if weight is None else weight
+            scale, shown = torch.cat([of_pair, scale]), torch.cat([pair, shown], -1)
+        o, o_points, o_pair, *attention = _attend(settings, projections, shown, scale, gamma, **options)
+        return o, o_points, None if pair is None else o_pair[..., :-1], *attention
+    return _attend(settings, projections, pair, weight, gamma, **options)
+
+
+def _attend(
+    settings: Settings,
+    projections: Projections,
+    pair: Tensor | None,
+    weight: Tensor | None,
+    gamma: Tensor,
+    **options: Any,
+) -> tuple[Any, ...]:
     config = settings.config
     return point_attention(
         *projections,
         pair,
-        pair_bias_weight=None if linear is None else weight_without_bias(linear),
+        pair_bias_weight=weight,
         point_weights=point_weights(config, gamma),
-        mask=mask,
-        key_mask=key_mask,
-        pair_mask=pair_mask,
         logit_terms=config.num_logit_terms,
         distance_form=config.distance_form,
         distance_epsilon=config.distance_epsilon,
         implementation=settings.implementation,
-        return_attention=return_attention,
+        **options,
     )
 
 

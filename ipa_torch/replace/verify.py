@@ -5,29 +5,28 @@ The layer is called with rigids of its own package, whose class is searched for 
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
-import typing
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipa_bridge.proteins.frames import random_frames
 from ipa_bridge.replacement import RESIDUES
 from ipa_bridge.tolerance import DTYPES, bound
 from ipa_torch.dtypes import at_least_float32, without_autocast
-from ipa_torch.replace.adapters import original_class
+from ipa_torch.replace.arguments import role
+from ipa_torch.replace.copies import randomised_copy
+from ipa_torch.replace.pair_masks import PAIR_MASK
 from ipa_torch.replace.recognise import Recognised
+from ipa_torch.replace.rigids import homogeneous, makers_of_rigids, rotation_and_translation
 
 
 def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
@@ -48,14 +47,15 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
         )
     try:
         with _full_precision():
-            wide, batch, truth = _reference(layer)
-            layer = _with_nearest_norm(layer, truth, wide, batch)
-            training = _run(layer, layer.original, wide, batch=batch, training=True)
-            after = _run(layer, layer.replacement, dtype, batch=batch)
+            wide, call, layer, truth = _settled(layer)
+            other = _run(layer, layer.original, wide, call, other_mode=True)
+            after = _run(layer, layer.replacement, dtype, call)
             wider = torch.finfo(wide).eps < torch.finfo(dtype).eps
-            own = _own_errors(layer, after, truth, dtype if wider or dtype is torch.float64 else None, batch)
+            own = _own_errors(layer, after, truth, call, runs=wider or dtype is torch.float64)
+            if dtype is torch.float64:
+                own = _with_casts(layer, own, truth, call)
             if not all(map(math.isfinite, own.values())):  # float16 cannot store the number subtracted at masked keys
-                nobody = {x: _run(layer, layer.original, x, batch=batch, masked=False) for x in (wide, dtype)}
+                nobody = {x: _run(layer, layer.original, x, call, masked=False) for x in (wide, dtype)}
                 own = _errors(nobody[dtype], nobody[wide])
                 own["masked"] = own["out"]
     except Exception as error:
@@ -74,7 +74,9 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
         "gradients to the single representation": ("to_single", bound("gradient", name)),
         "gradients to the pair representation": ("to_pair", bound("gradient", name)),
     }
-    wrong = "outputs in training mode differ from those in evaluation mode" if _apart(training.out, truth.out) else ""
+    wrong = "outputs in training mode differ from those in evaluation mode" if _differ(other, truth) else ""
+    if reads := sorted(truth.read ^ after.read):
+        wrong = f"only one of its forward and ours reads {', '.join(reads)}"
     errors = _errors(after, truth)
     for what, (part, within) in parts.items():
         now = errors[part] / eps
@@ -86,50 +88,134 @@ def compare_with_original(layer: Recognised) -> tuple[Recognised, float]:
             f"{layer.where}: this {layer.original.__name__} has the parameters of {layer.title}'s attention but "
             f"computes another function: {wrong}; nothing was replaced"
         )
-    return layer, errors["out"] / eps
+    unused = {*layer.unused, *(set(layer.unknown) - truth.read)}
+    return replace(layer, unused=tuple(sorted(unused))), errors["out"] / eps
 
 
-def _reference(layer: Recognised) -> tuple[torch.dtype, tuple[int, ...], _Run]:
-    """The widest dtype that the original layer runs in, the batch axes that it accepts, and its results."""
+def _settled(layer: Recognised) -> tuple[torch.dtype, _Call, Recognised, _Run]:
+    """The widest dtype that the original layer runs in, how it is called, the layer as it computes, and its results.
+
+    What names and shapes leave open is found with an implementation that has every dtype and mask.
+    """
+    implementation = layer.settings.implementation
+    layer = replace(layer, settings=replace(layer.settings, implementation="reference"))
+    wide, call, layer, truth = _reference(layer)
+    layer = _with_pair_mask(_with_nearest_config(layer, truth, wide, call), wide, call)
+    return wide, call, replace(layer, settings=replace(layer.settings, implementation=implementation)), truth
+
+
+class _Call(NamedTuple):
+    """How the layer's own forward is called."""
+
+    batch: tuple[int, ...]
+    """Axes before the residues."""
+    mask_is_boolean: bool
+    in_training: bool
+    """True for a layer that can be differentiated in training mode only."""
+    make_rigids: Callable[[Tensor, Tensor], Any]
+
+
+def _reference(layer: Recognised) -> tuple[torch.dtype, _Call, Recognised, _Run]:
+    """The widest dtype that the original layer runs in, how it is called, the layer, and its results.
+
+    A layer that needs a pair mask gets the form of it for which our outputs are nearest.
+    """
     device = layer.module.get_submodule(layer.system.output).weight.device
     dtypes = [torch.float64] if layer.dtype is torch.float64 else [torch.float64, torch.float32]
     if device.type == "mps":
         dtypes = [torch.float32]
     errors: list[Exception] = []
-    for dtype, batch in product(dtypes, ((1,), ())):
+    makers, problem = _makers(layer)
+    needs = bool(layer.pair_masks) and any(PAIR_MASK in (x.ours, x.name) and x.is_needed for x in layer.settings.takes)
+    layers = [_with_form(layer, form) for form in layer.pair_masks] if needs else [layer]
+    for dtype, *how in product(dtypes, ((1,), ()), (False, True), (False, True), makers):
+        call, ran = _Call(*how), []
+        for each in layers:
+            try:
+                truth = _run(each, each.original, dtype, call)
+                ours = _run(each, each.replacement, dtype, call) if len(layers) > 1 else truth
+                ran.append((_apart(ours.out, truth.out) + _apart(ours.masked, truth.masked), each, truth))
+            except Exception as error:
+                errors.append(error)
+        if ran:
+            _, layer, truth = min(ran, key=lambda x: x[0] if math.isfinite(x[0]) else math.inf)
+            return dtype, call, layer, truth
+    raise problem or errors[0]
+
+
+def _with_form(layer: Recognised, form: str) -> Recognised:
+    return replace(layer, settings=replace(layer.settings, pair_mask=form))
+
+
+def _with_nearest_config(layer: Recognised, truth: _Run, dtype: torch.dtype, call: _Call) -> Recognised:
+    """The layer with the norm form and epsilon that fit its outputs best, and with a mask of keys if that fits better.
+
+    Norm forms are those of its system's versions; another one than the first must fit better by a factor.
+    """
+    config, best, least = layer.settings.config, layer, math.inf
+    forms = layer.system.norm_forms.get(config.layout, ()) or (config.norm_form,)
+    candidates = list(product(forms, layer.epsilons or (config.norm_epsilon,)))
+    for form, epsilon in candidates if len(candidates) > 1 else ():
         try:
-            return dtype, batch, _run(layer, layer.original, dtype, batch=batch)
-        except Exception as error:
-            errors.append(error)
-    raise errors[0]
+            changed = replace(config, norm_form=form, norm_epsilon=epsilon)
+        except ValueError:  # this form cannot have this epsilon
+            continue
+        each = replace(layer, settings=replace(layer.settings, config=changed))
+        apart = _apart(_run(each, each.replacement, dtype, call).out, truth.out)
+        if apart < least / 4:
+            best, least = each, apart
+    keys = replace(best, settings=replace(best.settings, keys_only=True))
+    for each in (best, keys):
+        if _apart(_run(each, each.replacement, dtype, call).masked, truth.masked) < 1e-3:
+            return each
+    return best
 
 
-def _with_nearest_norm(layer: Recognised, truth: _Run, dtype: torch.dtype, batch: tuple[int, ...]) -> Recognised:
-    """The layer with the norm form that fits its outputs best, among those of its system's versions."""
-    config = layer.settings.config
-    candidates = [
-        replace(layer, settings=replace(layer.settings, config=replace(config, norm_form=form)))
-        for form in layer.system.norm_forms.get(config.layout, ())
-    ]
-    if not candidates:
+def _with_pair_mask(layer: Recognised, dtype: torch.dtype, call: _Call) -> Recognised:
+    """The layer with the form of its pair mask for which outputs and gradients agree; without one if none does."""
+    argument = next((x for x in layer.settings.takes if PAIR_MASK in (x.ours, x.name)), None)
+    if argument is None or argument.is_needed:
         return layer
-    return min(candidates, key=lambda x: _apart(_run(x, x.replacement, dtype, batch=batch).out, truth.out))
+    for form in layer.pair_masks:
+        each = _with_form(layer, form)
+        try:
+            theirs, ours = (_run(each, kind, dtype, call, pairs=True) for kind in (each.original, each.replacement))
+        except Exception:  # another shape, or another meaning of the argument
+            continue
+        if all(_errors(ours, theirs)[part] < 1e6 * torch.finfo(dtype).eps for part in ("out", "to_single", "to_pair")):
+            return each
+    return _with_form(layer, "")
 
 
-def _own_errors(
-    layer: Recognised, after: _Run, truth: _Run, dtype: torch.dtype | None, batch: tuple[int, ...]
-) -> dict[str, float]:
-    """Rounding errors of the original layer in a dtype; with None, or where it cannot run in it, those of ours.
+def _own_errors(layer: Recognised, after: _Run, truth: _Run, call: _Call, *, runs: bool) -> dict[str, float]:
+    """Rounding errors of the original layer in its dtype, or of ours if it has none (`runs` is False) or cannot run.
 
     Ours are measured against itself in float64, and are zeros if it cannot run in float64.
     """
-    with suppress(Exception):
-        if dtype is not None:
-            return _errors(_run(layer, layer.original, dtype, batch=batch), truth)
+    with suppress(Exception):  # some layers in half precision run under autocast only
+        if runs:
+            return _errors(_run(layer, layer.original, layer.dtype, call), truth)
     try:
-        return _errors(after, _run(layer, layer.replacement, torch.float64, batch=batch))
+        return _errors(after, _run(layer, layer.replacement, torch.float64, call))
     except Exception:
-        return dict.fromkeys(_Run._fields, 0.0)
+        return dict.fromkeys(_PARTS, 0.0)
+
+
+def _with_casts(layer: Recognised, own: dict[str, float], truth: _Run, call: _Call) -> dict[str, float]:
+    """Errors of a float64 layer with those of casts to float32 in it, found by turning all frames alike.
+
+    Only errors of float32's size count. Frames that the rigids' class casts are the same for both layers.
+    """
+    try:
+        probe = torch.eye(3, dtype=torch.float64)[None, None]
+        made = rotation_and_translation(call.make_rigids(probe, probe[..., 0]))
+        if any(x.dtype is not torch.float64 for x in made):
+            return own
+        turned = _errors(_run(layer, layer.original, torch.float64, call, turned=True), truth)
+    except Exception:
+        return own
+    largest = 64 * torch.finfo(torch.float32).eps
+    return {part: max(x, turned[part] if turned[part] < largest else 0) for part, x in own.items()}
 
 
 @contextmanager
@@ -176,79 +262,99 @@ class _Run(NamedTuple):
     """Gradient to the single representation."""
     to_pair: np.ndarray
     """Gradient to the pair representation; empty without a pair."""
+    read: frozenset[str]
+    """Unknown parameters that have a gradient."""
+
+
+_PARTS = ("out", "masked", "to_single", "to_pair")
 
 
 def _run(
     layer: Recognised,
     kind: Any,
     dtype: torch.dtype,
+    call: _Call,
     *,
-    batch: tuple[int, ...],
-    training: bool = False,
+    other_mode: bool = False,
     masked: bool = True,
+    pairs: bool = False,
+    turned: bool = False,
 ) -> _Run:
-    """Runs a copy of a layer with the class `kind` in a dtype, on random input that the layer's own dtype can store."""
+    """Runs a copy of a layer with the class `kind` in a dtype, on random input that the layer's own dtype can store.
+
+    Args:
+        layer: the layer.
+        kind: class of the copy.
+        dtype: dtype of parameters and inputs.
+        call: how the layer is called.
+        other_mode: True to run it in evaluation mode if it is usually run in training mode, and the reverse. Dropout is
+            off in both. Gradients are left out then.
+        masked: False for a mask that hides nobody.
+        pairs: True to give a pair mask, also if it has a default.
+        turned: True to turn all frames alike, which changes nothing but rounding.
+    """
     config, system = layer.settings.config, layer.system
-    copied = _bare_copy(layer.module, dtype).train(training)
-    copied.__class__ = kind
-    copied._ipa_twins = layer.settings
-    rng, shape = np.random.default_rng(0), (*batch, RESIDUES)
-    device = copied.get_submodule(system.output).weight.device
+    rng, shape = np.random.default_rng(0), (*call.batch, RESIDUES)
+    device = layer.module.get_submodule(system.output).weight.device
 
     def tensor(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(device, layer.dtype).to(dtype)
 
-    def draw(path: str) -> None:
-        linear = cast(Any, copied.get_submodule(path))
-        drawn = rng.standard_normal(tuple(linear.weight.shape)) / math.sqrt(linear.weight.shape[1])
-        linear.weight = nn.Parameter(tensor(drawn), requires_grad=False)
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
-
-    draw(system.output)
-    reads_pair = bool(system.bias) and config.pair_channel is not None and config.pair_bias
-    if reads_pair and not cast(Any, copied.get_submodule(system.bias)).weight.any():
-        draw(system.bias)
-    for name in layer.unused:  # so that their use would change the results
-        owner, _, leaf = name.rpartition(".")
-        parameter = getattr(copied.get_submodule(owner), leaf)
-        drawn = tensor(rng.standard_normal(tuple(parameter.shape)))
-        setattr(copied.get_submodule(owner), leaf, nn.Parameter(drawn, requires_grad=False))
-    if system.dropout:
-        copied.add_module(system.dropout, _InsteadOfDropout())
-    placed = (torch.from_numpy(x).to(device, at_least_float32(dtype)) for x in random_frames(rng, shape, spread=1.5))
+    copied, drawn = randomised_copy(layer, kind, dtype, rng, tensor)
+    copied.train(call.in_training != other_mode)
+    frames = random_frames(rng, shape, spread=1.5)
+    if turned:
+        turn = random_frames(np.random.default_rng(1), ())[0]
+        frames = turn @ frames[0], frames[1] @ turn.T
+    placed = (torch.from_numpy(x).to(device, at_least_float32(dtype)) for x in frames)
     valid = (rng.random(shape) > 0.1) | (not masked)
     single = tensor(rng.standard_normal((*shape, config.num_channel))).requires_grad_()
     pair = None
     if config.pair_channel is not None:
         pair = tensor(rng.standard_normal((*shape, RESIDUES, config.pair_channel))).requires_grad_()
     cotangent = tensor(rng.standard_normal(single.shape) * valid[..., None])
-    inputs = [single] if pair is None else [single, pair]
-    given = system.inputs(single, pair, *placed, tensor(valid), partial(_make_rigids, layer))
-    takes = layer.settings.takes
-    needed = {x.name: next(iter(x.neutral), None) for x in takes if x.default is inspect.Parameter.empty}
-    given = {name: x for name, x in given.items() if name in {argument.name for argument in takes}}
+    inputs = [single, *(() if pair is None else (pair,)), *drawn.values()]
+    given = system.inputs(
+        single, pair, *placed, tensor(valid).bool() if call.mask_is_boolean else tensor(valid), call.make_rigids
+    )
+    if layer.settings.pair_mask:
+        shown = (rng.random((*shape, RESIDUES)) > 0.1) | (not masked) | np.eye(RESIDUES, dtype=bool) if pairs else True
+        given[PAIR_MASK] = _pair_mask(layer, tensor((valid[..., :, None] & valid[..., None, :] & shown).astype(float)))
     with without_autocast(device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.set_grad_enabled(system.differentiable):
-            returned = getattr(type(copied), system.method)(copied, **(needed | given))
+            returned = getattr(type(copied), system.method)(copied, **_by_their_names(layer, given, pairs=pairs))
         out = returned[0] if isinstance(returned, tuple) else returned
         gradients: Sequence[Tensor | None] = [None] * len(inputs)
-        if system.differentiable:
+        if system.differentiable and not other_mode:
             gradients = torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
+    read = frozenset(name for name, g in zip(drawn, gradients[-len(drawn) :], strict=False) if g is not None)
     to_single, *to_pair = (
-        _numpy(torch.zeros_like(x) if g is None else g) for g, x in zip(gradients, inputs, strict=True)
+        _numpy(torch.zeros_like(x) if g is None else g)
+        for g, x in zip(gradients, inputs[: 1 + (pair is not None)], strict=False)
     )
     rows = _numpy(out)
-    return _Run(rows[valid], rows[~valid], to_single, to_pair[0] if to_pair else np.zeros(0))
+    return _Run(rows[valid], rows[~valid], to_single, to_pair[0] if to_pair else np.zeros(0), read)
 
 
-class _InsteadOfDropout(nn.Module):
-    """Multiplies channels by fixed numbers: it shows where a layer drops, without random numbers."""
+def _by_their_names(layer: Recognised, given: dict[str, Any], *, pairs: bool) -> dict[str, Any]:
+    """Arguments of a call by the names in the layer's own forward; those without a default get their neutral value."""
+    named = {}
+    for argument in layer.settings.takes:
+        ours = argument.ours or argument.name
+        is_asked = ours != PAIR_MASK or pairs or argument.is_needed or layer.system.pair_masks is None
+        if ours in given and is_asked:
+            named[argument.name] = given[ours]
+        elif argument.is_needed:
+            named[argument.name] = next(iter(argument.neutral), None)
+    return named
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiplies the last axis."""
-        return x * torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype, device=x.device)
+
+def _pair_mask(layer: Recognised, shown: Tensor) -> Tensor:
+    """A pair mask in the layer's form, from 1 where residue i may attend to residue j and else 0."""
+    form = layer.settings.pair_mask
+    x = shown if form.startswith("shown") else 3e4 * (shown - 1)  # float16 can store it
+    return x.unsqueeze(-3) if form.endswith("per head") else x
 
 
 def _numpy(x: Tensor) -> np.ndarray:
@@ -257,7 +363,7 @@ def _numpy(x: Tensor) -> np.ndarray:
 
 def _errors(run: _Run, truth: _Run) -> dict[str, float]:
     """Relative error of each part of a run."""
-    return {part: _apart(x, y) for part, x, y in zip(_Run._fields, run, truth, strict=True)}
+    return {part: _apart(x, y) for part, x, y in zip(_PARTS, run[:4], truth[:4], strict=True)}
 
 
 def _apart(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -267,88 +373,26 @@ def _apart(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(difference / largest) if largest else float(difference)
 
 
-def _bare_copy(module: Any, dtype: torch.dtype) -> Any:
-    """A copy of the modules without hooks, in another dtype. It shares tensors that have this dtype already."""
-    copied = object.__new__(original_class(module))
-    vars(copied).update(vars(module))
-    for name, value in vars(module).items():
-        if "hooks" in name and isinstance(value, dict):
-            vars(copied)[name] = type(value)()
-
-    def plain(x: Tensor) -> Tensor:
-        """A clone of tensors made in inference mode, which autograd does not accept outside of it."""
-        return x.clone() if x.is_inference() else x
-
-    copied._parameters = {
-        name: None if x is None else nn.Parameter(plain(x.detach().to(dtype)), requires_grad=False)
-        for name, x in module._parameters.items()
-    }
-    copied._buffers = {name: None if x is None else plain(x) for name, x in module._buffers.items()}
-    copied._modules = {name: None if x is None else _bare_copy(x, dtype) for name, x in module._modules.items()}
-    return copied
+def _differ(run: _Run, truth: _Run) -> bool:
+    """True if outputs differ by more than a cast to float32 explains."""
+    return _apart(run.out, truth.out) > 64 * torch.finfo(torch.float32).eps
 
 
-def _make_rigids(layer: Recognised, rotation: Tensor, translation: Tensor) -> Any:
-    """The rigids that a layer's forward takes.
-
-    Their class is the annotation of forward's `r`. Without one, it is a class with a usual name in the Python file of
-    the layer, or of a module around the layer, since that module has to make rigids to call it.
-    """
+def _makers(layer: Recognised) -> tuple[list[Callable[[Tensor, Tensor], Any]], Exception | None]:
+    """Functions that may make the rigids that a layer's forward takes, and the error if none of them can."""
     if layer.system.rigids is not None:
-        return layer.system.rigids(layer.original, rotation, translation)
-    kinds = _annotated_rigids(layer.original) or _rigids_beside((layer.original, *layer.callers))
-    if not kinds:
-        around = " or ".join(dict.fromkeys(x.__name__ for x in (layer.original, *layer.callers)))
-        raise ValueError(
-            f"a forward whose r is annotated with the class of its rigids, or a Rigid or Rigid3Array in the module "
-            f"that defines {around}, was expected; there is neither"
-        )
-    arrays = [kind for kind in kinds if not hasattr(kind, "get_rots") and hasattr(kind, "from_tensor_4x4")]
-    if arrays and (layer.settings.config.layout == "multimer" or arrays == kinds):
-        return arrays[0].from_tensor_4x4(_homogeneous(rotation, translation))
-    rigid = next((kind for kind in kinds if kind not in arrays), kinds[0])
-    rotations = vars(sys.modules[rigid.__module__]).get("Rotation")
-    if rotations is None:
-        raise ValueError(
-            f"a class Rotation was expected in {rigid.__module__}, to make a {rigid.__name__}; there is none"
-        )
-    return rigid(rotations(rot_mats=rotation, quats=None), translation)
-
-
-def _annotated_rigids(original: Any) -> list[Any]:
-    """The classes that a forward's `r` may be of, by its annotation."""
-    try:
-        annotation = inspect.signature(original.forward, eval_str=True).parameters["r"].annotation
-    except Exception:  # a name that only type checkers import
-        return []
-    named = typing.get_args(annotation) or (annotation,)
-    return [x for x in named if isinstance(x, type) and _is_rigid(x)]
-
-
-def _is_rigid(kind: type) -> bool:
-    return hasattr(kind, "get_rots") or hasattr(kind, "from_tensor_4x4")
-
-
-def _rigids_beside(kinds: Iterable[type]) -> list[Any]:
-    """Classes named `Rigid` or `Rigid3Array` in the modules that define `kinds`, or in modules that those import."""
-    names = [x.__module__ for kind in kinds for x in kind.__mro__]
-    for name in dict.fromkeys(x for x in names if x in sys.modules):
-        own = vars(sys.modules[name])
-        imported = [vars(x) for x in own.values() if isinstance(x, ModuleType)]
-        package = name.partition(".")[0]
-        sources = {getattr(x, "__module__", None) or "" for x in own.values() if inspect.isroutine(x)}
-        imported += [
-            vars(sys.modules[x]) for x in sorted(sources) if x.partition(".")[0] == package and x in sys.modules
-        ]
-        for spaces in ([own], imported):
-            found = [space[x] for x in ("Rigid", "Rigid3Array") for space in spaces if x in space]
-            if rigids := [x for x in found if isinstance(x, type) and _is_rigid(x)]:
-                return rigids
-    return []
-
-
-def _homogeneous(rotation: Tensor, translation: Tensor) -> Tensor:
-    """Rotations and translations as 4×4 matrices."""
-    last = torch.tensor([0.0, 0, 0, 1], dtype=rotation.dtype, device=rotation.device)
-    upper = torch.cat([rotation, translation[..., None]], -1)
-    return torch.cat([upper, last.expand(*upper.shape[:-2], 1, 4)], -2)
+        return [partial(layer.system.rigids, layer.original)], None
+    argument = next((x.name for x in layer.settings.takes if role(x.ours or x.name) == "frames"), "")
+    arrays = layer.settings.config.layout == "multimer"
+    makers = list(makers_of_rigids(layer.original, argument, layer.callers, arrays=arrays)) if argument else []
+    if not argument:  # its system makes its frames itself
+        return [lambda rotation, translation: None], None
+    plain: list[Callable[[Tensor, Tensor], Any]] = [homogeneous, lambda rotation, translation: (rotation, translation)]
+    if makers:
+        return [*makers, *plain], None
+    around = " or ".join(dict.fromkeys(x.__name__ for x in (layer.original, *layer.callers)))
+    problem = ValueError(
+        f"a forward whose {argument} is annotated with the class of its rigids, or a Rigid or Rigid3Array in the "
+        f"module that defines {around}, was expected; there is neither"
+    )
+    return plain, problem

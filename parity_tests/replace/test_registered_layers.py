@@ -148,8 +148,13 @@ def test_another_function_under_the_same_names_is_refused(example):
     with pytest.raises(ValueError, match="this Other has the parameters of Loom's attention but computes another"):
         ipa_torch.replace_ipa(layer)
     assert type(layer) is Other
-    with pytest.raises(ValueError, match="its forward takes nodes, frames, edges, keep, scale, and not"):
-        ipa_torch.replace_ipa(Extra(6, 5))
+    _, (nodes, edges, *frames), keep = layer_and_inputs(example)
+    extra = Extra(6, 5, heads=2, channels=3).double()
+    expected = extra(nodes, frames, edges, keep=keep)
+    ipa_torch.replace_ipa(extra)
+    judge(extra(nodes, frames, edges, keep=keep, scale=1.0), expected, None, "act", "float64")
+    with pytest.raises(ValueError, match=r"scale=1\.0 was expected, since our attention has no such argument"):
+        extra(nodes, frames, edges, keep=keep, scale=2.0)
 
 
 def test_weights_convert_both_ways(example, tmp_path):

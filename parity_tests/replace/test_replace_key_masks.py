@@ -284,7 +284,10 @@ def hooked(kind, path):
     [
         (lambda: hooked(BioEmu, "pair_value"), "its pair_value has hooks, which would have no effect"),
         (lambda: hooked(OmegaFold, "softplus"), "its softplus has hooks, which would have no effect"),
-        (lambda: OtherCall(CONFIGS[BioEmu]), "its forward takes x1d, x2d, pose, bias, edges, and not x1d, x2d, pose"),
+        (
+            lambda: OtherCall(CONFIGS[BioEmu]),
+            "its forward takes x1d, x2d, pose, bias, edges, and our attention has nothing like edges",
+        ),
     ],
 )
 def test_layers_left_alone(make, reason):

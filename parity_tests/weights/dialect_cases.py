@@ -71,6 +71,12 @@ NATIVE = {
     "esmfold": ("esmfold", replace(ONE_WIDTH, point_weight_init=0.0)),
     "framediff": ("framediff", FRAMEDIFF),
     "frameflow": ("frameflow", FRAMEDIFF),
+    "mdgen": ("mdgen", replace(ONE_WIDTH, pair_channel=None, logit_terms=3, frame_unit=1.0)),
+    "unifold": ("unifold", replace(ONE_WIDTH, layout="multimer", scalar_bias=False, frame_unit=20.0)),
+    "openfold_v1 without biases": (
+        "openfold_v1",
+        replace(ONE_WIDTH, scalar_bias=False, point_bias=False, attention_2d_bias=False),
+    ),
     "lucidrains": ("lucidrains", ODD_NO_BIAS),
     "abodybuilder2": ("abodybuilder2", ABODYBUILDER2),
     "flashabb": ("flashabb", FLASHABB),

@@ -13,9 +13,11 @@ from ipa_bridge.weights.dialects.flashabb import FLASHABB
 from ipa_bridge.weights.dialects.framediff import FRAMEDIFF, FRAMEFLOW
 from ipa_bridge.weights.dialects.lociparse import LOCIPARSE
 from ipa_bridge.weights.dialects.lucidrains import IGFOLD, LUCIDRAINS
+from ipa_bridge.weights.dialects.mdgen import MDGEN
 from ipa_bridge.weights.dialects.omegafold import OMEGAFOLD
 from ipa_bridge.weights.dialects.openfold import OPENFOLD, OPENFOLD_V1
 from ipa_bridge.weights.dialects.spec import OTHERS, Dialect, Form, Order, Row, Transform, layout_of
+from ipa_bridge.weights.dialects.unifold import UNIFOLD
 
 __all__ = [
     "DIALECTS",
@@ -34,7 +36,7 @@ DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
         *(ALPHAFOLD, IPA_JAX, IPA_TORCH, OPENFOLD, OPENFOLD_V1, ESMFOLD, FRAMEFLOW, FRAMEDIFF, LUCIDRAINS),
-        *(ABODYBUILDER2, ABODYBUILDER3, BIOEMU, FLASHABB, IBEX, IGFOLD, LOCIPARSE, OMEGAFOLD),
+        *(ABODYBUILDER2, ABODYBUILDER3, BIOEMU, FLASHABB, IBEX, IGFOLD, LOCIPARSE, MDGEN, OMEGAFOLD, UNIFOLD),
     )
 }
 """Every dialect by name."""

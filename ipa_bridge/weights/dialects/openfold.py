@@ -102,13 +102,22 @@ OPENFOLD_V1 = Dialect(
         StructureModuleConfig: {"monomer": structure_module(MONOMER_V1, "affine_update")},
         PredictedLDDTConfig: {"monomer": CONFIDENCE},
     },
-    forms={"monomer": Form(scalar_bias=True, point_bias=True, norm_form="add", norm_epsilon=1e-8, one_width=True)},
+    forms={
+        "monomer": Form(
+            scalar_bias=True,
+            point_bias=True,
+            norm_form="add",
+            norm_epsilon=1e-8,
+            one_width=True,
+            may_lack_biases=True,  # as ABodyBuilder3's with ipa_bias=False
+        ),
+    },
     landmarks={
         StructureModuleConfig: ("layer_norm_s.weight", "ipa.head_weights", "ipa.linear_q_points.weight"),
         IPAConfig: ("head_weights", "linear_q_points.weight"),
         PredictedLDDTConfig: CONFIDENCE_LANDMARKS,
     },
-    absent=("down_z.weight",),
+    absent=("down_z.weight", "linear_k.weight", "ipa.linear_k.weight"),  # the latter are Uni-Fold's
     at=lambda root, kind: _anywhere(root, kind) and not lies_in_esmfold(root),
     transitions=3,
     shared={IPAConfig: ("norm_epsilon", "frame_unit")},  # ABodyBuilder3's are 1e-7 and Å

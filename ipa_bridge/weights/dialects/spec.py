@@ -21,6 +21,7 @@ from ipa_bridge.kinds import attention_of, has_attention, infer_config, kind_of,
 from ipa_bridge.parameters import Shapes, canonical_leaf, torch_name
 from ipa_bridge.weights.assumptions import fields, told_by_shapes
 from ipa_bridge.weights.dialects.orders import Order, Transform
+from ipa_bridge.weights.dialects.templates import fill, pattern_of
 
 
 class Row(NamedTuple):
@@ -61,11 +62,17 @@ class Form:
     """Terms that its scale of the logits counts; None for 3 with a pair representation and 2 without."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """Values of the config fields in `OTHERS` that differ from AlphaFold's; None where all are possible."""
+    may_lack_biases: bool = False
+    """Some of its modules have no biases in the scalar, point and pair projections; none has only some of them."""
 
     def has_biases_of(self, config: IPAConfig) -> bool:
         """Returns True if the form has biases in the projections where an attention has them."""
         pairs = ((self.scalar_bias, config.scalar_bias), (self.point_bias, config.point_bias))
-        return all(mine is None or mine == theirs for mine, theirs in pairs)
+        return self.lacks_biases_as(config) or all(mine in (None, theirs) for mine, theirs in pairs)
+
+    def lacks_biases_as(self, config: IPAConfig) -> bool:
+        """Returns True if an attention has none of the biases that modules of this form may lack."""
+        return self.may_lack_biases and not (config.scalar_bias or config.point_bias or config.attention_2d_bias)
 
 
 OTHERS = {
@@ -180,7 +187,7 @@ class Dialect:
         Raises:
             ValueError: the dialect has no such module, or no place for some of its parameters.
         """
-        patterns = [(_pattern(row.ours), row) for row in self.rows_of(config)]
+        patterns = [(pattern_of(row.ours), row) for row in self.rows_of(config)]
         found: dict[str, tuple[str, Transform]] = {}
         unplaced = []
         for name, shape in parameter_shapes(config).items():
@@ -190,7 +197,7 @@ class Dialect:
             if row is None:
                 unplaced.append(name)
                 continue
-            theirs = _fill(row.theirs, numbers)
+            theirs = fill(row.theirs, numbers)
             weight = leaf == "weights"
             outputs, inputs = (
                 None if order is None else order.indices(attention_of(config))
@@ -221,9 +228,9 @@ class Dialect:
             for key in keys:
                 module, _, leaf = key.rpartition(".")
                 if alone := _matches(rows, key):
-                    known[key] = [_fill(row.ours, numbers) for row, numbers in alone]
+                    known[key] = [fill(row.ours, numbers) for row, numbers in alone]
                 elif found := _matches(rows, module):
-                    parts = [_fill(row.ours, numbers) for row, numbers in found]
+                    parts = [fill(row.ours, numbers) for row, numbers in found]
                     known[key] = [f"{ours}/{canonical_leaf(ours, leaf)}" for ours in parts]
             best = max(best, known, key=len)
         return best
@@ -265,7 +272,7 @@ class Dialect:
     @cached_property
     def _reading(self) -> dict[type, dict[Layout, Patterns]]:
         return {
-            kind: {layout: [(_pattern(row.theirs), row) for row in rows] for layout, rows in layouts.items()}
+            kind: {layout: [(pattern_of(row.theirs), row) for row in rows] for layout, rows in layouts.items()}
             for kind, layouts in self.rows.items()
         }
 
@@ -283,32 +290,6 @@ def packed(ours: Iterable[str], theirs: str, outputs: Order) -> tuple[Row, ...]:
 def layout_of(config: Config) -> Layout:
     """The layout of a module's attention; "monomer" for a module without attention, whose form is the same in both."""
     return attention_of(config).layout if has_attention(config) else "monomer"
-
-
-_HOLES: dict[str, tuple[str, Callable[[int], str], Callable[[str | None], int]]] = {
-    "{}": (r"(_[1-9]\d{0,3})?", lambda n: f"_{n}" if n else "", lambda text: int(text[1:]) if text else 0),
-    "{0}": (r"(0|[1-9]\d{0,3})", str, lambda text: int(text or 0)),
-    "{1}": (r"([1-9]\d{0,3})", lambda n: str(n + 1), lambda text: int(text or 1) - 1),
-    "{2}": (r"(0|[1-9]?\d{0,2}[02468])", lambda n: str(2 * n), lambda text: int(text or 0) // 2),
-}
-"""Placeholders of a module's number: a pattern to match it, and functions to write and to read it, counted from 0."""
-
-_HOLE = re.compile(r"\{[012]?\}")
-
-
-def _pattern(template: str) -> tuple[re.Pattern, list[Callable[[str | None], int]]]:
-    """A pattern that matches names of a template, and a function to read each number in them."""
-    texts, holes = _HOLE.split(template), _HOLE.findall(template)
-    pattern = re.escape(texts[0])
-    for hole, text in zip(holes, texts[1:], strict=True):
-        pattern += _HOLES[hole][0] + re.escape(text)
-    return re.compile(pattern), [_HOLES[hole][2] for hole in holes]
-
-
-def _fill(template: str, numbers: list[int]) -> str:
-    """The name that a template gives with these numbers."""
-    remaining = iter(numbers)
-    return _HOLE.sub(lambda hole: _HOLES[hole[0]][1](next(remaining)), template)
 
 
 Patterns = Iterable[tuple[tuple[re.Pattern, list[Callable[[str | None], int]]], Row]]

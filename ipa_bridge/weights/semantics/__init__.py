@@ -50,6 +50,8 @@ SYSTEMS: dict[str, System] = {
     "omegafold": OMEGAFOLD,
     "igfold": LUCIDRAINS,
     "lociparse": OPENFOLD_V1,
+    "mdgen": OPENFOLD_V1,
+    "unifold": OPENFOLD_V1,
 }
 """The semantics of every dialect by its name."""
 

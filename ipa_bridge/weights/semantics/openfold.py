@@ -1,9 +1,8 @@
-"""The computation of OpenFold, which is also that of ESMFold, FrameDiff and FrameFlow."""
+"""The computation of OpenFold, which is also that of ESMFold, FrameDiff, FrameFlow, MDGen and Uni-Fold."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
 
 import numpy as np
 from numpy import ndarray
@@ -30,7 +29,7 @@ def attention(
         p: the attention's parameters.
         c: the attention's config.
         single: (N, c_s).
-        pair: (N, N, c_z).
+        pair: (N, N, c_z); None for MDGen's attention without one, whose config has logit_terms=3.
         rotation: (N, 3, 3).
         translation: (N, 3), in the caller's unit.
         mask: (N,).
@@ -51,14 +50,16 @@ def attention(
             np.swapaxes(torch_linear(p, f"linear_{x}_points{points}", single).reshape(n, h, 3, -1), -1, -2)
             for x in "qkv"
         )
-    pair = cast(ndarray, pair)
-    bias = np.moveaxis(torch_linear(p, "linear_b", pair), -1, 0)
-    values = torch_linear(p, "down_z", pair) if "down_z.weight" in p else pair
+    if pair is None:  # as in MDGen
+        bias = values = None
+    else:
+        bias = np.moveaxis(torch_linear(p, "linear_b", pair), -1, 0)
+        values = torch_linear(p, "down_z", pair) if "down_z.weight" in p else pair
     projections = (q, k, v, q_points, k_points, v_points)
     _, _, o, o_points, norms, o_pair, _ = oracle.attend(
         c, projections, values, bias, p["head_weights"], rotation, translation / c.position_scale, mask
     )
-    parts = [o, *np.moveaxis(o_points, -1, 0), norms, cast(ndarray, o_pair)]
+    parts = [o, *np.moveaxis(o_points, -1, 0), norms, *([] if o_pair is None else [o_pair])]
     return torch_linear(p, "linear_out", np.concatenate([x.reshape(n, -1) for x in parts], -1))
 
 

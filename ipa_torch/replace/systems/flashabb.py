@@ -19,8 +19,8 @@ from ipa_torch.replace.adapters import (
     check_untouched,
     place_points,
     project_points,
-    rotation_and_translation,
 )
+from ipa_torch.replace.rigids import rotation_and_translation
 from ipa_torch.replace.systems.system import System
 from ipa_torch.rigid import Rigid
 

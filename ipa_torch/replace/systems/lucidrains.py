@@ -25,7 +25,7 @@ class LucidrainsAdapter(Adapter):
         layer, settings = cast(Any, self), self._ipa_twins
         check_untouched(layer)
         given = bind_arguments(self, arguments, named)
-        x, mask, readable = given["single_repr"], given["mask"], given.get("key_padding_mask")
+        x, mask, readable = given["single_repr"], given.get("mask"), given.get("key_padding_mask")
         pair = None if settings.config.pair_channel is None else given["pairwise_repr"]
         if settings.config.pair_channel is not None and pair is None:
             raise ValueError("a pair representation was expected as the second argument; got None")
@@ -85,6 +85,7 @@ LUCIDRAINS = System(
         "mask": mask.bool(),
         "key_padding_mask": mask.bool().roll(1, -1),  # hides keys of valid and of masked residues
     },
+    dispensable=("mask",),
     optional=("key_padding_mask",),
     bias="to_pairwise_attn_bias.0",
     output="to_out",

@@ -72,5 +72,6 @@ OMEGAFOLD = System(
     bias="bias_2d",
     output="output_projection",
     epsilon="",
+    rigids=lambda original, rotation, translation: Rigid(rotation, translation),
     differentiable=False,
 )

@@ -1,9 +1,10 @@
-"""Layers of OpenFold 1 and 2, ESMFold, FrameDiff, FrameFlow and their relatives."""
+"""Layers of OpenFold 1 and 2, ESMFold, FrameDiff, FrameFlow, Genie, MDGen, Uni-Fold and their relatives."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ipa_torch.invariant_point_attention import Projections, features, unpack_monomer
@@ -15,8 +16,9 @@ from ipa_torch.replace.adapters import (
     check_untouched,
     place_points,
     project_points,
-    rotation_and_translation,
 )
+from ipa_torch.replace.pair_masks import PAIR_MASK, allowed
+from ipa_torch.replace.rigids import rotation_and_translation
 from ipa_torch.replace.systems.system import System
 from ipa_torch.rigid import Rigid
 
@@ -29,25 +31,46 @@ class OpenFoldAdapter(Adapter):
         given = bind_arguments(self, arguments, named)
         pairs = given.get("_z_reference_list")
         z = pairs[0] if given["z"] is None and pairs and len(pairs) == 1 else given["z"]
-        return _update(self, given["s"], z, given["r"], given["mask"])
+        return _update(self, given["s"], z, given["r"], given.get("mask"), given.get("pair_mask"))
 
 
-def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor | None) -> Tensor:
-    """The forward of `OpenFoldAdapter`. Frames, mask and pair may have fewer batch axes than s."""
+def _update(layer: Any, s: Tensor, z: Tensor | None, r: Any, mask: Tensor | None, pair_mask: Tensor | None) -> Tensor:
+    """The forward of `OpenFoldAdapter`. Frames, masks and pair may have fewer batch axes than s."""
     settings: Settings = layer._ipa_twins
     check_untouched(layer)
-    if z is None:
-        raise ValueError("a pair representation was expected, as z or as the entry of _z_reference_list; got None")
-    rotation, translation = rotation_and_translation(r)
     batch = s.shape[:-1]
+    if settings.config.pair_channel is None:
+        z = None
+    elif z is None:
+        raise ValueError("a pair representation was expected, as z or as the entry of _z_reference_list; got None")
+    else:
+        z = z.expand(*batch, *z.shape[-2:])
+    rotation, translation = rotation_and_translation(r)
     rigids = Rigid(rotation.expand(*batch, 3, 3), translation.expand(*batch, 3))
-    z, mask = z.expand(*batch, *z.shape[-2:]), None if mask is None else mask.expand(batch)
+    mask = None if mask is None else mask.expand(batch)
     projections, rigids = place_points(_openfold_projections(layer, settings, s), z, rigids, mask)
-    o, o_points, o_pair = attend(settings, projections, z, mask, layer.linear_b, layer.head_weights)
-    if settings.config.pair_value_channel is not None:  # linear, and weights sum to 1: may follow the sum
-        o_pair = layer.down_z(o_pair.to(z.dtype)).to(o_pair.dtype)
+    linear = None if z is None else layer.linear_b
+    o, o_points, o_pair = attend(
+        settings, projections, z, linear=linear, gamma=layer.head_weights, **_masks(settings, mask, pair_mask, batch)
+    )
+    if o_pair is not None and z is not None and settings.config.pair_value_channel is not None:
+        o_pair = layer.down_z(o_pair.to(z.dtype)).to(o_pair.dtype)  # linear, and weights sum to 1: may follow the sum
     read = features(settings.config, o, rigids.apply_inverse(o_points), o_pair)
-    return layer.linear_out(read.to(z.dtype))
+    return layer.linear_out(read.to(s.dtype if z is None else z.dtype))
+
+
+def _masks(settings: Settings, mask: Tensor | None, pair_mask: Tensor | None, batch: torch.Size) -> dict[str, Any]:
+    """The masks in our attention's arguments."""
+    if pair_mask is not None:
+        name = next(x.name for x in settings.takes if PAIR_MASK in (x.ours, x.name))
+        if not settings.pair_mask:
+            raise ValueError(
+                f"{name}=None was expected, since it is no mask that our attention has; got a "
+                f"{type(pair_mask).__name__}: call restore_ipa to use it"
+            )
+        seen = allowed(pair_mask, settings.pair_mask, mask, batch, keys_only=settings.keys_only, name=name)
+        return {"mask": None, **seen._asdict()}
+    return {"mask": None, "key_mask": mask} if settings.keys_only else {"mask": mask}
 
 
 def _openfold_projections(layer: Any, settings: Settings, s: Tensor) -> Projections:
@@ -78,6 +101,12 @@ def _openfold(**options: Any) -> System:
         bias="linear_b",
         output="linear_out",
         pair_values="down_z",
+        dispensable=("mask",),
+        pair_masks={
+            "attention_mask": "shown",  # MultiFlow's
+            "attn_mask": "shown per head",  # MDGen's
+            "square_mask": "added per head",  # Uni-Fold's
+        },
         flags=("inplace_safe", "_offload_inference", "_z_reference_list"),
         **options,
     )
@@ -92,11 +121,12 @@ OPENFOLD_SYSTEMS = {
     "esmfold": _openfold(epsilon="config.epsilon"),
     "frameflow": _openfold(
         neutral_arguments={
-            "attention_mask": None,  # MultiFlow's
             "z_factor_1": None,  # FlashIPA's, for its flash mode
             "z_factor_2": None,
         },
-        neutral_attributes={"dropout_prob": 0, "use_flash_attn": False},  # MultiFlow's and FlashIPA's
+        neutral_attributes={"use_flash_attn": False},  # FlashIPA's
     ),
     "framediff": _openfold(),
+    "mdgen": _openfold(),
+    "unifold": _openfold(),
 }

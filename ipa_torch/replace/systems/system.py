@@ -27,7 +27,15 @@ class System(NamedTuple):
     pair_values: str = ""
     """Submodule that narrows the pair's channels, if any. Our attention calls it on the sum over the pair."""
     epsilon: str = "eps"
-    """Attribute of its published class with the epsilon of lengths, one of `_EPSILONS`; empty if it has none."""
+    """Attribute of its published class with the epsilon of lengths, one of `ipa_torch.replace.recognise.EPSILONS`.
+
+    Empty if it has none.
+    """
+    dispensable: tuple[str, ...] = ()
+    """Arguments without which its adapter can be called, for versions that do not take them."""
+    pair_masks: Mapping[str, str] | None = None
+    """Names of its versions' pair masks and their forms, of `ipa_torch.replace.pair_masks.FORMS`; the comparison finds
+    the form of others. None if its adapter takes no pair mask."""
     points: str = ""
     """Path of the linear layer within a point projection; empty if the projection is that layer."""
     norm_forms: Mapping[str, tuple[NormForm, ...]] = {}

@@ -52,6 +52,8 @@ class TableAdapter(Adapter):
         call = CALLS[settings.dialect]
         check_untouched(self)
         given = bind_arguments(self, arguments, named)
+        known = inspect.signature(call.to_ours).parameters
+        given = {name: x for name, x in given.items() if name in known}  # others are at their defaults
         module = _module(settings.config, settings.implementation, threading.get_ident())
         out = torch.func.functional_call(module, _our_parameters(self, settings), (), dict(call.to_ours(self, **given)))
         return out if call.result is None else call.result(self, out, **given)
@@ -80,6 +82,7 @@ def system_of(
         takes=tuple(x.name for x in takes if x.default is x.empty),
         optional=tuple(x.name for x in takes if x.default is not x.empty),
         inputs=inputs,
+        rigids=lambda original, rotation, translation: None,
         bias=rows.get("attention_2d", ""),
         output=rows["output_projection"],
         method=method,
