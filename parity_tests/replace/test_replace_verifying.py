@@ -21,6 +21,7 @@ from stand_ins import DOWN_Z, ONE_WIDTH, FastFold, FrameFlow, OpenFold, OpenFold
 from torch import nn
 
 import ipa_torch
+from ipa_torch.attention import IMPLEMENTATIONS
 
 
 class WithoutPair(OpenFold):
@@ -268,3 +269,18 @@ def test_in_inference_mode(made_there):
         after = layer(single, pair, frames, mask.float())
         judge(after.clone(), before(single, pair, frames, mask.float()).clone(), case.mask, dtype="float32")
     assert layer.linear_q.weight.is_inference() == made_there
+
+
+def test_an_implementation_in_float32_alone_can_be_compared(monkeypatch):
+    """The fused kernels have no float64, in which the epsilon and the norm are found."""
+
+    def fused(q, *others, **named):
+        if q.dtype is not torch.float32:
+            raise NotImplementedError(f"float32 was expected; got {q.dtype}")
+        return IMPLEMENTATIONS["reference"](q, *others, **named)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "fused", fused)
+    layer = OpenFold(ONE_WIDTH)
+    (row,) = ipa_torch.replace_ipa(layer, implementation="fused").replaced
+    assert row.error <= bound("out", "float32")
+    assert layer._ipa_twins.implementation == "fused"
