@@ -56,7 +56,7 @@ def test_an_embedding_of_a_language_model_is_ibexs():
     with pytest.warns(UserWarning, match=r"plm_in at model: ignored, as the embedding of a language model's output"):
         found = Weights.from_torch(state)
     assert set(found.assumed_function) == {"skip_connection"}
-    with pytest.raises(ValueError, match=r"no .* in ABodyBuilder3's names"):
+    with pytest.raises(ValueError, match=r"no .* with the names of ABodyBuilder3"):
         Weights.from_torch(state, dialect="abodybuilder3", config=ABODYBUILDER3)
 
 
@@ -192,7 +192,7 @@ def test_the_constructors_arguments_are_reported(tmp_path):
     with pytest.warns(UserWarning, match="as Ibex's") as told:
         weights.save(tmp_path / "x.safetensors", dialect="ibex")
     messages = " ".join(str(x.message) for x in told)
-    for text in ("2 for what is called position_scale", "True for what is called skip_connection", "detach_rotations"):
+    for text in ("2 for our position_scale", "True for our skip_connection", "detach_rotations"):
         assert text in messages
     assert Weights.load(tmp_path / "x.safetensors").config == weights.config
 
