@@ -189,7 +189,7 @@ def test_each_attention_inside_is_converted_alone(config):
 def test_the_constructors_arguments_are_reported(tmp_path):
     pytest.importorskip("torch")
     weights = Weights.random(replace(IBEX, detach_rotations=True, position_scale=2.0))
-    with pytest.warns(UserWarning, match="as Ibex's") as told:
+    with pytest.warns(UserWarning, match="for Ibex: construct") as told:
         weights.save(tmp_path / "x.safetensors", dialect="ibex")
     messages = " ".join(str(x.message) for x in told)
     for text in ("2 for our position_scale", "True for our skip_connection", "detach_rotations"):
