@@ -146,7 +146,10 @@ def _recognise(found: Found, module: Any, shapes: dict[str, tuple[int, ...]], *,
     """A layer that can be replaced, or the reason why it cannot."""
     title = found.dialect.title
     if found.dialect.name not in SYSTEMS:
-        return "it is this project's own attention"
+        own = found.dialect.name in ("alphafold", "ipa_jax", "ipa_torch")
+        return (
+            "it is this project's own attention" if own else f"{title} has no adapter: see ipa_torch.register_adapter"
+        )
     system = SYSTEMS[found.dialect.name]
     parameters = _parameters(found, system, shapes, verify=verify)
     if isinstance(parameters, str):

@@ -131,6 +131,10 @@ def test_a_replaced_layer_stays_itself(example):
     assert torch.equal(call(layer, leaves, keep), expected)
     assert ipa_torch.restore_ipa(layer) == [""]
     assert type(layer) is kind
+    ipa_torch.unregister_adapter("loom")
+    with pytest.raises(ValueError, match=r"Loom has no adapter: see ipa_torch\.register_adapter"):
+        ipa_torch.replace_ipa(layer)
+    ipa_torch.register_adapter("loom", to_ours=example.to_ours, to_theirs=example.to_theirs, result=example.result)
 
 
 def test_another_function_under_the_same_names_is_refused(example):
