@@ -92,7 +92,8 @@ def point_attention(
     """
     check_point_attention_inputs(q, k, v, q_points, k_points, v_points, pair, pair_bias_weight, point_weights, mask)
     check_masks(tuple(q.shape[:-2]), key_mask, pair_mask)
-    check_logits(logit_terms, distance_form, distance_epsilon)
+    if not torch.compiler.is_compiling():  # there a number that differs between layers is symbolic
+        check_logits(logit_terms, distance_form, distance_epsilon)
     attend = choose_implementation(implementation, q.shape[-3], block_size=block_size)
     arrays = (q, k, v, q_points, k_points, v_points)
     dtype = at_least_float32(*(x.dtype for x in arrays), *(() if pair is None else (pair.dtype,)))

@@ -98,3 +98,19 @@ def test_bad_options_raise(framework, options, message):
     others = {name: x for name, x in options.items() if name not in masks}
     with pytest.raises(ValueError, match=message):
         framework.run_attention({**arrays, **masks}, cotangents, **others)
+
+
+def test_torch_compiles_layers_that_differ_in_their_epsilon():
+    torch = pytest.importorskip("torch")
+    from ipa_torch import point_attention
+
+    arrays, _ = core_arrays((5,), dtype="float32")
+    tensors = {name: torch.tensor(x) for name, x in arrays.items()}
+
+    def attend(epsilon):
+        return point_attention(**tensors, distance_form="unsquared", distance_epsilon=epsilon, block_size=2)[0]
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    for epsilon in (1e-2, 1e-3, 1e-4):
+        judge(compiled(epsilon), attend(epsilon), "out", "float32")
+    torch.compiler.reset()
