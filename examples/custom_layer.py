@@ -97,7 +97,7 @@ def to_theirs(single, pair, rotation, translation, mask):
 
 
 def result(layer, output, nodes, **others):
-    """What the layer returns, from our attention's output."""
+    """Turns our attention's output into the layer's: residual sum and layer norm."""
     return layer.norm(nodes + output)
 
 

@@ -41,7 +41,7 @@ ONLY_IN_TORCH = {"replace/systems/", *(f"replace/{x}.py" for x in ("arguments", 
 
 @cache
 def names_in(path: Path) -> frozenset[str]:
-    """What a module defines or imports at its top, and the methods and fields of its classes."""
+    """Names that a module defines or imports at its top, and the methods of its classes."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom | ast.Import):

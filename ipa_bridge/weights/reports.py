@@ -127,7 +127,7 @@ class ParameterComparison:
     difference: float | None = None
     """Largest absolute difference of two numbers."""
     relative: float | None = None
-    """That difference over the largest number of the second file."""
+    """Largest difference, divided by the largest number of the second file."""
 
 
 @dataclass(frozen=True)

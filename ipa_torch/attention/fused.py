@@ -95,7 +95,10 @@ def point_attention(
 
 
 def _with_hidden_keys(operands: Operands) -> Operands:
-    """Operands whose pair has a bias, and whose key mask is one more channel: 1·0 for a key, or 1·HIDDEN."""
+    """Operands as the kernels take them: a pair has a bias, and a channel of queries and keys stands for the key mask.
+
+    The channel adds 0 to the logits of a visible key and HIDDEN to those of a hidden one.
+    """
     queries, keys, pair, bias = operands.queries, operands.keys, operands.pair, operands.bias
     if pair is not None and bias is None:
         bias = queries.new_zeros(pair.shape[-1], queries.shape[1])

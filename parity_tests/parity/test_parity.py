@@ -88,7 +88,7 @@ def test_arrays_that_cannot_be_compared_do_not_pass(actual, expected, problem):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, *HALF_DTYPES])
 def test_bounds_are_the_tables(dtype):
-    """What errs by a tenth less than the bound passes, by a tenth more does not; inputs alone widen it, for points."""
+    """An error a tenth below the bound passes, a tenth above fails. For points, far frames widen the bound."""
     names = {"case": "", "stage": "out", "dtype": dtype, "subject": "one", "reference": "other"}
     one, step = np.ones(3), bound("out", dtype) * epsilon(dtype)
     for conditioning in (1.0, 3.0):

@@ -203,7 +203,7 @@ def test_the_command_imports_the_registration(elsewhere, tmp_path, capsys, monke
 
 
 def semantics_of_loom(p, c, single, pair, rotation, translation, mask, *, wrong: bool = False):
-    """What a Loom layer's attention computes, with loops over heads."""
+    """The function of a Loom layer's attention in numpy, with loops over heads."""
     n, h = len(single), c.num_head
     q, k, v = (torch_linear(p, x, single).reshape(n, h, -1) for x in ("query", "key", "value"))
     local = [torch_linear(p, f"{x}_xyz", single).reshape(n, h, -1, 3) for x in ("query", "key", "value")]

@@ -50,7 +50,7 @@ def _uniform_where_masked(
     mask: Tensor,
     readable: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What queries read, the mean of all readable keys for those that read no key by the mask."""
+    """Sums over keys; a query from which the mask hides all keys gets the mean over the readable ones."""
     o, o_points, o_pair = read
     _, _, v, _, _, v_points = projections
     valid = mask.bool()

@@ -42,7 +42,7 @@ class TableAdapter(Adapter):
     """Adapter of a registered class: our module, called with the layer's parameters in our names and layout."""
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """What the layer returns."""
+        """Computes our attention on the layer's parameters and returns the result in the layer's form."""
         settings: Settings = self._ipa_twins
         if settings.dialect not in CALLS:
             raise ValueError(
