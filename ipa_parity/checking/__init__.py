@@ -1,0 +1,1 @@
+"""Judge of anyone's invariant point attention, which names the mistake it finds."""
