@@ -126,7 +126,8 @@ class Candidate(NamedTuple):
     or a dictionary of stages with `out`, and of gradients if it computes them itself."""
     names: Names
     config: IPAConfig
-    notes: tuple[str, ...] = ()
+    assumed: str = ""
+    """What neither names nor shapes tell of the config, in words; empty if nothing."""
     takes_mask: bool = True
 
     def run(self, case: Case, *, gradients: bool) -> Run:

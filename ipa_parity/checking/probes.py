@@ -156,7 +156,11 @@ def _near_zero(case: Case) -> Case:
     small = math.sqrt(epsilon) if config.norm_form == "add" else epsilon
     arrays = dict(case.weights.arrays)
     for name, x in arrays.items():
-        if name.startswith(("kv_point_local", "v_point_projection")):
+        if name.startswith("kv_point_local"):
+            by_head = x.reshape(*x.shape[:-1], 3, config.num_head, -1)
+            factor = np.where(np.arange(by_head.shape[-1]) < config.num_point_qk, 1.0, small)
+            arrays[name] = (by_head * factor).reshape(x.shape)
+        elif name.startswith("v_point_projection"):
             arrays[name] = small * x
     first = config.num_head * (config.num_scalar_v + 3 * config.num_point_v)
     last = first + config.num_head * config.num_point_v
