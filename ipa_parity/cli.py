@@ -30,6 +30,7 @@ examples:
   ipa-parity
   ipa-parity --weights params_model_1.npz --structure 1gcn.pdb
   ipa-parity --module structure-module --structure 1gcn.pdb --json
+  ipa-parity check mylab.model:MyIPA    (is your own attention right? see ipa-parity check --help)
 """
 
 KINKS = (
@@ -42,8 +43,12 @@ KINKS = (
 @as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0 if every comparison is within its bound, 1 if not, 2 for wrong arguments."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "check":
+        from ipa_parity.checking.cli import main as check
+
+        return check(argv[1:])
+    args = _parser().parse_args(argv)
     try:
         frameworks = _frameworks(args.require)
         cases, judge = MODULES[args.module](args)

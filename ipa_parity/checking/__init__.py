@@ -13,7 +13,7 @@ from ipa_bridge.weights import Weights
 from ipa_parity.attention.cases import PRESETS
 from ipa_parity.checking.candidates import Candidate, Framework
 from ipa_parity.checking.diagnosis import Diagnosis, diagnose
-from ipa_parity.checking.judging import Finding, Judged, judge_all
+from ipa_parity.checking.judging import RANDOM, Finding, Judged, judge_all
 from ipa_parity.checking.mistakes import MISTAKES, Mistake
 from ipa_parity.checking.probes import Probe, make_probes
 from ipa_parity.checking.reporting import Report, Verdict
@@ -129,11 +129,13 @@ def _verdict(
         return "right", None
     if not failed:
         return "wrong", None
+    if any(RANDOM in finding.text for finding in findings):
+        return "wrong", None
     narrowest = max(failed, key=epsilon)
     widest = min(failed, key=epsilon)
     diagnosis = diagnose(judged[widest], progress)
     if diagnosis.kind not in ("mistake", "gradient") and narrowest != widest:
-        other = diagnose(judged[narrowest], progress)
+        other = diagnose(judged[narrowest], progress, thoroughly=False)
         diagnosis = other if other.kind in ("mistake", "gradient", "precision") else diagnosis
     return ("imprecise" if diagnosis.kind == "precision" and not findings else "wrong"), diagnosis
 

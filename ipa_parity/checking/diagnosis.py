@@ -34,6 +34,9 @@ ROUNDED = {
 }
 """Stages whose operands may be rounded, in words."""
 
+EXPLAINED = 1e-3
+"""Share of a candidate's error that known mistakes may leave."""
+
 ALIKE = 1e-9
 """Relative difference below which two formulas compute one function."""
 
@@ -65,8 +68,10 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-def diagnose(judged: Sequence[Judged], progress: Callable[[str], None] = lambda step: None) -> Diagnosis:
-    """Diagnoses a candidate from its results on probes of one dtype."""
+def diagnose(
+    judged: Sequence[Judged], progress: Callable[[str], None] = lambda step: None, *, thoroughly: bool = True
+) -> Diagnosis:
+    """Diagnoses a candidate from its results on probes of one dtype; pairs of mistakes are tried if `thoroughly`."""
     with_output = [x for x in judged if x.has_output]
     if not with_output:
         return Diagnosis("unknown", "there is no output to diagnose")
@@ -77,7 +82,7 @@ def diagnose(judged: Sequence[Judged], progress: Callable[[str], None] = lambda 
     found = _matching([(x,) for x in singles(config)], with_output)
     if not found and (precision := _of_precision(with_output, progress)):
         return precision
-    if not found:
+    if not found and thoroughly:
         found = _matching(_pairs(with_output, progress), with_output)
     if found:
         return _of_mistakes(found, with_output)
@@ -111,15 +116,20 @@ Tried = tuple[Mistake, ...]
 
 
 def _matching(tries: Iterable[Tried], judged: Sequence[Judged]) -> list[tuple[float, Tried]]:
-    """The mistakes that explain a candidate's outputs on all probes, the nearest first, with their distances."""
-    first, *others = judged
+    """The mistakes that explain a candidate's outputs on all probes, the nearest first, with their distances.
+
+    Rounding in a wrong formula may be larger than in the right one, so all but a thousandth of the error will do too.
+    """
+    errors = [distance(Formula(), each) for each in judged]
+    allowed = [max(1.0, EXPLAINED * error) for error in errors]
     found = []
     for tried in tries:
-        formula = formula_with(*tried)
-        far = distance(formula, first)
-        if far <= 1:
-            far = max([far, *(distance(formula, each) for each in others)])
-        if far <= 1:
+        formula, far = formula_with(*tried), 0.0
+        for each, limit in zip(judged, allowed, strict=True):
+            far = max(far, distance(formula, each) / limit)
+            if far > 1:
+                break
+        else:
             found.append((far, tried))
     return sorted(found, key=lambda x: x[0])
 
@@ -128,40 +138,54 @@ def _pairs(judged: Sequence[Judged], progress: Callable[[str], None]) -> Iterabl
     """Pairs of mistakes that come near a candidate on the smallest probe."""
     config = judged[0].probe.case.config
     smallest = min(judged, key=lambda x: x.probe.case.mask.size)
+    limit = max(1.0, EXPLAINED * distance(Formula(), smallest))
     every = list(pairs(config))
     near: list[tuple[float, Tried]] = []
     for n, pair in enumerate(every):
         if n % 500 == 0:
             progress(f"tries pairs of known mistakes: {n} of {len(every)}")
         far = distance(formula_with(*pair), smallest)
-        if far <= 1:
+        if far <= limit:
             near.append((far, pair))
     return [pair for _, pair in sorted(near, key=lambda x: x[0])]
 
 
 def _of_mistakes(found: list[tuple[float, Tried]], judged: Sequence[Judged]) -> Diagnosis:
-    """The nearest mistakes, with all names of the same function."""
-    far, nearest = found[0]
-    probe = judged[0].probe
-    outputs = [each.probe.compute(formula_with(*nearest))["out"] for each in judged]
-
-    def is_the_same(tried: Tried) -> bool:
-        others = (each.probe.compute(formula_with(*tried))["out"] for each in judged)
-        valid = [each.probe.case.mask for each in judged]
-        return all(relative(x[m], y[m]) < ALIKE for x, y, m in zip(others, outputs, valid, strict=True))
-
-    names = [tried for _, tried in found if is_the_same(tried)]
-    if len(nearest) == 1:
-        groups: tuple[tuple[Mistake, ...], ...] = (tuple(x for (x,) in names),)
-    else:
-        groups = tuple((x,) for x in nearest)
-    eps = far * tolerated(probe) / epsilon(probe.dtype)
+    """The nearest mistakes, each with all names of the same function."""
+    nearest = found[0][1]
+    groups = tuple(_synonyms(nearest, n, judged) for n in range(len(nearest)))
+    first = judged[0].probe
+    eps = max(distance(formula_with(*nearest), each) * tolerated(each.probe) for each in judged) / epsilon(first.dtype)
     said = " and ".join(_with_synonyms(group) for group in groups)
-    text = f"its outputs equal Algorithm 22 with {said}, within {max(eps, 0.1):.2g} eps of {probe.dtype}"
-    others = [tried for _, tried in found if tried not in names][:3]
+    text = f"its outputs equal Algorithm 22 with {said}, within {max(eps, 0.1):.2g} eps of {first.dtype}"
+    named = {x.name for group in groups for x in group}
+    others = [tried for _, tried in found if not named.issuperset(x.name for x in tried)][:3]
     if others and len(nearest) == 1:
         text += "; nearly as well: " + ", ".join(" and ".join(x.name for x in tried) for tried in others)
     return Diagnosis("mistake", text, groups, eps)
+
+
+def _synonyms(made: Tried, which: int, judged: Sequence[Judged]) -> Tried:
+    """One of the mistakes made, then all others that would give the same outputs in its place."""
+    rest = made[:which] + made[which + 1 :]
+    taken = {field for mistake in rest for field in mistake.changes}
+    valid = [each.probe.case.mask for each in judged]
+    outputs = [each.probe.compute(formula_with(*made))["out"] for each in judged]
+
+    def is_the_same(mistake: Mistake) -> bool:
+        if taken & mistake.changes.keys() or mistake is made[which]:
+            return False
+        formula = formula_with(mistake, *rest)
+        try:
+            with np.errstate(all="ignore"):
+                return all(
+                    relative(each.probe.compute(formula)["out"][m], out[m]) < ALIKE
+                    for each, out, m in zip(judged, outputs, valid, strict=True)
+                )
+        except ValueError:  # these widths do not allow the mistake
+            return False
+
+    return made[which], *(x for x in singles(judged[0].probe.case.config) if is_the_same(x))
 
 
 def _with_synonyms(group: Sequence[Mistake]) -> str:

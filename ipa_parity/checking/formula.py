@@ -59,6 +59,10 @@ class Formula:
     rounded: Mapping[str, str] = field(default_factory=dict)  # stage to the format of its operands
 
 
+PROJECTED = ("heads", "scalar_packing", "point_packing", "point_order", "roles", "biases")
+"""Fields that the projections depend on, beside those of rounding and gradients."""
+
+
 class Inputs(NamedTuple):
     """Inputs of an attention, in one framework's arrays."""
 

@@ -20,6 +20,9 @@ STAGES = ("logits", "attention", "o", "points", "norms", "o_pair", "out")
 """Stages that a candidate may return beside its output, in the order of Algorithm 22's lines."""
 
 
+RANDOM = "two calls with the same inputs give different outputs"
+
+
 class Finding(NamedTuple):
     """Something wrong with a candidate that is not an error of its numbers."""
 
@@ -74,7 +77,7 @@ def judge(candidate: Candidate, probe: Probe, *, gradients: bool, twice: bool = 
     if run.dtype != expected and candidate.framework != "numpy":
         findings.append(found(f"the output is {run.dtype}; {expected}, the dtype of the inputs, was expected"))
     if twice and (again := _attempt(candidate, probe, False)[0]) is not None and not _same(run, again):
-        findings.append(found("two calls with the same inputs give different outputs"))
+        findings.append(found(RANDOM))
     comparisons = tuple(compare_with(candidate.name, probe, run.arrays, probe.truth))
     if gradients and any(name.startswith("gradient/") for name in run.arrays):
         truth = probe.truth | probe.gradients(Formula())

@@ -144,7 +144,13 @@ MISTAKES = (
     Mistake("√(1/T) on q·k alone", "7", _TERMS, {"scaled": ("scalars",)}, _has_bias),
     # Point term
     Mistake("√(2/(9P)) missing from the point term", "7", _POINTS, {"w_c": "missing"}),
-    Mistake("the number of value points as P in √(2/(9P))", "7", _POINTS, {"w_c": "value points"}),
+    Mistake(
+        "the number of value points as P in √(2/(9P))",
+        "7",
+        _POINTS,
+        {"w_c": "value points"},
+        lambda config: config.num_point_v != config.num_point_qk,
+    ),
     Mistake("all points, of keys and values, as P in √(2/(9P))", "7", _POINTS, {"w_c": "both points"}),
     Mistake("2/(9P) instead of its square root", "7", _POINTS, {"w_c": "without root"}),
     Mistake("√(2/9) instead of √(2/(9P))", "7", _POINTS, {"w_c": "without P"}),
@@ -200,6 +206,13 @@ MISTAKES = (
     # Pair
     Mistake("the pair bias missing", "4", "add the projected pair to the logits", {"bias": "dropped"}, _has_bias),
     Mistake("the pair bias of (j, i) for the pair (i, j)", "4", "read pair[i, j]", {"bias": "transposed"}, _has_bias),
+    Mistake(
+        "the pair (j, i) read for (i, j)",
+        "4, 8",
+        "read pair[i, j]",
+        {"bias": "transposed", "pair_values": "transposed"},
+        _has_bias,
+    ),
     Mistake("the pair bias scaled by √(1/T) twice", "7", _TERMS, {"bias": "scaled twice"}, _has_bias),
     Mistake(
         "the pair (j, i) summed for (i, j)", "8", "sum pair[i, j] over j", {"pair_values": "transposed"}, _reads_pair

@@ -15,7 +15,17 @@ from ipa_bridge.proteins import Structure
 from ipa_bridge.weights import Weights
 from ipa_parity.attention.cases import Case, make_case
 from ipa_parity.attention.stages import Arrays, run_oracle
-from ipa_parity.checking.formula import NUMPY, Backend, Formula, Inputs, compute, jax_backend, torch_backend
+from ipa_parity.checking.formula import (
+    PROJECTED,
+    Backend,
+    Formula,
+    Inputs,
+    attend,
+    compute,
+    jax_backend,
+    project,
+    torch_backend,
+)
 from ipa_parity.frameworks import installed_frameworks
 
 RESIDUES = 17
@@ -53,8 +63,19 @@ class Probe:
 
     def compute(self, formula: Formula) -> Arrays:
         """Stages of another formula, in float64."""
+        config, (parameters, inputs, projected) = self.case.config, self._prepared
+        if formula.rounded:
+            return compute(formula, parameters, config, inputs)
+        key = tuple(getattr(formula, field) for field in PROJECTED)
+        if key not in projected:
+            projected[key] = project(formula, parameters, config, inputs)
+        return attend(formula, parameters, config, inputs, projected[key])
+
+    @cached_property
+    def _prepared(self) -> tuple[Arrays, Inputs, dict[tuple, tuple]]:
+        """Parameters and inputs in float64, and the projections that formulas share."""
         parameters = {name: x.astype(np.float64) for name, x in self.rounded.weights.arrays.items()}
-        return compute(formula, parameters, self.case.config, self.inputs(np.asarray, np.float64), NUMPY)
+        return parameters, self.inputs(np.asarray, np.float64), {}
 
     def inputs(self, array: Any, dtype: Any) -> Inputs:
         """The inputs of a formula."""
@@ -137,6 +158,7 @@ def make_probes(
     yield _near_zero(case("points near zero"))
     yield case("far from the origin", offset=1000.0)
     yield case("a batch", (2, 11))
+    yield case("few residues", (7,))
     if structure is not None:
         yield case("the structure", structure=structure)
 

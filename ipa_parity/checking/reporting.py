@@ -46,6 +46,8 @@ class Report:
         if self.diagnosis is not None:
             lines += [str(self.diagnosis)]
         lines += [f"  {text}" for text in dict.fromkeys(_briefly(self.findings))]
+        problems = [f"{row.stage}: {row.problem}" for row in self.comparisons if row.problem]
+        lines += [f"  {text}" for text in list(dict.fromkeys(problems))[:5]]
         lines += [f"  note: {note}" for note in self.notes]
         if self.comparisons:
             probes = ", ".join(dict.fromkeys(row.case for row in self.comparisons))
