@@ -1,6 +1,6 @@
 """Invariant point attention as people write it for themselves, in plain PyTorch; docs/check.md breaks it on purpose.
 
-    ipa-parity check examples/my_ipa.py:MyIPA --preset alphafold2
+ipa-parity check examples/my_ipa.py:MyIPA --preset alphafold2
 """
 
 import math

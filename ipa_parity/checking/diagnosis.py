@@ -34,6 +34,16 @@ ROUNDED = {
 }
 """Stages whose operands may be rounded, in words."""
 
+CONSTANTS = {
+    "points": "the point term of the logits (line 7)",
+    "scalars": "q·k (line 7)",
+    "bias": "the pair bias (line 7)",
+    "γ": "γ (line 7)",
+    "norms": "the lengths of output points (line 11)",
+    "translations": "translations (lines 7 and 10)",
+}
+"""Places where a constant may be wrong, in words."""
+
 EXPLAINED = 1e-3
 """Share of a candidate's error that known mistakes may leave."""
 
@@ -80,8 +90,8 @@ def diagnose(
     config = with_output[0].probe.case.config
     progress(f"tries {len(singles(config))} known mistakes")
     found = _matching([(x,) for x in singles(config)], with_output)
-    if not found and (precision := _of_precision(with_output, progress)):
-        return precision
+    if not found and (constant := _of_constants(with_output) or _of_precision(with_output, progress)):
+        return constant
     if not found and thoroughly:
         found = _matching(_pairs(with_output, progress), with_output)
     if found:
@@ -155,7 +165,7 @@ def _of_mistakes(found: list[tuple[float, Tried]], judged: Sequence[Judged]) -> 
     nearest = found[0][1]
     groups = tuple(_synonyms(nearest, n, judged) for n in range(len(nearest)))
     first = judged[0].probe
-    eps = max(distance(formula_with(*nearest), each) * tolerated(each.probe) for each in judged) / epsilon(first.dtype)
+    eps = distance(formula_with(*nearest), judged[0]) * tolerated(first) / epsilon(first.dtype)
     said = " and ".join(_with_synonyms(group) for group in groups)
     text = f"its outputs equal Algorithm 22 with {said}, within {max(eps, 0.1):.2g} eps of {first.dtype}"
     named = {x.name for group in groups for x in group}
@@ -173,7 +183,7 @@ def _synonyms(made: Tried, which: int, judged: Sequence[Judged]) -> Tried:
     outputs = [each.probe.compute(formula_with(*made))["out"] for each in judged]
 
     def is_the_same(mistake: Mistake) -> bool:
-        if taken & mistake.changes.keys() or mistake is made[which]:
+        if taken & mistake.changes.keys() or mistake.name == made[which].name:
             return False
         formula = formula_with(mistake, *rest)
         try:
@@ -219,6 +229,38 @@ def _of_gradients(judged: Sequence[Judged], progress: Callable[[str], None]) -> 
 def _counts(stage: str, arrays: Arrays, truth: Arrays) -> bool:
     """False for a gradient that is zero in both, which cannot be compared by its size."""
     return bool(np.abs(truth[stage]).max() or np.abs(arrays.get(stage, np.zeros(1))).max())
+
+
+def _of_constants(judged: Sequence[Judged]) -> Diagnosis | None:
+    """A wrong constant in one place, found by Newton's method; None if no constant explains the outputs."""
+    first = judged[0]
+    valid, error = first.probe.case.mask, distance(Formula(), first)
+    if error <= 1:
+        return None
+
+    def out(factor: float, name: str) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return first.probe.compute(_scaled(name, factor))["out"][valid]
+
+    for name, words in CONSTANTS.items():
+        factor = 1.0
+        for _ in range(12):
+            left = first.arrays["out"][valid] - out(factor, name)
+            slope = (out(factor + 1e-5, name) - out(factor - 1e-5, name)) / 2e-5
+            size = float((slope * slope).sum())
+            if not size or not np.isfinite(left).all():
+                break
+            step = float((left * slope).sum()) / size
+            factor += max(-0.5, min(0.5, step))
+        fits = [distance(_scaled(name, factor), x) <= max(1, 0.02 * distance(Formula(), x)) for x in judged]
+        if all(fits):
+            text = f"its outputs equal Algorithm 22 with {words} multiplied by {factor:.6g}"
+            return Diagnosis("mistake", text, (), distance(_scaled(name, factor), first))
+    return None
+
+
+def _scaled(name: str, factor: float) -> Formula:
+    return Formula(unit=factor) if name == "translations" else Formula(factors={name: factor})
 
 
 def _of_precision(judged: Sequence[Judged], progress: Callable[[str], None]) -> Diagnosis | None:

@@ -46,15 +46,21 @@ class Formula:
     spread: str = "right"  # "tiled": weights of heads over (head, point) as if over (point, head)
     gamma: str = "right"  # a row of `_head_weights`
     bias: str = "right"  # "dropped", "transposed", "scaled twice", "without its own bias"
-    mask: str = "right"  # "inverted", "ignored", "queries", "both", "too weak", "after softmax", "multiplied"
+    mask: str = (
+        "right"  # "inverted", "ignored", "queries", "both", "too weak", "after softmax", "multiplied", "swamped"
+    )
+    masked_rows: str = "all keys"  # "valid keys": what masked queries attend to; matters where columns are summed
     softmax: str = "keys"  # "queries", "heads"
-    values: str = "right"  # "transposed", "own": of scalars and points
+    values: str = "right"  # "transposed", "own": of scalars and points; "own scalars"
     pair_values: str = "right"  # "transposed", "column sums", "zero"
     norm: str = "right"  # "add", "clamp", "capped", "squared", "global", "zero"
     epsilon: float | None = None  # of the norm
     order: tuple[str, ...] = ("o", "x", "y", "z", "norms", "o_pair")  # "points": (H, P, 3) instead of x, y, z
     feature_heads: str = "outer"  # "inner": features lie as (C, H)
     output: str = "right"  # "without bias", "with the input"
+    factors: Mapping[str, float] = field(
+        default_factory=dict
+    )  # term ("scalars", "bias", "points", "γ", "norms") to factor
     stop: frozenset[str] = frozenset()  # where gradients end
     rounded: Mapping[str, str] = field(default_factory=dict)  # stage to the format of its operands
 
@@ -152,12 +158,15 @@ def attend(
     logits = _logits(formula, parameters, config, (q, k, q_points, k_points), pair, backend)
     attention = stopped("attention", _attention(formula, logits, inputs.mask, xp))
     weights = low("attention", attention)
-    axes = {"right": ("hij", "j"), "transposed": ("hji", "j"), "own": ("hij", "i")}[formula.values]
-    o = xp.einsum("...{},...{}hc->...ihc".format(*axes), weights, low("values", v))  # line 9
+    axes = {"right": ("hij", "j"), "transposed": ("hji", "j"), "own": ("hij", "i")}.get(formula.values, ("hij", "j"))
+    scalar_axes = ("hij", "i") if formula.values == "own scalars" else axes
+    o = xp.einsum("...{},...{}hc->...ihc".format(*scalar_axes), weights, low("values", v))  # line 9
     placed_points = xp.einsum("...{},...{}hpx->...ihpx".format(*axes), weights, low("values", v_points))  # line 10
     back = stopped("inverse frames", rotation), stopped("inverse frames", translation)
     points = _taken_back(formula, *back, low("inverse", placed_points), xp)
-    norms = stopped("norms", _norms(formula, config, placed_points if formula.norm == "global" else points, xp))
+    norms = formula.factors.get("norms", 1.0) * stopped(
+        "norms", _norms(formula, config, placed_points if formula.norm == "global" else points, xp)
+    )
     stages = {"logits": logits, "attention": attention, "o": o, "points": points, "norms": norms}
     if pair is not None:
         stages["o_pair"] = _pair_values(formula, parameters, config, weights, stopped("o_pair", pair), xp)
@@ -174,10 +183,16 @@ def _low(formula: Formula, stage: str, x: Array) -> Array:
     return round_to(to, x) if to else x
 
 
+def _product(formula: Formula, stage: str, x: Array, weights: Array) -> Array:
+    """A matrix product whose operands, and result unless it is TF32's, are in the stage's format."""
+    product = _low(formula, stage, x) @ _low(formula, stage, weights)
+    return product if "tf32" in formula.rounded.values() else _low(formula, stage, product)
+
+
 def _linear(formula: Formula, parameters: Mapping[str, Array], single: Array, name: str) -> Array:
     weights = parameters[f"{name}/weights"]
     weights = weights.reshape((weights.shape[0], -1))
-    output = _low(formula, "projections", single) @ _low(formula, "projections", weights)
+    output = _product(formula, "projections", single, weights)
     bias = parameters.get(f"{name}/bias")
     if bias is None or formula.biases == "dropped" or (formula.biases == "no points'" and "point" in name):
         return output
@@ -278,9 +293,9 @@ def _logits(
     q, k, q_points, k_points = queries_and_keys
     width = {"right": config.num_scalar_qk, "missing": 1, "1/C": config.num_scalar_qk**2}
     width["all heads"] = config.num_scalar_qk * config.num_head
-    scalars = xp.einsum("...ihc,...jhc->...hij", low("products", q), low("products", k))
+    scalars = _product(formula, "products", q.swapaxes(-2, -3), k.swapaxes(-2, -3).swapaxes(-1, -2))
     scalars = scalars / math.sqrt(width[formula.scalar_scale])
-    gamma = _stopped(formula, backend, "γ", parameters["trainable_point_weights"])
+    gamma = _stopped(formula, backend, "γ", parameters["trainable_point_weights"]) * formula.factors.get("γ", 1.0)
     if formula.spread == "tiled":
         gamma = xp.stack([gamma] * config.num_point_qk).reshape((config.num_head, config.num_point_qk))
     weight = _w_c(formula, config) * _head_weights(formula, config, gamma, xp)
@@ -292,7 +307,7 @@ def _logits(
     scaled = {name: root * x if name in formula.scaled else x for name, x in terms.items()}
     if formula.bias == "scaled twice":
         scaled["bias"] = root * scaled["bias"]
-    return low("logits", sum(scaled.values()))
+    return low("logits", sum(x * formula.factors.get(name, 1.0) for name, x in scaled.items()))
 
 
 def _bias(formula: Formula, parameters: Mapping[str, Array], pair: Any, xp: Any) -> Array:
@@ -361,7 +376,7 @@ def _attention(formula: Formula, logits: Array, mask: Array, xp: Any) -> Array:
     """The softmax of line 7, with the mask."""
     i, j = mask[..., None, :, None], mask[..., None, None, :]
     hidden = {
-        "right": i * (1 - j),
+        "right": i * (1 - j) if formula.masked_rows == "all keys" else (1 - j) + 0 * i,
         "inverted": j + 0 * i,
         "ignored": 0 * i * j,
         "queries": (1 - i) + 0 * j,
@@ -369,7 +384,9 @@ def _attention(formula: Formula, logits: Array, mask: Array, xp: Any) -> Array:
         "unless both hidden": i * (1 - j) + j * (1 - i),
     }
     shown = 1 - hidden["right"]
-    if formula.mask == "multiplied":
+    if formula.mask == "swamped":
+        logits = 0 * logits - 1e5 * hidden["right"]
+    elif formula.mask == "multiplied":
         logits = logits * shown
     elif formula.mask == "too weak":
         logits = logits - hidden["right"]
@@ -425,7 +442,7 @@ def _output(
             part = part.swapaxes(-1, single.ndim - 1) if formula.feature_heads == "inner" else part
             features.append(part.reshape((*single.shape[:-1], -1)))
     weights = parameters["output_projection/weights"]
-    out = _low(formula, "output", xp.concatenate(features, -1)) @ _low(formula, "output", weights)
+    out = _product(formula, "output", xp.concatenate(features, -1), weights)
     if formula.output != "without bias":
         out = out + parameters["output_projection/bias"]
     return out + single if formula.output == "with the input" else out

@@ -65,6 +65,8 @@ _FRAMES = "use x_global = R·x_local + t and x_local = Rᵀ(x_global − t) with
 _TERMS = "multiply the sum of all terms by √(1/3) with a pair representation, and by √(1/2) without one"
 _POINTS = "multiply the squared distances by ½·softplus(γ)·√(2/(9P)), with P the number of query points"
 _MASK = "add −1e5, or a larger number, to the logits of masked keys j before the softmax"
+_SOFTMAX = "the weights of each query sum to 1 over keys"
+_SUM = "sum a[i, j]·v[j] over j"
 _UNPACK = "keys come before values, head by head, in the packed projection"
 _ORDER = (
     "concatenate o, then all x, all y and all z of the points, their lengths, then o_pair; each with heads outermost"
@@ -224,6 +226,13 @@ MISTAKES = (
         {"pair_values": "column sums"},
         _reads_pair,
     ),
+    Mistake(
+        "the column sums of the attention in place of its rows in the sum over the pair",
+        "8",
+        "sum a[i, j]·pair[i, j] over j",
+        {"pair_values": "column sums", "masked_rows": "valid keys"},
+        _reads_pair,
+    ),
     Mistake("zeros in place of the summed pair", "8", "sum pair[i, j] over j", {"pair_values": "zero"}, _reads_pair),
     # Mask and softmax
     Mistake("the mask's polarity inverted", "7", f"a mask has 1 for valid residues: {_MASK}", {"mask": "inverted"}),
@@ -231,16 +240,32 @@ MISTAKES = (
     Mistake("keys hidden only where query and key are both masked", "7", _MASK, {"mask": "both"}),
     Mistake("masked queries instead of masked keys", "7", _MASK, {"mask": "queries"}),
     Mistake("−1 instead of a large number for masked keys", "7", _MASK, {"mask": "too weak"}),
+    Mistake(
+        "logits lost in the rounding of a large number that valid keys get, as in 1e9·mask − 1",
+        "7",
+        "add 1e9·(mask − 1), which is 0 for valid keys",
+        {"mask": "swamped"},
+    ),
     Mistake("the mask multiplied into the logits", "7", _MASK, {"mask": "multiplied"}),
     Mistake("the mask multiplied into the weights after the softmax", "7", _MASK, {"mask": "after softmax"}),
-    Mistake("the softmax over queries", "7", "the weights of each query sum to 1 over keys", {"softmax": "queries"}),
-    Mistake("the softmax over heads", "7", "the weights of each query sum to 1 over keys", {"softmax": "heads"}),
-    Mistake("attention weights transposed in the sums", "9, 10", "sum a[i, j]·v[j] over j", {"values": "transposed"}),
+    Mistake("the softmax over queries", "7", _SOFTMAX, {"softmax": "queries"}),
+    Mistake("the softmax over queries", "7", _SOFTMAX, {"softmax": "queries", "masked_rows": "valid keys"}),
+    Mistake("the softmax over heads", "7", _SOFTMAX, {"softmax": "heads"}),
+    Mistake("attention weights transposed in the sums", "9, 10", _SUM, {"values": "transposed"}),
+    Mistake(
+        "attention weights transposed in the sums",
+        "9, 10",
+        _SUM,
+        {"values": "transposed", "masked_rows": "valid keys"},
+    ),
     Mistake(
         "each residue's own values in place of the sum over all residues",
         "9, 10",
-        "sum a[i, j]·v[j] over j",
+        _SUM,
         {"values": "own"},
+    ),
+    Mistake(
+        "each residue's own scalar values in place of the sum over all residues", "9", _SUM, {"values": "own scalars"}
     ),
     # Projections
     Mistake(
