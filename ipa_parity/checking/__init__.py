@@ -55,7 +55,8 @@ def check(
             a table of its names to ours, with ".T" behind a name whose array is the transpose. None to recognise them;
             for functions: our names.
         call: function of (candidate, single, pair, rotation, translation, mask) that calls it. None where the names of
-            its arguments tell how. Rotations act on column vectors.
+            its arguments tell how. Rotations act on column vectors; the mask has 1 or True for valid residues, in
+            PyTorch whichever the candidate takes.
         framework: "numpy", "torch" or "jax", the arrays that a function takes; None to see which it uses.
         weights: weights to give it; None for seeded ones.
         structure: a protein to run on too.

@@ -151,11 +151,35 @@ def function_candidate(
     Its arguments are recognised by their names, as `ARGUMENTS` lists them; without such names it is called with
     parameters, single, pair, rotation, translation and mask, in this order. `framework` None tries numpy, PyTorch and
     JAX.
+
+    Raises:
+        ValueError: an argument without a default is none of those that an attention has.
     """
     taken = arguments_of(function)
     call = called_by_name(function, taken)
     seen = framework or _framework_of(function)
+    call = _with_either_mask(call) if seen == "torch" else call
     return Candidate(name, seen, call, names, config, takes_mask=taken is None or "mask" in taken)
+
+
+def _with_either_mask(call: Call) -> Call:
+    """A call in PyTorch, which may take a mask of numbers or of booleans; the one that does not raise is kept."""
+    kept: list[bool] = []
+
+    def run(parameters: Any, single: Any, *others: Any) -> Any:
+        *inputs, mask = others
+        problem: Exception | None = None
+        for numbers in kept or (True, False):
+            try:
+                result = call(parameters, single, *inputs, mask.to(single.dtype) if numbers else mask)
+            except Exception as error:
+                problem = problem or error
+                continue
+            kept[:] = [numbers]
+            return result
+        raise problem or RuntimeError
+
+    return run
 
 
 def arguments_of(function: Callable) -> dict[str, str] | None:

@@ -55,7 +55,7 @@ def module_candidate(
         if config is None:
             config, assumed = _with_its_epsilon(module, attention_of(settled), untold)
     copied = copy.deepcopy(module).eval()
-    calls = [_Given(call)] if call is not None else list(_calls(copied, config, dialect))
+    calls = [_Given(call, True), _Given(call, False)] if call is not None else list(_calls(copied, config, dialect))
     run = _Module(copied, calls).run
     return Candidate(name, "torch", run, names, config, assumed, takes_mask=any(x.takes_mask for x in calls))
 
@@ -79,15 +79,16 @@ def _with_its_epsilon(module: nn.Module, config: IPAConfig, untold: frozenset[st
 
 
 class _Given:
-    """A call that the user gave."""
+    """A call that the user gave, with a mask of numbers or of booleans."""
 
     takes_mask = True
 
-    def __init__(self, call: Callable) -> None:
-        self.call = call
+    def __init__(self, call: Callable, numbers: bool) -> None:
+        self.call, self.numbers = call, numbers
 
-    def __call__(self, module: nn.Module, *inputs: Tensor | None) -> Any:
-        return self.call(module, *inputs)
+    def __call__(self, module: nn.Module, single: Tensor, *others: Any) -> Any:
+        *inputs, mask = others
+        return self.call(module, single, *inputs, mask.to(single.dtype) if self.numbers else mask)
 
 
 class _ByRole:
