@@ -69,13 +69,10 @@ class Diagnosis:
     mistakes: tuple[tuple[Mistake, ...], ...] = ()
     error: float = math.nan
 
-    def __str__(self) -> str:
-        lines = [self.text]
-        for names in self.mistakes:
-            lines.append(
-                f"  line {names[0].line} of Algorithm 22" + (f"; mend: {names[0].mend}" if names[0].mend else "")
-            )
-        return "\n".join(lines)
+    def advice(self) -> list[str]:
+        """For each mistake, the lines of the algorithm and what to do."""
+        firsts = [names[0] for names in self.mistakes]
+        return [f"  line {x.line} of Algorithm 22" + (f": {x.mend}" if x.mend else "") for x in firsts]
 
 
 def diagnose(

@@ -39,7 +39,7 @@ class Formula:
     scalar_scale: str = "right"  # "missing", "1/C", "all heads"
     terms: int | None = None  # T of √(1/T)
     scaled: tuple[str, ...] = ("scalars", "bias", "points")  # terms multiplied by √(1/T)
-    distance: str = "right"  # "squared", "unsquared", "unsquared over points"
+    distance: str = "right"  # "squared", "unsquared", "unsquared without ε", "unsquared over points"
     w_c: str = "right"  # a row of `_w_c`
     half: float = 0.5
     sign: float = -1.0
@@ -330,7 +330,7 @@ def _distance(formula: Formula, config: IPAConfig, q_points: Array, k_points: Ar
     offset = low(q[..., :, None, :, :] - k[..., None, :, :, :])
     squares = (offset * offset).sum(-1)
     form = formula.distance if formula.distance != "right" else config.distance_form
-    epsilon = config.distance_epsilon if formula.distance == "right" else 1e-8
+    epsilon = {"right": config.distance_epsilon, "unsquared": 1e-8}.get(formula.distance, 0.0)
     if form == "unsquared over points":
         return of_head[..., 0] * xp.sqrt(squares.sum(-1) + epsilon)
     return (of_head * (squares if form == "squared" else xp.sqrt(squares + epsilon))).sum(-1)

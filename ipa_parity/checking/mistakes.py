@@ -191,7 +191,10 @@ MISTAKES = (
         {"gamma": "softplus"},
         lambda x: x.point_weight_form == "identity",
     ),
-    Mistake("distances that are not squared", "7", "sum |q − k|² over points", {"distance": "unsquared"}, _squared),
+    *(
+        Mistake("distances that are not squared", "7", "sum |q − k|² over points", {"distance": form}, _squared)
+        for form in ("unsquared", "unsquared without ε")
+    ),
     Mistake(
         "the root of the summed squared distances",
         "7",

@@ -42,9 +42,9 @@ class Report:
         return self.verdict == "right"
 
     def __str__(self) -> str:
-        lines = [f"{self.candidate} is {self.verdict}" + ("." if self.diagnosis is None else ":")]
-        if self.diagnosis is not None:
-            lines += [str(self.diagnosis)]
+        what = "" if self.diagnosis is None else f": {self.diagnosis.text}"
+        lines = [f"{self.candidate} is {self.verdict}{what}."]
+        lines += [] if self.diagnosis is None else self.diagnosis.advice()
         lines += [f"  {text}" for text in dict.fromkeys(_briefly(self.findings))]
         problems = [f"{row.stage}: {row.problem}" for row in self.comparisons if row.problem]
         lines += [f"  {text}" for text in list(dict.fromkeys(problems))[:5]]
