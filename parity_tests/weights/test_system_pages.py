@@ -29,10 +29,10 @@ INDEX = DOCS / "models.md"
 PAGES = {path.stem: path.read_text("utf-8") for path in sorted((DOCS / "systems").glob("*.md"))}
 SECTIONS = ["Weights", "Licence", "Load", "Swap", "Assumed", "Frames", "Limits"]
 MAX_LINES = 60
+"""Largest number of lines of a page that are not blank."""
+
 OURS = {"ipa_jax", "ipa_torch"}
 """Dialects of this project, which have no page."""
-
-NOTHING = {"nothing": {}}
 
 FULL_SIZE = {
     ("alphafold", "structure module"): StructureModuleConfig.alphafold2(),
@@ -66,8 +66,8 @@ def section(page: str, title: str) -> str:
 
 def assumed(cell: str) -> dict[str, object]:
     """Values by field that a cell lists as `field = value`."""
-    if cell in NOTHING:
-        return NOTHING[cell]
+    if cell == "nothing":
+        return {}
     pairs = [re.fullmatch(r"`([\w.]+) = (.+)`", each) for each in cell.split(", ")]
     assert all(pairs), f"`field = value`, …, or the word nothing was expected; got {cell}"
     return {pair[1]: ast.literal_eval(pair[2]) for pair in pairs if pair}
