@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 
+class CannotCall(Exception):
+    """Raised where a call cannot be made, before the module sees it. Errors of the module itself say more."""
+
+
 class Ways:
     """Calls that a module may take, the likeliest first, on inputs without and with a batch axis."""
 
@@ -34,7 +38,7 @@ class Ways:
                 result = attempt(call, given)
                 result = without_batch(result) if add_batch else result
             except Exception as error:  # another kind of frames or mask may do
-                problem = problem or error
+                problem = error if problem is None or isinstance(problem, CannotCall) else problem
                 continue
             if _shape(result) in (None, inputs[0].shape):
                 self.ways = [way]

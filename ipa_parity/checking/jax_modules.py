@@ -16,7 +16,7 @@ import numpy as np
 
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.kinds import attention_of
-from ipa_parity.checking.calling import Ways
+from ipa_parity.checking.calling import CannotCall, Ways
 from ipa_parity.checking.candidates import (
     ARGUMENTS,
     TRANSPOSED,
@@ -39,7 +39,7 @@ USUAL_WIDTHS = 384, 128
 EPSILONS = ("norm_epsilon", "epsilon", "eps", "norm_eps", "_eps")
 """Attributes in which a module may hold the ε of lengths."""
 
-MAKERS = (
+ALPHAFOLDS = (
     ("alphafold.model.quat_affine", "QuatAffine"),
     ("alphafold.model.geometry", "Rigid3Array"),
 )
@@ -98,7 +98,8 @@ def flax_candidate(module: Any, config: IPAConfig | None, **options: Any) -> Can
             config,
             **options,
         )
-    definition, parameters, others = nnx.split(module, nnx.Param, ...)
+    split: Any = nnx.split
+    definition, parameters, others = split(module, nnx.Param, ...)
     flat = nnx.to_flat_state(parameters)
     leaves = Leaves([Leaf(tuple(map(str, path)), variable[...], False) for path, variable in flat])
 
@@ -145,10 +146,6 @@ def _as_dtype_of(tree: Any, values: list[Any]) -> Any:
     return jax.tree.map(cast, tree)
 
 
-class _Initialised(Exception):
-    """Ends a user's call when the parameters are made."""
-
-
 def _initialised(
     own: Any,
     init: Callable,
@@ -158,42 +155,59 @@ def _initialised(
     **options: Any,
 ) -> Candidate:
     """A candidate from a pair of functions: its parameters are those that init makes for a small input."""
-    single, pair = USUAL_WIDTHS if config is None else (config.num_channel, config.pair_channel or 0)
-    inputs = [jnp.ones((SMALL, single)), jnp.ones((SMALL, SMALL, pair)) if pair else None]
-    inputs += [jnp.broadcast_to(jnp.eye(3), (SMALL, 3, 3)), jnp.zeros((SMALL, 3)), jnp.ones(SMALL, bool)]
-
-    made: list[Any] = []
-
-    def module(*given: Any, **named: Any) -> Any:
-        made.append(init(jax.random.key(0), *given, **named))
-        raise _Initialised
-
-    def attempt(call: Any, given: tuple[Any, ...]) -> Any:
-        try:
-            call(module, *given)
-        except _Initialised:
-            return made
-        raise ValueError("call= was expected to call the function that it gets; it did not")
-
-    ways = Ways(calls_of(takes, options["call"]))
-    try:
-        with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
-            ways.first(attempt, tuple(inputs))
-    except Exception as error:
-        widths = f"{single} single and {pair} pair channels"
-        hint = "; pass config= if it has other widths" if config is None else ""
-        message = str(error).strip().splitlines()
-        raise ValueError(
-            f"parameters were expected from init on {SMALL} residues with {widths}{hint}; it raises "
-            f"{type(error).__name__}: {message[0] if message else ''}"
-        ) from error
-    paths, structure = jax.tree_util.tree_flatten_with_path(made[-1])
+    config = config or _enclosed_config(takes)
+    single, pair = USUAL_WIDTHS if config is None else (config.num_channel, config.pair_channel)
+    calls = list(calls_of(takes, options["call"]))
+    tree, width = _make_parameters(init, apply, calls, single, pair, known=config is not None)
+    if width not in (None, single) and config is None:  # the output's width is fixed
+        tree, _ = _make_parameters(init, apply, calls, width, pair, known=False)
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     leaves = Leaves([Leaf(tuple("/".join(map(_key, path)).split("/")), x, False) for path, x in paths])
 
     def build(values: list[Any]) -> Callable:
         return apply(jax.tree_util.tree_unflatten(structure, values))
 
     return _candidate(Built(leaves, build, own, takes), config, **options)
+
+
+def _enclosed_config(function: Callable) -> IPAConfig | None:
+    """The config that a function of ours has enclosed."""
+    cells = getattr(function, "__closure__", None) or ()
+    return next((x.cell_contents for x in cells if isinstance(x.cell_contents, IPAConfig)), None)
+
+
+def _make_parameters(
+    init: Callable, apply: Callable[[Any], Callable], calls: list[Any], single: int, pair: int | None, *, known: bool
+) -> tuple[Any, int | None]:
+    """Parameters for a small input, and the width of the output.
+
+    Raises:
+        ValueError: init or apply raises.
+    """
+    made: list[tuple[Any, Any]] = []
+
+    def module(*given: Any, **named: Any) -> Any:
+        tree = init(jax.random.key(0), *given, **named)
+        made.append((tree, apply(tree)(*given, **named)))
+        return made[-1][1]
+
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
+            frames = jnp.broadcast_to(jnp.eye(3), (SMALL, 3, 3)), jnp.zeros((SMALL, 3))
+            representations = jnp.ones((SMALL, single)), None if pair is None else jnp.ones((SMALL, SMALL, pair))
+            inputs = (*representations, *frames, jnp.ones(SMALL, bool))
+            Ways(calls).first(lambda call, given: call(module, *given), inputs)
+    except Exception as error:
+        message = str(error).strip().splitlines()
+        raise ValueError(
+            f"parameters were expected from its init, on {SMALL} residues with {single} channels and pairs with "
+            f"{pair or 'none'}" + ("" if known else " (pass config= if it has other widths)") + "; it raises "
+            f"{type(error).__name__}: {message[0] if message else ''}"
+        ) from error
+    if not made:
+        raise ValueError("call= was expected to call the function that it gets; it did not")
+    tree, result = made[-1]
+    return tree, next((x.shape[-1] for x in jax.tree.leaves(result)), None)
 
 
 def _candidate(
@@ -292,7 +306,10 @@ class _ByName:
         values = {"single": single, "pair": pair, "rotation": rotation, "translation": translation}
         values["mask"] = self.mask_of(mask, single.dtype)
         if "rigids" in self.arguments:
-            values["rigids"] = self.make(rotation, translation)
+            try:
+                values["rigids"] = self.make(rotation, translation)
+            except Exception as error:
+                raise CannotCall(f"rigids cannot be made of rotations and translations: {error}") from error
         return module(**{name: values[kind] for kind, name in self.arguments.items()})
 
 
@@ -341,16 +358,16 @@ def _makers(function: Callable, argument: str) -> Iterator[Callable[[Any, Any], 
     except Exception:  # hints of types that are not there
         kind = None
     if (isinstance(kind, type) and not issubclass(kind, jax.Array | np.ndarray | tuple)) or hasattr(kind, "_fields"):
-        yield from (partial(_made, kind), kind)
-    for module, name in MAKERS:
+        yield kind
+    for module, name in ALPHAFOLDS:
         if module in sys.modules:
-            yield partial(_made, getattr(sys.modules[module], name))
+            yield partial(_of_alphafold, getattr(sys.modules[module], name))
     yield lambda rotation, translation: rigids_of(rotation, rotation, translation)
     yield _pair_of
     yield _homogeneous
 
 
-def _made(kind: Any, rotation: Any, translation: Any) -> Any:
+def _of_alphafold(kind: Any, rotation: Any, translation: Any) -> Any:
     """Rigids of one of AlphaFold's classes."""
     if kind.__name__ == "QuatAffine":
         return kind(None, translation, rotation=rotation, unstack_inputs=True)

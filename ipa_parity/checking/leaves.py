@@ -93,9 +93,7 @@ class Leaves:
         problem: ValueError | None = None
         for shapes, haiku in ways:
             try:
-                return find_module(
-                    shapes, dialect=dialect, config=config, haiku=haiku, source=f"the parameters {self.some}"
-                )
+                return find_module(shapes, dialect=dialect, config=config, haiku=haiku)
             except ValueError as error:
                 problem = problem or error
         raise ValueError(f"{problem}. For names of your own, pass parameters=, a table of them to ours")

@@ -17,7 +17,7 @@ class Frames(NamedTuple):
         """Points (*B, N, …, 3) in the global frame."""
         n = self.origins.ndim
         shape = points.shape
-        points = points.reshape(*shape[:n - 1], -1, 3)
+        points = points.reshape(*shape[: n - 1], -1, 3)
         return (jnp.einsum("...ij,...pj->...pi", self.rotations, points) + self.origins[..., None, :]).reshape(shape)
 
     def inverse(self):
