@@ -10,10 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.kinds import attention_of
 from ipa_parity.checking.calling import CannotCall, Ways
@@ -67,6 +63,7 @@ def haiku_candidate(transformed: Any, config: IPAConfig | None, **options: Any) 
         ValueError: it has state, it cannot be initialised, or its parameters are of no dialect.
     """
     import haiku
+    import jax
 
     if isinstance(transformed, haiku.TransformedWithState):
         raise ValueError(
@@ -120,6 +117,7 @@ def equinox_candidate(module: Any, config: IPAConfig | None, **options: Any) -> 
         ValueError: its parameters are of no dialect, or the config does not fit them.
     """
     import equinox
+    import jax
 
     arrays, static = equinox.partition(equinox.nn.inference_mode(module), equinox.is_inexact_array)
     paths, structure = jax.tree_util.tree_flatten_with_path(arrays)
@@ -138,6 +136,9 @@ def _key(key: Any) -> str:
 
 def _as_dtype_of(tree: Any, values: list[Any]) -> Any:
     """A tree whose floats have the dtype of the given arrays."""
+    import jax
+    import jax.numpy as jnp
+
     dtype = values[0].dtype if values else jnp.float32
 
     def cast(x: Any) -> Any:
@@ -155,6 +156,8 @@ def _initialised(
     **options: Any,
 ) -> Candidate:
     """A candidate from a pair of functions: its parameters are those that init makes for a small input."""
+    import jax
+
     config = config or _enclosed_config(takes)
     single, pair = USUAL_WIDTHS if config is None else (config.num_channel, config.pair_channel)
     calls = list(calls_of(takes, options["call"]))
@@ -172,8 +175,11 @@ def _initialised(
 
 def _enclosed_config(function: Callable) -> IPAConfig | None:
     """The config that a function of ours has enclosed."""
-    cells = getattr(function, "__closure__", None) or ()
-    return next((x.cell_contents for x in cells if isinstance(x.cell_contents, IPAConfig)), None)
+    try:
+        enclosed = inspect.getclosurevars(function).nonlocals.values()
+    except (TypeError, ValueError):
+        return None
+    return next((x for x in enclosed if isinstance(x, IPAConfig)), None)
 
 
 def _make_parameters(
@@ -184,6 +190,9 @@ def _make_parameters(
     Raises:
         ValueError: init or apply raises.
     """
+    import jax
+    import jax.numpy as jnp
+
     made: list[tuple[Any, Any]] = []
 
     def module(*given: Any, **named: Any) -> Any:
@@ -251,7 +260,9 @@ class _Module:
         self.built, self.ways = built, Ways(calls)
 
     def run(self, parameters: Mapping[str, Any], *inputs: Any) -> Any:
-        """The first way that does not raise; a module that takes no batch is mapped over it."""
+        """The first way that works; a module that takes no batch is mapped over it."""
+        import jax
+
         dtype, mapped = inputs[0].dtype, inputs[0].ndim == 3
         module = self.built.build(self.built.leaves.values(parameters, lambda x: x.astype(dtype)))
 
@@ -277,13 +288,15 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Given:
-    """A call that the user gave."""
+    """A call that the user gave, with one form of the mask."""
 
     call: Callable
+    mask_of: Callable[[Any, Any], Any]
     takes_mask: bool = True
 
-    def __call__(self, module: Callable, *inputs: Any) -> Any:
-        return self.call(module, *inputs)
+    def __call__(self, module: Callable, single: Any, *others: Any) -> Any:
+        *inputs, mask = others
+        return self.call(module, single, *inputs, self.mask_of(mask, single.dtype))
 
 
 @dataclass(frozen=True)
@@ -333,7 +346,7 @@ def calls_of(function: Callable, call: Callable | None, *, transposed: bool = Fa
         ValueError: the arguments' names do not tell what they are.
     """
     if call is not None:
-        yield _Given(call)
+        yield from (_Given(call, form) for form in MASKS[:2])
         return
     taken = dict(arguments_of(function) or {})
     if "rigids" not in taken and len(taken.keys() & {"rotation", "translation"}) == 1:
@@ -357,7 +370,7 @@ def _makers(function: Callable, argument: str) -> Iterator[Callable[[Any, Any], 
         kind: Any = typing.get_type_hints(function).get(argument)
     except Exception:  # hints of types that are not there
         kind = None
-    if (isinstance(kind, type) and not issubclass(kind, jax.Array | np.ndarray | tuple)) or hasattr(kind, "_fields"):
+    if isinstance(kind, type) and kind.__module__.partition(".")[0] not in ("builtins", "jax", "numpy", "jaxtyping"):
         yield kind
     for module, name in ALPHAFOLDS:
         if module in sys.modules:
@@ -382,6 +395,8 @@ def _pair_of(rotation: Any, translation: Any) -> Any:
 
 def _homogeneous(rotation: Any, translation: Any) -> Any:
     """4×4 matrices."""
+    import jax.numpy as jnp
+
     upper = jnp.concatenate([rotation, translation[..., None]], -1)
     last = jnp.broadcast_to(jnp.asarray([0, 0, 0, 1], upper.dtype), (*upper.shape[:-2], 1, 4))
     return jnp.concatenate([upper, last], -2)
