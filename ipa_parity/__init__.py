@@ -1,5 +1,6 @@
 """Comparison of both frameworks on the same weights and frames, in units of machine epsilon."""
 
 from ipa_bridge.version import __version__
+from ipa_parity.checking import MISTAKES, Diagnosis, Finding, Mistake, Report, check
 
-__all__ = ["__version__"]
+__all__ = ["MISTAKES", "Diagnosis", "Finding", "Mistake", "Report", "__version__", "check"]

@@ -69,7 +69,7 @@ def _compare_stage(
         # A masked key's logit is −1e5 plus the usual terms; the softmax makes it zero whatever these are.
         visible = ~(case.mask[..., :, None] & ~case.mask[..., None, :])[..., None, :, :]
         meaningful = np.broadcast_to(visible, wanted.shape)
-        actual, wanted = (_without_row_constant(x, visible) for x in (actual, wanted))
+        actual, wanted = (without_row_constant(x, visible) for x in (actual, wanted))
     conditioning = 1.0
     if stage in ("points", "norms"):
         conditioning = tolerance.conditioning(
@@ -84,16 +84,17 @@ def _compare_stage(
         subject=subject,
         reference=reference,
         meaningful=meaningful,
-        scale=_declared_scale(case, stage, expected),
+        scale=declared_scale(case, stage, expected),
         conditioning=conditioning,
     )
 
 
-def _without_row_constant(logits: np.ndarray, visible: np.ndarray) -> np.ndarray:
+def without_row_constant(logits: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Logits less the largest visible one of each row, since the softmax removes what a row has in common."""
     return logits - np.where(visible, logits, -np.inf).max(-1, keepdims=True)
 
 
-def _declared_scale(case: Case, stage: str, expected: Arrays) -> float | None:
+def declared_scale(case: Case, stage: str, expected: Arrays) -> float | None:
     """The size of the terms in a gradient that is mathematically a sum of (nearly) zero; None for every other stage.
 
     The bias of `attention_2d` adds one number to a whole row of logits, which the softmax removes. So its gradient

@@ -1,0 +1,199 @@
+"""Candidates from PyTorch modules: their parameters by dialect, their forward by the names of its arguments."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ipa_bridge.config import IPAConfig
+from ipa_bridge.kinds import attention_of
+from ipa_bridge.weights.finding import find_module
+from ipa_parity.checking.calling import Ways
+from ipa_parity.checking.candidates import (
+    ARGUMENTS,
+    TRANSPOSED,
+    Candidate,
+    DialectNames,
+    MappedNames,
+    Names,
+    say_assumed,
+)
+from ipa_torch.replace.adapters import attribute_at
+from ipa_torch.replace.arguments import ROLES, role
+from ipa_torch.replace.recognise import EPSILONS
+from ipa_torch.replace.rigids import homogeneous, makers_of_rigids
+from ipa_torch.replace.systems import SYSTEMS
+from ipa_torch.rigid import Rigid
+
+
+def module_candidate(
+    module: nn.Module,
+    config: IPAConfig | None,
+    *,
+    parameters: str | Mapping[str, str] | None,
+    call: Callable | None,
+    name: str,
+) -> Candidate:
+    """A candidate from a module: a copy in evaluation mode, which gets our weights.
+
+    Raises:
+        ValueError: its parameters are of no dialect, or the config does not fit them.
+    """
+    shapes = {key: tuple(x.shape) for key, x in module.state_dict().items()}
+    assumed = ""
+    if isinstance(parameters, Mapping):
+        if config is None:
+            raise ValueError("config= was expected beside a table of parameters; got None")
+        names: Names = MappedNames(parameters)
+        dialect = ""
+    else:
+        found, settled, untold = find_module(shapes, dialect=parameters, config=config, haiku=False)
+        dialect, names = found.dialect.name, DialectNames(found.dialect.name, found.root)
+        config = config or _own_config(module, found.root)
+        if config is None:
+            config, assumed = _with_its_epsilon(module, attention_of(settled), untold)
+    copied = copy.deepcopy(module).eval()
+    calls = [_Given(call)] if call is not None else list(_calls(copied, config, dialect))
+    run = _Module(copied, calls).run
+    return Candidate(name, "torch", run, names, config, assumed, takes_mask=any(x.takes_mask for x in calls))
+
+
+def _own_config(module: nn.Module, root: str) -> IPAConfig | None:
+    """The config of one of our own modules."""
+    config = getattr(module.get_submodule(root), "config", None)
+    return config if isinstance(config, IPAConfig) else None
+
+
+def _with_its_epsilon(module: nn.Module, config: IPAConfig, untold: frozenset[str]) -> tuple[IPAConfig, str]:
+    """The config with the module's own ε, and what is still assumed, in words."""
+    held = (attribute_at(module, path) for path in EPSILONS)
+    epsilons = [float(x) for x in held if isinstance(x, int | float) and not isinstance(x, bool)]
+    if "norm_epsilon" in untold and epsilons:
+        config, untold = replace(config, norm_epsilon=epsilons[0]), untold - {"norm_epsilon"}
+    return config, say_assumed(config, untold)
+
+
+class _Given:
+    """A call that the user gave."""
+
+    takes_mask = True
+
+    def __init__(self, call: Callable) -> None:
+        self.call = call
+
+    def __call__(self, module: nn.Module, *inputs: Tensor | None) -> Any:
+        return self.call(module, *inputs)
+
+
+class _ByRole:
+    """A call by the names of the forward's arguments."""
+
+    def __init__(
+        self, arguments: Mapping[str, str], make: Callable[[Tensor, Tensor], Any] | None, transposed: bool
+    ) -> None:
+        self.arguments, self.make, self.transposed = arguments, make, transposed
+        self.takes_mask = "residue mask" in arguments
+
+    def __call__(
+        self,
+        module: nn.Module,
+        single: Tensor,
+        pair: Tensor | None,
+        rotation: Tensor,
+        translation: Tensor,
+        mask: Tensor,
+    ) -> Any:
+        rotation = rotation.mT if self.transposed else rotation
+        values: dict[str, Any] = {
+            "single representation": single,
+            "pair representation": pair,
+            "residue mask": mask,
+            "rotation": rotation,
+            "translation": translation,
+        }
+        if self.make is not None:
+            values["frames"] = self.make(rotation, translation)
+        return module(**{name: values[kind] for kind, name in self.arguments.items()})
+
+
+class _InFloat(_ByRole):
+    """The same call with a mask of numbers."""
+
+    def __call__(self, module: nn.Module, single: Tensor, *others: Any) -> Any:
+        pair, rotation, translation, mask = others
+        return super().__call__(module, single, pair, rotation, translation, mask.to(single.dtype))
+
+
+def _calls(module: nn.Module, config: IPAConfig, dialect: str) -> Iterator[Any]:
+    """Calls that the module's forward may take, the likeliest first.
+
+    Raises:
+        ValueError: the arguments' names do not tell what they are.
+    """
+    arguments = _arguments(module)
+    kinds: list[Callable[[Tensor, Tensor], Any] | None] = [None]
+    if "frames" in arguments:
+        system = SYSTEMS.get(dialect)
+        if system is not None and system.rigids is not None:
+            kinds = [partial(system.rigids, type(module))]
+        else:
+            made = makers_of_rigids(type(module), arguments["frames"], (), arrays=config.layout == "multimer")
+            kinds = [*made, Rigid, lambda rotation, translation: (rotation, translation), homogeneous]
+    for make in kinds:
+        for form in (_InFloat, _ByRole):
+            yield form(arguments, make, dialect in TRANSPOSED)
+
+
+def _arguments(module: nn.Module) -> dict[str, str]:
+    """The forward's arguments by their roles."""
+    parameters = [
+        x
+        for x in inspect.signature(module.forward).parameters.values()
+        if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+    ]
+    names = [x.name for x in parameters]
+    taken: dict[str, str] = {}
+    apart = {kind: [x for x in ARGUMENTS[kind] if x in names] for kind in ("rotation", "translation")}
+    if all(apart.values()):
+        taken = {kind: found[0] for kind, found in apart.items()}
+    for title, known in ROLES.items():
+        free = [x for x in names if x not in taken.values() and role(x) == title]
+        first = next((x for x in known if x in free), None)
+        if first is not None and title != "pair mask" and not (title == "frames" and "rotation" in taken):
+            taken[title] = first
+    strange = [x.name for x in parameters if x.default is x.empty and x.name not in taken.values()]
+    frames = "frames" in taken or "rotation" in taken
+    if strange or "single representation" not in taken or not frames:
+        what = ", ".join(strange) or ("frames" if "single representation" in taken else "the single representation")
+        raise ValueError(
+            f"arguments with the usual names were expected, for {', '.join(x for x in ROLES if x != 'pair mask')}; "
+            f"forward takes {', '.join(names)}, and {what} is not clear: pass call=, a function of (module, single, "
+            "pair, rotation, translation, mask)"
+        )
+    return taken
+
+
+class _Module(nn.Module):
+    """A module called with parameters by name, on inputs with or without a batch axis, whichever it takes."""
+
+    def __init__(self, module: nn.Module, calls: list[Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.ways = Ways(calls)
+
+    def forward(self, call: Any, inputs: tuple[Tensor | None, ...]) -> Any:
+        """One way to call the module."""
+        return call(self.module, *inputs)
+
+    def run(self, parameters: Mapping[str, Tensor], *inputs: Tensor | None) -> Any:
+        """The first way that does not raise, which is kept. If all raise, the first one's error is raised."""
+        self.to(cast(Tensor, inputs[0]).dtype)
+        named = {f"module.{name}": x for name, x in parameters.items()}
+        return self.ways.first(lambda *given: torch.func.functional_call(self, named, given), inputs)
