@@ -5,7 +5,7 @@ RESIDUES ?= 256 512 1024 2048 4096 8192
 BIN := .venv/bin
 ON_GPU := XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=. \
 	$(if $(filter file,$(origin PYTHON)),.venv-gpu/bin/python,$(PYTHON))
-REQUIRED := jax,torch,alphafold,transformers,invariant_point_attention,gemmi,optax,matplotlib,tqdm,jupytext,nbclient,ipykernel
+REQUIRED := jax,torch,alphafold,transformers,invariant_point_attention,flax,equinox,gemmi,optax,matplotlib,tqdm,jupytext,nbclient,ipykernel
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 30 \
 	--require=$(REQUIRED)$(if $(filter Linux,$(shell uname -s)),$(comma)triton)

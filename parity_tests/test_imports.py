@@ -70,6 +70,39 @@ assert not heavy, heavy
 """
 
 
+CHECK_EQUINOX = """
+import sys
+sys.path.insert(0, "parity_tests/checking")
+import jax
+from equinox_attention import TABLE, EquinoxAttention
+from ipa_parity.attention.cases import ODD_MULTIMER
+from ipa_parity.checking import check
+attention = EquinoxAttention(ODD_MULTIMER, key=jax.random.key(0))
+report = check(attention, ODD_MULTIMER, parameters=TABLE, dtypes=("float32",))
+assert report.passed, report
+assert any(row.stage == "gradient/rotation" for row in report.comparisons), report
+"""
+
+CHECK_NUMPY = """
+from ipa_parity.attention.cases import ODD
+from ipa_parity.checking.formula import Formula, Inputs, compute
+from ipa_parity.testing import Conformance, ipa_conformance
+try:
+    ipa_conformance(ODD)
+except ModuleNotFoundError as error:
+    assert "pytest" in str(error)
+else:
+    raise AssertionError("pytest is blocked")
+from ipa_parity.checking import check
+
+def attention(parameters, single, pair, rotation, translation, mask):
+    return compute(Formula(), parameters, ODD, Inputs(single, pair, rotation, translation, mask.astype(single.dtype)))
+
+report = check(attention, ODD)
+assert report.passed, report
+"""
+
+
 HIDDEN = """
 import importlib.util, sys
 found, importlib.util.find_spec = importlib.util.find_spec, lambda name: None if name == "haiku" else found(name)
@@ -108,6 +141,15 @@ def test_the_ground_floor_is_numpy_only():
 def test_haiku_without_torch():
     pytest.importorskip("jax")
     run(TINY_JAX, absent=("torch", "gemmi", "safetensors"))
+
+
+def test_equinox_is_checked_without_haiku_and_torch():
+    pytest.importorskip("equinox")
+    run(CHECK_EQUINOX, absent=("haiku", "flax", "torch", "pytest"))
+
+
+def test_functions_of_numpy_are_checked_without_frameworks():
+    run(CHECK_NUMPY, absent=("jax", "haiku", "torch", "flax", "equinox", "pytest"))
 
 
 @pytest.mark.parametrize("absent", [(), ("haiku",)], ids=["with Haiku", "without"])

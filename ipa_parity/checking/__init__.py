@@ -83,7 +83,7 @@ def check(
     if weights is not None:
         config = config or cast(IPAConfig, weights.config)
     seen = see(candidate, config, parameters=parameters, call=call, framework=framework, name=name)
-    gradients = gradients and bool(installed_frameworks())
+    gradients = gradients and (seen.framework != "numpy" or bool(installed_frameworks()))
     cases = list(make_probes(seen.config, seed=seed, weights=weights, structure=structure, masked=seen.takes_mask))
     judged = {
         dtype: judge_all(seen, [Probe(case, dtype) for case in cases], gradients=gradients, progress=progress)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from ipa_bridge.config import IPAConfig
+from ipa_bridge.kinds import parameter_shapes
 from ipa_bridge.weights import Weights, canonical_from_torch
+from ipa_bridge.weights.assumptions import is_functional
 from ipa_bridge.weights.dialects import find_dialect
 from ipa_bridge.weights.paths import double_slash
 from ipa_bridge.weights.tensors import torch_tensor
@@ -35,6 +38,9 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "mask": ("mask", "seq_mask", "residue_mask", "node_mask", "sequence_mask"),
 }
 """Names that an argument may have, by what it is."""
+
+TRANSPOSED = ("lucidrains", "igfold", "bioemu")
+"""Dialects whose modules take rotations that act on row vectors, as `rotations` or in their frames."""
 
 
 class Names:
@@ -94,7 +100,9 @@ class MappedNames(Names):
 
     def ours(self, arrays: Arrays, config: IPAConfig) -> Arrays:
         """Gradients by canonical name; parameters outside the table are left out."""
-        return {ours.removesuffix(".T"): _maybe_transposed(arrays[name], ours) for name, ours in self.items()}
+        shapes = parameter_shapes(config)
+        named = {ours.removesuffix(".T"): _maybe_transposed(arrays[name], ours) for name, ours in self.items()}
+        return {ours: x.reshape(shapes[ours]) for ours, x in named.items()}
 
     def items(self) -> list[tuple[str, str]]:
         """The user's names and ours."""
@@ -102,7 +110,8 @@ class MappedNames(Names):
 
 
 def _maybe_transposed(x: np.ndarray, name: str) -> np.ndarray:
-    return x.T if name.endswith(".T") else x
+    """The array, or its transpose with flattened heads."""
+    return x.reshape((x.shape[0], -1)).T if name.endswith(".T") else x
 
 
 class Run(NamedTuple):
@@ -134,6 +143,14 @@ class Candidate(NamedTuple):
         """Outputs, stages and gradients of a case under our names; numpy's functions have no gradients of their own."""
         run = {"numpy": _run_numpy, "torch": _run_torch, "jax": _run_jax}[self.framework]
         return run(self, case, gradients)
+
+
+def say_assumed(config: IPAConfig, untold: Collection[str]) -> str:
+    """What neither names nor shapes of parameters tell of a config, in words; empty if nothing."""
+    listed = ", ".join(f"{field}={getattr(config, field)!r}" for field in sorted(untold) if is_functional(field))
+    if not listed:
+        return ""
+    return f"names and shapes do not tell these, so they are assumed: {listed}; pass config= if they are others"
 
 
 def make_names(parameters: str | Mapping[str, str] | None) -> Names:
@@ -306,19 +323,36 @@ def _run_jax(candidate: Candidate, case: Case, gradients: bool) -> Run:
         leaves = {name: jax.numpy.asarray(x) for name, x in _arrays(case).items()}
         parameters = {name: jax.numpy.asarray(x) for name, x in candidate.names.theirs(case.weights).items()}
         mask, cotangent = jax.numpy.asarray(case.mask), jax.numpy.asarray(case.cotangent)
-
-        def run(parameters: Any, leaves: Any) -> Any:
-            return candidate.call(parameters, *(leaves.get(name) for name in INPUTS), mask)
-
-        result = run(parameters, leaves)
+        forward, backward = _in_jax(candidate.call)
+        result = _compiled_or_not(forward, parameters, leaves, mask)
         arrays = _stages(result, lambda x: np.asarray(x, np.float64))
         if gradients:
-            by_name, by_input = jax.grad(lambda *given: (_out(run(*given)) * cotangent).sum(), (0, 1))(
-                parameters, leaves
-            )
+            by_name, by_input = _compiled_or_not(backward, parameters, leaves, mask, cotangent)
             found = [np.asarray(x, np.float64) for x in (*by_input.values(), *by_name.values())]
             arrays |= _gradients(candidate, case, by_input, by_name, found)
     return Run(arrays, str(_out(result).dtype))
+
+
+@lru_cache(maxsize=1)  # so that inputs of the same shapes compile once
+def _in_jax(call: Call) -> tuple[Any, Any]:
+    """A candidate's call, and its gradients to parameters and inputs, compiled by `jax.jit`."""
+    import jax
+
+    def forward(parameters: Any, leaves: Any, mask: Any) -> Any:
+        return call(parameters, *(leaves.get(name) for name in INPUTS), mask)
+
+    def loss(parameters: Any, leaves: Any, mask: Any, cotangent: Any) -> Any:
+        return (_out(forward(parameters, leaves, mask)) * cotangent).sum()
+
+    return jax.jit(forward), jax.jit(jax.grad(loss, (0, 1)))
+
+
+def _compiled_or_not(function: Any, *given: Any) -> Any:
+    """A compiled function's result, or the original one's, if it cannot be traced."""
+    try:
+        return function(*given)
+    except Exception:
+        return function.__wrapped__(*given)
 
 
 def _gradients(

@@ -32,6 +32,11 @@ def see(
         from ipa_parity.checking.torch_modules import module_candidate
 
         return module_candidate(candidate, config, parameters=parameters, call=call, name=name)
+    for package in {"haiku", "flax", "equinox"} & kinds if not inspect.isclass(candidate) else ():
+        from ipa_parity.checking import jax_modules
+
+        make = getattr(jax_modules, f"{package}_candidate")
+        return make(candidate, config, parameters=parameters, call=call, name=name)
     if inspect.isclass(candidate) or not callable(candidate):
         came = f"the class {name}" if inspect.isclass(candidate) else name
         raise ValueError(

@@ -14,18 +14,23 @@ from torch import Tensor, nn
 
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.kinds import attention_of
-from ipa_bridge.weights.assumptions import is_functional
 from ipa_bridge.weights.finding import find_module
-from ipa_parity.checking.candidates import ARGUMENTS, Candidate, DialectNames, MappedNames, Names
+from ipa_parity.checking.calling import Ways
+from ipa_parity.checking.candidates import (
+    ARGUMENTS,
+    TRANSPOSED,
+    Candidate,
+    DialectNames,
+    MappedNames,
+    Names,
+    say_assumed,
+)
 from ipa_torch.replace.adapters import attribute_at
 from ipa_torch.replace.arguments import ROLES, role
 from ipa_torch.replace.recognise import EPSILONS
 from ipa_torch.replace.rigids import homogeneous, makers_of_rigids
 from ipa_torch.replace.systems import SYSTEMS
 from ipa_torch.rigid import Rigid
-
-TRANSPOSED = ("lucidrains", "igfold", "bioemu")
-"""Dialects whose modules take rotations that act on row vectors, as `rotations` or in their frames."""
 
 
 def module_candidate(
@@ -72,10 +77,7 @@ def _with_its_epsilon(module: nn.Module, config: IPAConfig, untold: frozenset[st
     epsilons = [float(x) for x in held if isinstance(x, int | float) and not isinstance(x, bool)]
     if "norm_epsilon" in untold and epsilons:
         config, untold = replace(config, norm_epsilon=epsilons[0]), untold - {"norm_epsilon"}
-    listed = ", ".join(f"{field}={getattr(config, field)!r}" for field in sorted(untold) if is_functional(field))
-    if not listed:
-        return config, ""
-    return config, f"names and shapes do not tell these, so they are assumed: {listed}; pass config= if they are others"
+    return config, say_assumed(config, untold)
 
 
 class _Given:
@@ -185,7 +187,7 @@ class _Module(nn.Module):
     def __init__(self, module: nn.Module, calls: list[Any]) -> None:
         super().__init__()
         self.module = module
-        self.ways = [(call, batched) for call in calls for batched in (False, True)]
+        self.ways = Ways(calls)
 
     def forward(self, call: Any, inputs: tuple[Tensor | None, ...]) -> Any:
         """One way to call the module."""
@@ -193,24 +195,6 @@ class _Module(nn.Module):
 
     def run(self, parameters: Mapping[str, Tensor], *inputs: Tensor | None) -> Any:
         """The first way that does not raise, which is kept. If all raise, the first one's error is raised."""
-        single = cast(Tensor, inputs[0])
-        self.to(single.dtype)
+        self.to(cast(Tensor, inputs[0]).dtype)
         named = {f"module.{name}": x for name, x in parameters.items()}
-        problem: Exception | None = None
-        for call, batched in self.ways:
-            add_batch = batched and single.ndim == 2
-            given = tuple(None if x is None else x[None] for x in inputs) if add_batch else tuple(inputs)
-            try:
-                result = torch.func.functional_call(self, named, (call, given))
-            except Exception as error:  # another kind of frames or mask may do
-                problem = problem or error
-                continue
-            self.ways = [(call, batched)]
-            return _without_batch(result) if add_batch else result
-        raise cast(Exception, problem)
-
-
-def _without_batch(result: Any) -> Any:
-    if isinstance(result, Mapping):
-        return {name: x[0] for name, x in result.items()}
-    return (result[0] if isinstance(result, tuple) else result)[0]
+        return self.ways.first(lambda *given: torch.func.functional_call(self, named, given), inputs)
