@@ -30,12 +30,18 @@ INPUTS = ("single", "pair", "rotation", "translation")
 
 ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "parameters": ("parameters", "params", "weights", "p", "state"),
-    "single": ("single", "s", "s_i", "inputs_1d", "x", "h", "node", "nodes", "act"),
-    "pair": ("pair", "z", "z_ij", "inputs_2d", "edge", "edges", "pairwise_repr"),
+    "single": (
+        *("single", "s", "s_i", "inputs_1d", "x", "h", "node", "nodes", "act", "single_repr", "single_rep"),
+        *("single_representation", "single_act", "node_embed", "node_repr", "node_feats", "node_features"),
+    ),
+    "pair": (
+        *("pair", "z", "z_ij", "inputs_2d", "edge", "edges", "pairwise_repr", "pair_repr", "pair_rep"),
+        *("pair_representation", "pair_act", "edge_embed", "edge_repr", "edge_feats", "edge_features"),
+    ),
     "rotation": ("rotation", "rotations", "rot", "rots", "R", "r"),
     "translation": ("translation", "translations", "trans", "t"),
-    "rigids": ("rigids", "rigid", "frames", "frame", "affine", "T"),
-    "mask": ("mask", "seq_mask", "residue_mask", "node_mask", "sequence_mask"),
+    "rigids": ("rigids", "rigid", "frames", "frame", "affine", "affines", "transform", "transforms", "T"),
+    "mask": ("mask", "seq_mask", "residue_mask", "node_mask", "sequence_mask", "single_mask", "res_mask", "frame_mask"),
 }
 """Names that an argument may have, by what it is."""
 

@@ -71,3 +71,39 @@ class FlaxAttention(nnx.Module):
         """(*B, N, 3·H·P) as points (*B, N, H, P, 3)."""
         by_coordinate = jnp.split(x, 3, -1)
         return jnp.stack([y.reshape(*x.shape[:-1], self.heads, -1) for y in by_coordinate], -1)
+
+
+class RowVectorAttention(nnx.Module):
+    """One with the names of the package invariant-point-attention, whose frames act on row vectors."""
+
+    def __init__(self, dim, pair_dim, *, heads=3, width=4, points=5, value_points=7, value_width=2, rngs):
+        self.heads, self.points = heads, points
+        for letter, n in {"q": width, "k": width, "v": value_width}.items():
+            setattr(self, f"to_scalar_{letter}", nnx.LinearGeneral(dim, (heads, n), use_bias=False, rngs=rngs))
+        for letter, n in {"q": points, "k": points, "v": value_points}.items():
+            setattr(self, f"to_point_{letter}", nnx.LinearGeneral(dim, (heads, n, 3), use_bias=False, rngs=rngs))
+        self.to_pairwise_attn_bias = nnx.List([nnx.Linear(pair_dim, heads, rngs=rngs)])
+        self.point_weights = nnx.Param(jnp.ones(heads))
+        self.to_out = nnx.Linear(heads * (value_width + 4 * value_points + pair_dim), dim, rngs=rngs)
+        self.eps = 1e-6
+
+    def __call__(self, single_repr, pairwise_repr, *, rotations, translations, mask):
+        x, z = single_repr, pairwise_repr
+        q, k, v = (getattr(self, f"to_scalar_{letter}")(x) for letter in "qkv")
+        local = (getattr(self, f"to_point_{letter}")(x) for letter in "qkv")
+        origins = translations[..., None, None, :]
+        q_points, k_points, v_points = (y @ rotations[..., None, :, :] + origins for y in local)
+        offset = q_points[..., :, None, :, :, :] - k_points[..., None, :, :, :, :]
+        weights = jax.nn.softplus(self.point_weights[...]) / (18 * self.points) ** 0.5
+        logits = jnp.einsum("...ihc,...jhc->...ijh", q, k) / q.shape[-1] ** 0.5
+        logits = (logits + self.to_pairwise_attn_bias[0](z) - weights * (offset**2).sum((-1, -2))) / 3**0.5
+        logits = jnp.where(mask[..., None, :, None] & mask[..., :, None, None], logits, -1e30)
+        a = jax.nn.softmax(logits, -2)
+        o_points = (jnp.einsum("...ijh,...jhpx->...ihpx", a, v_points) - origins) @ rotations.mT[..., None, :, :]
+        parts = [
+            jnp.einsum("...ijh,...jhc->...ihc", a, v),
+            o_points,
+            jnp.sqrt((o_points**2).sum(-1) + self.eps),
+            jnp.einsum("...ijh,...ijc->...ihc", a, z),
+        ]
+        return self.to_out(jnp.concatenate([y.reshape(*x.shape[:-1], -1) for y in parts], -1))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ipa_parity.attention.cases import ODD, ODD_MULTIMER
+from ipa_parity.attention.cases import ODD, ODD_MULTIMER, ODD_NO_BIAS
 from ipa_parity.checking import check
 
 jax = pytest.importorskip("jax")
@@ -16,7 +16,10 @@ import jax.numpy as jnp
 ALIKE = replace(ODD, num_scalar_v=ODD.num_scalar_qk)
 """Widths with which keys and values can be exchanged."""
 
+EPSILON = replace(ODD_NO_BIAS, norm_form="add", norm_epsilon=1e-8)
+
 BRIEFLY = {"dtypes": ("float32",), "gradients": False}
+"""Options of `check`, and of `assert_right`."""
 
 
 def flax_attention(**options):
@@ -59,6 +62,16 @@ def test_flax_nnx():
     assert_right(check(module))
     assert (module.linear_q.kernel[...] == before).all()
     assert not module.dropout.deterministic
+
+
+def test_row_vectors_and_points_unflattened():
+    """Names tell whose frames they are. Kernels have axes of heads and points, and ε is the module's own."""
+    nnx = pytest.importorskip("flax.nnx")
+    from flax_attention import RowVectorAttention
+
+    module = RowVectorAttention(ODD.num_channel, ODD.pair_channel, rngs=nnx.Rngs(0))
+    assert_right(check(module, dtypes=("float64",)), dtypes=("float64",))
+    assert named_first(check(module, parameters="lucidrains", config=EPSILON, **BRIEFLY)) == "ε = 1e-06 in the lengths"
 
 
 def test_equinox():
@@ -170,7 +183,7 @@ def test_flax_linen():
             flat = jnp.concatenate([y.reshape(*x.shape[:-1], -1) for y in parts], -1)
             return nn.Dense(x.shape[-1], name="output_projection")(flat)
 
-    assert_right(check(Linen(), ODD, **BRIEFLY), gradients=False, dtypes=("float32",))
+    assert_right(check(Linen(), ODD, **BRIEFLY), **BRIEFLY)
     assert named_first(check(Linen(thirds=False), ODD, **BRIEFLY)) == "√(1/3) missing from all logits"
 
 
@@ -182,6 +195,15 @@ def test_a_users_own_call():
 
     report = check(equinox_attention(), ODD_MULTIMER, parameters=table(), call=call, **BRIEFLY)
     assert named_first(report) == "rotations transposed"
+
+
+def test_equinox_never_sees_a_batch():
+    """It would not always raise."""
+
+    def call(module, single, *others):
+        return module(single, *others) if single.ndim == 2 else 0 * single
+
+    assert_right(check(equinox_attention(), ODD_MULTIMER, parameters=table(), call=call, **BRIEFLY), **BRIEFLY)
 
 
 def test_exceptions_are_findings():
