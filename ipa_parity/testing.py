@@ -143,8 +143,7 @@ class _Suite:
         key = dtype, digest.hexdigest() + "".join(str(x) for each in judged for x in each.findings)
         if key not in self.diagnoses:
             report = conclude(seen, {dtype: judged})
-            lines = [f"{seen.name} is {report.verdict}" + (":" if report.diagnosis else ".")]
-            lines += [str(report.diagnosis)] if report.diagnosis else []
+            lines = report.summary()
             lines += [f"  {x}" for x in dict.fromkeys(x.text for x in report.findings)]
             lines += [f"  note: {x}" for x in report.notes]
             if report.passed:

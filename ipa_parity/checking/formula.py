@@ -156,7 +156,7 @@ def attend(
     v_points = placed(formula.v_frame, low("points", local[2]))
     pair = None if inputs.pair is None else stopped("pair", inputs.pair)
     logits = _logits(formula, parameters, config, (q, k, q_points, k_points), pair, backend)
-    attention = stopped("attention", _attention(formula, logits, inputs.mask, xp))
+    attention = stopped("attention", _attention(formula, logits, inputs.mask, backend))
     weights = low("attention", attention)
     axes = {"right": ("hij", "j"), "transposed": ("hji", "j"), "own": ("hij", "i")}.get(formula.values, ("hij", "j"))
     scalar_axes = ("hij", "i") if formula.values == "own scalars" else axes
@@ -372,8 +372,9 @@ def _head_weights(formula: Formula, config: IPAConfig, gamma: Array, xp: Any) ->
     }[form](gamma)
 
 
-def _attention(formula: Formula, logits: Array, mask: Array, xp: Any) -> Array:
+def _attention(formula: Formula, logits: Array, mask: Array, backend: Backend) -> Array:
     """The softmax of line 7, with the mask."""
+    xp = backend.xp
     i, j = mask[..., None, :, None], mask[..., None, None, :]
     hidden = {
         "right": i * (1 - j) if formula.masked_rows == "all keys" else (1 - j) + 0 * i,
@@ -393,7 +394,7 @@ def _attention(formula: Formula, logits: Array, mask: Array, xp: Any) -> Array:
     elif formula.mask in hidden:
         logits = logits - 1e5 * hidden[formula.mask]
     axis = {"keys": -1, "queries": -2, "heads": -3}[formula.softmax]
-    weights = xp.exp(logits - xp.amax(logits, axis=axis, keepdims=True))
+    weights = xp.exp(logits - backend.stop(xp.amax(logits, axis=axis, keepdims=True)))
     attention = weights / weights.sum(axis=axis, keepdims=True)
     return attention * shown if formula.mask == "after softmax" else attention
 

@@ -41,10 +41,14 @@ class Report:
         """True if the verdict is "right"."""
         return self.verdict == "right"
 
+    def summary(self) -> list[str]:
+        """The verdict with the diagnosis, then a line of advice for each mistake."""
+        if self.diagnosis is None:
+            return [f"{self.candidate} is {self.verdict}."]
+        return [f"{self.candidate} is {self.verdict}: {self.diagnosis.text}.", *self.diagnosis.advice()]
+
     def __str__(self) -> str:
-        what = "" if self.diagnosis is None else f": {self.diagnosis.text}"
-        lines = [f"{self.candidate} is {self.verdict}{what}."]
-        lines += [] if self.diagnosis is None else self.diagnosis.advice()
+        lines = self.summary()
         lines += [f"  {text}" for text in dict.fromkeys(_briefly(self.findings))]
         problems = [f"{row.stage}: {row.problem}" for row in self.comparisons if row.problem]
         lines += [f"  {text}" for text in list(dict.fromkeys(problems))[:5]]

@@ -84,7 +84,7 @@ def test_a_mistake_fails_where_it_shows(changes, probes, name):
     for test, message in found.items():
         assert f"its outputs equal Algorithm 22 with {name}" in message, message
         assert message.startswith(f"output on {test.split('-')[1]} in float64:")
-        assert "; mend: " in message
+        assert " of Algorithm 22: " in message
 
 
 def test_stages():
