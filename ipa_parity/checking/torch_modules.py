@@ -7,10 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.kinds import attention_of
@@ -25,12 +22,9 @@ from ipa_parity.checking.candidates import (
     Names,
     say_assumed,
 )
-from ipa_torch.replace.adapters import attribute_at
-from ipa_torch.replace.arguments import ROLES, role
-from ipa_torch.replace.recognise import EPSILONS
-from ipa_torch.replace.rigids import homogeneous, makers_of_rigids
-from ipa_torch.replace.systems import SYSTEMS
-from ipa_torch.rigid import Rigid
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def module_candidate(
@@ -61,8 +55,9 @@ def module_candidate(
             config, assumed = _with_its_epsilon(module, attention_of(settled), untold)
     copied = copy.deepcopy(module).eval()
     calls = [_Given(call, True), _Given(call, False)] if call is not None else list(_calls(copied, config, dialect))
-    run = _Module(copied, calls).run
-    return Candidate(name, "torch", run, names, config, assumed, takes_mask=any(x.takes_mask for x in calls))
+    return Candidate(
+        name, "torch", _runner(copied, calls), names, config, assumed, takes_mask=any(x.takes_mask for x in calls)
+    )
 
 
 def _own_config(module: nn.Module, root: str) -> IPAConfig | None:
@@ -73,6 +68,9 @@ def _own_config(module: nn.Module, root: str) -> IPAConfig | None:
 
 def _with_its_epsilon(module: nn.Module, config: IPAConfig, untold: frozenset[str]) -> tuple[IPAConfig, str]:
     """The config with the module's own ε, and what is still assumed, in words."""
+    from ipa_torch.replace.adapters import attribute_at
+    from ipa_torch.replace.recognise import EPSILONS
+
     held = (attribute_at(module, path) for path in EPSILONS)
     epsilons = [float(x) for x in held if isinstance(x, int | float) and not isinstance(x, bool)]
     if "norm_epsilon" in untold and epsilons:
@@ -138,6 +136,10 @@ def _calls(module: nn.Module, config: IPAConfig, dialect: str) -> Iterator[Any]:
     Raises:
         ValueError: the arguments' names do not tell what they are.
     """
+    from ipa_torch.replace.rigids import homogeneous, makers_of_rigids
+    from ipa_torch.replace.systems import SYSTEMS
+    from ipa_torch.rigid import Rigid
+
     arguments = _arguments(module)
     kinds: list[Callable[[Tensor, Tensor], Any] | None] = [None]
     if "frames" in arguments:
@@ -154,6 +156,8 @@ def _calls(module: nn.Module, config: IPAConfig, dialect: str) -> Iterator[Any]:
 
 def _arguments(module: nn.Module) -> dict[str, str]:
     """The forward's arguments by their roles."""
+    from ipa_torch.replace.arguments import ROLES, role
+
     parameters = [
         x
         for x in inspect.signature(module.forward).parameters.values()
@@ -181,20 +185,23 @@ def _arguments(module: nn.Module) -> dict[str, str]:
     return taken
 
 
-class _Module(nn.Module):
-    """A module called with parameters by name, on inputs with or without a batch axis, whichever it takes."""
+def _runner(module: nn.Module, calls: list[Any]) -> Callable:
+    """A function of parameters by name and inputs, which calls the module in the first way that does not raise."""
+    import torch
 
-    def __init__(self, module: nn.Module, calls: list[Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.ways = Ways(calls)
+    class Called(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
 
-    def forward(self, call: Any, inputs: tuple[Tensor | None, ...]) -> Any:
-        """One way to call the module."""
-        return call(self.module, *inputs)
+        def forward(self, call: Any, inputs: tuple[Tensor | None, ...]) -> Any:
+            return call(self.module, *inputs)
 
-    def run(self, parameters: Mapping[str, Tensor], *inputs: Tensor | None) -> Any:
-        """The first way that does not raise, which is kept. If all raise, the first one's error is raised."""
-        self.to(cast(Tensor, inputs[0]).dtype)
+    called, ways = Called(), Ways(calls)
+
+    def run(parameters: Mapping[str, Tensor], single: Tensor, *others: Tensor | None) -> Any:
+        called.to(single.dtype)
         named = {f"module.{name}": x for name, x in parameters.items()}
-        return self.ways.first(lambda *given: torch.func.functional_call(self, named, given), inputs)
+        return ways.first(lambda *given: torch.func.functional_call(called, named, given), (single, *others))
+
+    return run
