@@ -47,7 +47,7 @@ def compare_with_original(attention: Recognised, replacement: Any) -> float:
     for part, x in expected.items():
         # The gradient of this bias is zero: what is left of its terms is judged by the gradient of its weights.
         scale = expected[part.replace("bias", "weights")] if part.endswith("attention_2d/bias") else x
-        apart[part] = float(np.abs(actual[part] - x).max() / np.abs(scale).max() / np.finfo(np.float32).eps)
+        apart[part] = _apart(actual[part] - x, scale)
         explained = bound("gradient" if part.startswith("gradient") else "out", "float32")
         if not apart[part] <= explained:
             raise ValueError(
@@ -56,6 +56,12 @@ def compare_with_original(attention: Recognised, replacement: Any) -> float:
                 f"explains {explained}; nothing was replaced; to replace others, name them in modules="
             )
     return apart["outputs"]
+
+
+def _apart(difference: np.ndarray, scale: np.ndarray) -> float:
+    """The largest difference over the largest magnitude (over 1 if that is zero), in epsilons of float32."""
+    largest = float(np.abs(scale).max()) or 1.0
+    return float(np.abs(difference).max()) / largest / float(np.finfo(np.float32).eps)
 
 
 def _run(attention: Recognised, kind: Any) -> dict[str, np.ndarray]:
