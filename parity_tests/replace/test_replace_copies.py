@@ -70,10 +70,11 @@ class Broken:
 
 
 @pytest.fixture
-def vendored(monkeypatch):
-    """Package `vendored` can be imported; it and everything else is as before after the test."""
-    monkeypatch.setattr(sys, "meta_path", [Vendored(), *sys.meta_path])
-    yield
+def vendored():
+    """Package `vendored` can be imported, and is gone after the test; tests name this fixture before monkeypatch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "meta_path", [Vendored(), *sys.meta_path])
+        yield
     for name in [x for x in sys.modules if x.partition(".")[0] == "vendored"]:
         del sys.modules[name]
     assert not issubclass(folding.InvariantPointAttention, ipa_jax.InvariantPointAttention)
