@@ -63,13 +63,14 @@ ONLY_IN_ONE = {
         )
     },
     **{
-        f"replace.recognise.{name}": "in JAX there is AlphaFold alone, known by where its modules lie"
+        f"replace.recognise.{name}": "in JAX there is AlphaFold alone, known by its class"
         for name in (
-            *("Recognised", "Recognised.original", "Recognised.replacement", "Recognised.dtype", "Recognised.where"),
+            *("Recognised.original", "Recognised.replacement", "Recognised.dtype", "Recognised.where"),
             *("EPSILONS", "USUAL_EPSILONS", "DROPOUTS"),
         )
     },
     "replace.recognise.SYSTEMS": "torch has a package of systems",
+    "replace.adapters.arguments_of": "torch has replace.arguments",
     "attention.rows.LANES": "XLA's products on CPU need padded heads",
     "attention.rows.SMALLEST_WEIGHT": "subnormal numbers slow torch's products on CPU",
     "attention.rows.Blocks.scratch": "XLA finds memory itself",

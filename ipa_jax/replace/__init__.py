@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -10,12 +11,17 @@ import jax
 from ipa_bridge.config import Implementation
 from ipa_bridge.replacement import ReplacedLayer, ReplacementReport
 from ipa_jax.attention import check_implementation
-from ipa_jax.replace.adapters import original_class, replaced_class
+from ipa_jax.replace.adapters import replaced_class
 from ipa_jax.replace.recognise import find_attentions
 from ipa_jax.replace.verify import compare_with_original
 
 
-def replace_alphafold_ipa(*, implementation: Implementation | None = None, verify: bool = True) -> AlphaFoldReplacement:
+def replace_alphafold_ipa(
+    *,
+    modules: str | ModuleType | Iterable[str | ModuleType] | None = None,
+    implementation: Implementation | None = None,
+    verify: bool = True,
+) -> AlphaFoldReplacement:
     """Lets AlphaFold's structure modules, monomer and multimer, build our attention instead of their own.
 
     The replacement lasts until `.restore()` is called or, as a context manager, until the end of the block:
@@ -23,30 +29,39 @@ def replace_alphafold_ipa(*, implementation: Implementation | None = None, verif
         with ipa_jax.replace_alphafold_ipa():
             result = model_runner.predict(features, random_seed=0)
 
+    By default this holds for DeepMind's or ColabFold's package alphafold, if it is installed, and for every copy of
+    AlphaFold's attention that is already imported, under any module name: import colabdesign first, and its copies are
+    found. A copy is a Haiku module `InvariantPointAttention` that takes AlphaFold's arguments. If it takes more, these
+    must have defaults, and a call that passes anything else raises.
+
     Parameters keep their names and shapes, so published ones still load. A fresh `init` draws other numbers from the
     same distribution. JAX's caches are cleared, both here and at the end of the replacement, so that jitted functions
     are traced again at their next call. Executables that were compiled ahead of time do not change.
 
     Args:
+        modules: only these modules, or names of modules to import, such as "net.model.folding" for Umol's.
         implementation: implementation of the attention; see `point_attention`.
-        verify: compare with AlphaFold's own attention on random input of its sizes, in float32.
+        verify: compare with AlphaFold's own attention on random input of its sizes, in float32: outputs and gradients,
+            with masked residues.
 
     Raises:
-        ValueError: there is no `alphafold` package, or its attention computes another function than AlphaFold's.
-            Nothing is replaced then.
+        ValueError: no module with AlphaFold's attention is found, one of `modules` has none, or one computes another
+            function than AlphaFold's. Nothing is replaced then.
     """
     check_implementation(implementation)
+    found, left_alone = find_attentions(modules)
     ours, rows = {}, []
-    for name, (module, config) in find_attentions().items():
-        original = original_class(module.InvariantPointAttention)
+    for attention in found:
+        module, original, config = attention
         ours[module] = replaced_class(original, config, implementation)
-        error = compare_with_original(name, original, ours[module], config) if verify else None
-        rows.append(ReplacedLayer(name, f"AlphaFold, {config.layout}", original.__name__, "float32", error))
+        error = compare_with_original(attention, ours[module]) if verify else None
+        name = getattr(original, "__name__", repr(original))
+        rows.append(ReplacedLayer(module.__name__, f"AlphaFold, {config.layout}", name, "float32", error))
     before = {module: module.InvariantPointAttention for module in ours}
     for module, attention in ours.items():
         module.InvariantPointAttention = attention  # type: ignore[attr-defined]
     jax.clear_caches()
-    return AlphaFoldReplacement(ReplacementReport(tuple(rows)), before, ours)
+    return AlphaFoldReplacement(ReplacementReport(tuple(rows), left_alone), before, ours)
 
 
 class AlphaFoldReplacement:

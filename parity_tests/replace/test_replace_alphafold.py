@@ -24,7 +24,7 @@ folding = pytest.importorskip("alphafold.model.folding")
 folding_multimer = pytest.importorskip("alphafold.model.folding_multimer")
 
 import ipa_jax
-from ipa_bridge.config import IPAConfig, StructureModuleConfig
+from ipa_bridge.config import StructureModuleConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -230,13 +230,6 @@ def test_a_different_function_is_detected_and_nothing_is_replaced(monkeypatch):
             ipa_jax.replace_alphafold_ipa()
     with pytest.raises(ValueError, match="implementation"):
         ipa_jax.replace_alphafold_ipa(implementation="fastest")
-
-
-def test_without_alphafold(monkeypatch):
-    elsewhere = {"alphafold_of_another_name.model.folding": IPAConfig.alphafold2()}
-    monkeypatch.setattr("ipa_jax.replace.recognise.SYSTEMS", elsewhere)
-    with pytest.raises(ValueError, match="package alphafold was expected"):
-        ipa_jax.replace_alphafold_ipa()
 
 
 def test_alphafold_is_imported_only_to_be_swapped():
