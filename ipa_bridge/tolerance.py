@@ -12,6 +12,8 @@ import numpy as np
 
 from ipa_bridge.weights.tensors import numpy_dtype
 
+WHOLE_MODEL = 8.0
+
 BOUNDS = {
     "logits": 16,
     "attention": 16,
