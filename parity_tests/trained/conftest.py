@@ -7,30 +7,29 @@ from typing import Any
 
 import pytest
 
-ROWS = pytest.StashKey[dict[str, list]]()
-"""Comparisons of attentions and of whole models, for the table printed at the end."""
+ROWS = pytest.StashKey[dict[str, Any]]()
+"""Models and comparisons of their attentions and of the whole, for the table printed at the end."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Collects these tests only where -m names them: they need packages and licences of their own."""
-    return None if "trained" in config.option.markexpr or "igfold" in config.option.markexpr else True
+    mark = "igfold" if "igfold" in collection_path.name else "trained"
+    return None if collection_path.is_dir() or mark in config.option.markexpr.split() else True
 
 
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest) -> dict[str, list]:
-    """Collects comparisons: "attentions" and "wholes"."""
-    return request.config.stash.setdefault(ROWS, {"attentions": [], "wholes": []})
+def measured(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Collects models by name, comparisons of attentions and comparisons of whole models."""
+    return request.config.stash.setdefault(ROWS, {"models": {}, "attentions": [], "wholes": []})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows: Any = config.stash.get(ROWS, None)
     if rows is None:
         return
-    from trained_report import attentions_table, wholes_table
+    from trained_report import table
 
-    terminalreporter.section("trained weights")
-    terminalreporter.write_line(attentions_table(rows["attentions"]))
-    terminalreporter.write_line("")
-    terminalreporter.write_line(wholes_table(rows["wholes"]))
+    terminalreporter.section("trained weights: attentions in eps (swapped / PyTorch / Haiku), and whole models")
+    terminalreporter.write_line(table(**rows))
     if "igfold" not in config.option.markexpr:
         terminalreporter.write_line("\nIgFold was not run: make trained WITH=igfold (non-commercial use only)")

@@ -33,7 +33,7 @@ def test_every_attention_is_swapped(name):
 @pytest.mark.parametrize(("name", "i"), LAYERS)
 def test_attention(name, i, measured):
     """Outputs and gradients of one attention: swapped, in our PyTorch module and in our Haiku module."""
-    trained = MODELS[name]
+    trained = measured["models"][name] = MODELS[name]
     path = swapped(trained)[1].replaced[i].path
     rows = compare_attention(name, trained, path)
     measured["attentions"] += rows
@@ -44,7 +44,8 @@ def test_attention(name, i, measured):
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_model(name, dtype, measured):
     """The swap changes a prediction as much as half an ulp of noise at the inputs does, and no more."""
-    row = compare_whole(name, MODELS[name], dtype)
+    trained = measured["models"][name] = MODELS[name]
+    row = compare_whole(name, trained, dtype)
     measured["wholes"].append(row)
     assert row.noise > 0
     assert row.apart <= WHOLE_MODEL * row.noise

@@ -72,10 +72,12 @@ def run_torch(call: Call, weights: Weights, dtype: torch.dtype) -> Result:
     leaves = {name: torch.from_numpy(x).to(dtype).requires_grad_() for name, x in call.leaves.items()}
     masks = {name: torch.from_numpy(x) for name, x in call.masks.items()}
     rigids = ipa_torch.Rigid(leaves["rotation"], leaves["translation"])
-    out = module(leaves["single"], torch.from_numpy(x).to(dtype) if (x := one_hot(call)) is not None else leaves["pair"], rigids, **masks)
+    distances = one_hot(call)
+    pair = leaves["pair"] if distances is None else torch.from_numpy(distances).to(dtype)
+    out = module(leaves["single"], pair, rigids, **masks)
     parameters = dict(module.named_parameters())
     found = _torch_gradients(out, call, {**leaves, **parameters})
-    return Result(_numpy(out), _gradients(found, canonical_from_torch({x: found[x] for x in parameters}, weights.config)))
+    return Result(_numpy(out), _gradients(found, canonical_from_torch(found, weights.config)))
 
 
 def run_haiku(call: Call, weights: Weights, dtype: torch.dtype) -> Result:
@@ -86,7 +88,7 @@ def run_haiku(call: Call, weights: Weights, dtype: torch.dtype) -> Result:
     pair = one_hot(call)
     fixed = None if pair is None else pair.astype(wide)
     out, (to_params, to_leaves) = _haiku(weights.config)(params, leaves, fixed, call.masks, cotangent(call).astype(wide))
-    named = canonical_from_haiku(jax.tree.map(np.asarray, to_params), weights.config)
+    named = canonical_from_haiku(jax.tree.map(np.asarray, to_params), weights.root)
     return Result(np.asarray(out), _gradients({name: np.asarray(x) for name, x in to_leaves.items()}, named))
 
 
