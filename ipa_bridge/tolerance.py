@@ -12,8 +12,6 @@ import numpy as np
 
 from ipa_bridge.weights.tensors import numpy_dtype
 
-WHOLE_MODEL = 8.0
-
 BOUNDS = {
     "logits": 16,
     "attention": 16,
@@ -49,6 +47,12 @@ KINKED = 2048.0
 A fraction of about eps of the ReLUs has inputs within rounding of zero; their gradients may flip, which adds up to
 √eps. The worst error measured, in the structure module on 2RBG, is an eighteenth of this bound. The bound finds only
 gross errors; the comparison in float64, where no ReLU flips, finds the others.
+"""
+
+WHOLE_MODEL = 8.0
+"""Factor on what half an ulp of noise at a trained model's inputs does to its prediction: bound of what a swap does.
+
+Noise enters once; rounding errors of a swapped attention enter in every layer. MEASURED
 """
 
 HALF_DTYPES = ("bfloat16", "float16")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 LICENCES = {
     "flash-abb": "BSD-3-Clause",
-    "lociPARSE": "GPL-3.0 (as its repository says; the wheel names none)",
+    "lociPARSE": "GPL-3.0 (the wheel itself names none)",
     "igfold": "JHU Academic Software License, non-commercial use only",
     "antiberty": "MIT",
 }

@@ -87,7 +87,9 @@ def run_haiku(call: Call, weights: Weights, dtype: torch.dtype) -> Result:
     leaves = {name: x.astype(wide) for name, x in call.leaves.items()}
     pair = one_hot(call)
     fixed = None if pair is None else pair.astype(wide)
-    out, (to_params, to_leaves) = _haiku(weights.config)(params, leaves, fixed, call.masks, cotangent(call).astype(wide))
+    out, (to_params, to_leaves) = _haiku(weights.config)(
+        params, leaves, fixed, call.masks, cotangent(call).astype(wide)
+    )
     named = canonical_from_haiku(jax.tree.map(np.asarray, to_params), weights.root)
     return Result(np.asarray(out), _gradients({name: np.asarray(x) for name, x in to_leaves.items()}, named))
 
