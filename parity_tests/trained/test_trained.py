@@ -19,7 +19,7 @@ LAYERS = [(name, i) for name, trained in MODELS.items() for i in range(trained.l
 def test_every_attention_is_swapped(name):
     """The file's weights are those of the loaded model, bit by bit, in every layer that is swapped."""
     trained = MODELS[name]
-    model, report = swapped(trained)
+    _, report = swapped(trained)
     assert len(report.replaced) == trained.layers
     assert not report.left_alone
     for row in report.replaced:

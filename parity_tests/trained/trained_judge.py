@@ -26,7 +26,7 @@ DRAWS = 3
 
 @cache
 def loaded(trained: Trained) -> nn.Module:
-    """The model as its package loads it. It is never run, since its class keeps tables in the dtype of its first run."""
+    """The model as its package loads it. It is never run: its class keeps tables in the dtype of the first run."""
     return trained.load()
 
 

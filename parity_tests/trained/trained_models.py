@@ -19,7 +19,10 @@ import torch
 from torch import nn
 from trained_layers import Call
 
-HEAVY = "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYYCSRWGGDGFYAMDYWGQGTLVTVSS"
+HEAVY = (
+    "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRY"
+    "ADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYYCSRWGGDGFYAMDYWGQGTLVTVSS"
+)
 LIGHT = "DIQMTQSPSSLSASVGDRVTITCRASQDVNTAVAWYQQKPGKAPKLLIYSASFLYSGVPSRFSGSRSGTDFTLTISSLQPEDFATYYCQQHYTTPPTFGQGTKVEIK"
 """Trastuzumab's variable domains, chains B and A of PDB 1N8Z."""
 
@@ -165,7 +168,6 @@ def _developability() -> nn.Module:
 
 def _score_antibody(model: nn.Module) -> torch.Tensor:
     """The four scores PSH, PPC, PNC and SFvCSP."""
-
     embedded = _embed(model["model"])[None]
     with torch.no_grad():
         return model["head"](embedded, torch.ones(embedded.shape[:2], dtype=torch.bool))[0]
@@ -182,7 +184,7 @@ def _lociparse() -> nn.Module:
 
 @cache
 def helix() -> list[torch.Tensor]:
-    """lociPARSE's own features of a single helix, with the rise, twist and about the radii of A-form RNA."""
+    """Features that lociPARSE's own code makes of a helix with A-form's rise and twist."""
     from lociPARSE.feature_generation import genFeat
 
     atoms = {"P": (8.71, 70.5, -3.75), "C4'": (9.68, 46.9, -3.10), "N": (7.0, 22.0, -0.6)}
