@@ -37,8 +37,8 @@ trained: trained-packages
 		einops ml_collections dm-tree pyyaml scipy requests tqdm $(if $(WITH),transformers biopython)
 	$(TRAINED_PIP) install --constraint constraints.txt --no-deps --no-warn-conflicts --no-index \
 		--find-links .venv-trained/wheels $(TRAINED)
-	XLA_FLAGS= .venv-trained/bin/python -m pytest parity_tests/trained -m '$(if $(WITH),trained or igfold,trained)' -q \
-		-W default --require=jax,torch,flash_abb,lociPARSE$(if $(WITH),$(comma)igfold$(comma)antiberty)
+	XLA_FLAGS= OMP_NUM_THREADS=1 .venv-trained/bin/python -m pytest parity_tests/trained \
+		-m '$(if $(WITH),trained or igfold,trained)' -q -W default --require=jax,torch,flash_abb,lociPARSE$(if $(WITH),$(comma)igfold$(comma)antiberty)
 
 # Prints the licences and gets the packages; fails and names those that the package index does not give.
 trained-packages: .venv-trained/bin/python

@@ -29,7 +29,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     from trained_report import table
 
-    terminalreporter.section("trained weights: attentions in eps (swapped / PyTorch / Haiku), and whole models")
+    terminalreporter.section(
+        "trained weights: attentions in eps (float32: before / swapped / PyTorch / Haiku), whole models"
+    )
     terminalreporter.write_line(table(**rows))
     if "igfold" not in config.option.markexpr:
         terminalreporter.write_line("\nIgFold was not run: make trained WITH=igfold (non-commercial use only)")

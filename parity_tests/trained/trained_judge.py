@@ -52,7 +52,10 @@ def calls(trained: Trained) -> dict[str, Call]:
 
 
 def compare_attention(name: str, trained: Trained, path: str) -> list[Comparison]:
-    """One attention: the swapped layer and our modules against the real class in float64, on the file's weights."""
+    """One attention: the swapped layer and our modules against the real class in float64, on the file's weights.
+
+    Rows of the subject "before" tell how far the real class itself is off in float32.
+    """
     root = path.removeprefix(trained.within)
     weights = Weights.load(trained.path, root=f"{trained.root}{root}", dialect=trained.dialect)
     call = calls(trained)[path]
@@ -73,6 +76,7 @@ def compare_attention(name: str, trained: Trained, path: str) -> list[Comparison
 
     before = theirs(loaded(trained), call, torch.float64)
     alone = before if comparable is call else theirs(loaded(trained), comparable, torch.float64)
+    judge("before", "float32", theirs(loaded(trained), call, torch.float32), before)
     for dtype, kind in DTYPES.items():
         judge("swapped", dtype, theirs(swapped(trained)[0], call, kind), before)
         judge("PyTorch", dtype, run_torch(comparable, weights, kind), alone)

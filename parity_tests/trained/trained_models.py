@@ -84,7 +84,8 @@ def in_float64(model: Trained) -> Iterator[None]:
     """Lets frames keep their dtype, and makes float64 the default, so that a whole model can run in float64."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name, widen in model.widened:
-            patch.setattr(f"{module}.{name}", widen(getattr(import_module(module), name)))
+            place = import_module(module)
+            patch.setattr(place, name, widen(getattr(place, name)))
         torch.set_default_dtype(torch.float64)
         try:
             yield

@@ -7,7 +7,7 @@ from typing import Any
 
 from licences import LICENCES
 
-SUBJECTS = ("swapped", "PyTorch", "Haiku")
+SUBJECTS = ("before", "swapped", "PyTorch", "Haiku")
 HEADINGS = (
     *("model", "licence", "weights", "layers", "float32: outputs", "gradients", "float64: outputs", "gradients"),
     *("float32: before–after", "noise", "before–exact", "after–exact", "float64: before–after", "noise", "unit"),
@@ -17,7 +17,7 @@ HEADINGS = (
 def table(models: Mapping[str, Any], attentions: Sequence[Any], wholes: Sequence[Any]) -> str:
     """One row for each model that was run.
 
-    Errors of its attentions, in eps, are the largest of all layers: swapped, PyTorch, Haiku. Then come distances
+    Errors of its attentions, in eps, are the largest of all layers: before the swap, after it, PyTorch, Haiku. Then come distances
     between predictions of the whole model.
     """
     rows = [HEADINGS, ["---"] * 4 + ["---:"] * (len(HEADINGS) - 5) + ["---"]]
@@ -39,4 +39,4 @@ def table(models: Mapping[str, Any], attentions: Sequence[Any], wholes: Sequence
 def _worst(errors: Sequence[Any], dtype: str, stage: str) -> str:
     found = [x for x in errors if x.dtype == dtype and x.stage.partition("/")[0] == stage]
     by_subject = [[x.error for x in found if x.subject == subject] for subject in SUBJECTS]
-    return " / ".join(f"{max(x):.1f}" if x else "–" for x in by_subject)
+    return " / ".join(f"{max(x):.1f}" for x in by_subject if x) or "–"
