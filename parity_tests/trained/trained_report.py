@@ -17,8 +17,8 @@ HEADINGS = (
 def table(models: Mapping[str, Any], attentions: Sequence[Any], wholes: Sequence[Any]) -> str:
     """One row for each model that was run.
 
-    Errors of its attentions, in eps, are the largest of all layers: before the swap, after it, PyTorch, Haiku. Then come distances
-    between predictions of the whole model.
+    Errors of its attentions, in eps, are the largest of all layers: before the swap (float32 alone), after it, in
+    PyTorch and in Haiku. Then come distances between predictions of the whole model.
     """
     rows = [HEADINGS, ["---"] * 4 + ["---:"] * (len(HEADINGS) - 5) + ["---"]]
     for name, trained in models.items():
