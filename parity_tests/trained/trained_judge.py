@@ -55,7 +55,8 @@ def compare_attention(name: str, trained: Trained, path: str) -> list[Comparison
     """One attention: the swapped layer and our modules against the real class in float64, on the file's weights.
 
     Without the mask of a call, attentions saturate that were not trained so, and exact gradients nearly vanish: our
-    modules are compared by their outputs alone there. Rows of the subject "before" tell how far the real class itself is off in float32.
+    modules are compared by their outputs alone there. Rows of the subject "before" tell how far the real class itself
+    is off in float32.
     """
     root = path.removeprefix(trained.within)
     weights = Weights.load(trained.path, root=f"{trained.root}{root}", dialect=trained.dialect)
