@@ -10,7 +10,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 30 \
 	--require=$(REQUIRED)$(if $(filter Linux,$(shell uname -s)),$(comma)triton)
 
-.PHONY: setup parity test test-all lint bench gpu docs compat clean
+TRAINED := flash-abb lociPARSE rotary-embedding-torch $(if $(WITH),igfold antiberty)
+TRAINED_PIP := .venv-trained/bin/python -m pip --disable-pip-version-check --quiet
+ifneq ($(filter-out igfold,$(WITH)),)
+$(error WITH=igfold was expected; got WITH=$(WITH))
+endif
+
+.PHONY: setup parity test test-all trained trained-packages lint bench gpu docs compat clean
 
 parity: .venv/.runtime
 	$(BIN)/ipa-parity
@@ -22,6 +28,28 @@ test: .venv/.dev
 # The sizes and combinations that `test` leaves out, compiled with XLA's optimisations: ten minutes more.
 test-all: .venv/.dev
 	XLA_FLAGS= $(PYTEST) -m exhaustive
+
+# Trained weights in their published packages, in an environment of their own. WITH=igfold adds IgFold, whose licence
+# allows non-commercial use only. --no-deps because lociPARSE pins versions of 2022, and igfold an antiberty that
+# downloads its weights.
+trained: trained-packages
+	$(TRAINED_PIP) install --constraint constraints.txt --editable '.[jax,torch]' pytest hypothesis \
+		einops ml_collections dm-tree pyyaml scipy requests tqdm $(if $(WITH),transformers biopython)
+	$(TRAINED_PIP) install --constraint constraints.txt --no-deps --no-warn-conflicts --no-index \
+		--find-links .venv-trained/wheels $(TRAINED)
+	XLA_FLAGS= OMP_NUM_THREADS=1 .venv-trained/bin/python -m pytest parity_tests/trained \
+		-m '$(if $(WITH),trained or igfold,trained)' -q -W default --require=jax,torch,flash_abb,lociPARSE$(if $(WITH),$(comma)igfold$(comma)antiberty)
+
+# Prints the licences and gets the packages; fails and names those that the package index does not give.
+trained-packages: .venv-trained/bin/python
+	@.venv-trained/bin/python parity_tests/trained/licences.py $(filter-out rotary%,$(TRAINED))
+	@missing=; for package in $(TRAINED); do \
+		pin=$$(grep "^$$package==" constraints.txt); \
+		test -e .venv-trained/wheels/$$pin && continue; \
+		$(TRAINED_PIP) download --no-deps --dest .venv-trained/wheels $$pin \
+			&& touch .venv-trained/wheels/$$pin || missing="$$missing $$pin"; \
+	done; \
+	test -z "$$missing" || { echo "make trained: the package index cannot be reached or lacks:$$missing" >&2; exit 1; }
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -71,6 +99,9 @@ setup: .venv/.dev
 		--no-deps alphafold-colabfold colabfold-kernels
 	touch $@
 
+.venv-trained/bin/python:
+	$(PYTHON) -m venv .venv-trained
+
 .venv/.bench: .venv/.dev
 	$(PIP) install --constraint constraints.txt --editable '.[bench]'
 	touch $@
@@ -80,4 +111,4 @@ setup: .venv/.dev
 	touch $@
 
 clean:
-	rm -rf .venv .venv-gpu .nox build *.egg-info
+	rm -rf .venv .venv-gpu .venv-trained .nox build *.egg-info

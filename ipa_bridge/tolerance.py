@@ -49,6 +49,12 @@ A fraction of about eps of the ReLUs has inputs within rounding of zero; their g
 gross errors; the comparison in float64, where no ReLU flips, finds the others.
 """
 
+WHOLE_MODEL = 8.0
+"""Factor on what half an ulp of noise at a trained model's inputs does to its prediction: bound of what a swap does.
+
+Noise enters once; rounding errors of a swapped attention enter in every layer. Most measured in `make trained`: 2.0.
+"""
+
 HALF_DTYPES = ("bfloat16", "float16")
 DTYPES = ("float64", "float32", *HALF_DTYPES)
 """The dtypes that have bounds, by name."""

@@ -55,6 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "users_own: runs on the weights and the protein given on the command line")
     config.addinivalue_line("markers", "gpu: runs on a GPU")
+    config.addinivalue_line("markers", "trained: runs in make trained, on published weights")
+    config.addinivalue_line("markers", "igfold: runs in make trained WITH=igfold; its licence is non-commercial")
     config.addinivalue_line(
         "markers", "exhaustive: runs in make test-all only; another test checks the same in make test"
     )
