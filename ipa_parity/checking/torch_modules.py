@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,8 @@ def module_candidate(
         config = config or _own_config(module, found.root)
         if config is None:
             config, assumed = _with_its_epsilon(module, attention_of(settled), untold)
+        if config is not _own_config(module, found.root):
+            config = replace(config, position_scale=1.0)  # these modules are called with frames that are scaled already
     copied = copy.deepcopy(module).eval()
     calls = [_Given(call, True), _Given(call, False)] if call is not None else list(_calls(copied, config, dialect))
     return Candidate(
@@ -130,28 +132,72 @@ class _InFloat(_ByRole):
         return super().__call__(module, single, pair, rotation, translation, mask.to(single.dtype))
 
 
+class _BySystem:
+    """A call as the module's system makes it, with a mask of numbers or of booleans."""
+
+    def __init__(
+        self,
+        system: Any,
+        takes: Sequence[Any],
+        make: Callable[[Tensor, Tensor], Any],
+        *,
+        numbers: bool,
+        adds_input: bool,
+    ) -> None:
+        self.system, self.takes, self.make, self.numbers = system, takes, make, numbers
+        self.adds_input = adds_input  # and takes no mask
+        self.takes_mask = not adds_input
+
+    def __call__(self, module: nn.Module, single: Tensor, *others: Any) -> Any:
+        pair, rotation, translation, mask = others
+        mask = mask.to(single.dtype) if self.numbers else mask
+        given = self.system.inputs(single, pair, rotation, translation, mask, self.make)
+        named = {}
+        for argument in self.takes:
+            ours = argument.ours or argument.name
+            if ours in given:
+                named[argument.name] = given[ours]
+            elif argument.is_needed:
+                named[argument.name] = next(iter(argument.neutral), None)
+        out = module(**named)
+        return out - single if self.adds_input else out
+
+
 def _calls(module: nn.Module, config: IPAConfig, dialect: str) -> Iterator[Any]:
     """Calls that the module's forward may take, the likeliest first.
 
     Raises:
         ValueError: the arguments' names do not tell what they are.
     """
-    from ipa_torch.replace.rigids import homogeneous, makers_of_rigids
+    from ipa_torch.replace.arguments import arguments_taken, role
     from ipa_torch.replace.systems import SYSTEMS
+
+    system = SYSTEMS.get(dialect)
+    if system is not None and system.method == "forward":
+        takes = arguments_taken(system, type(module), pair_free=config.pair_channel is None)
+        if not isinstance(takes, str):
+            frames = next((x.name for x in takes if role(x.ours or x.name) == "frames"), "")
+            for make in _makers(module, system, frames, config):
+                for numbers in (True, False):
+                    yield _BySystem(system, takes, make, numbers=numbers, adds_input=dialect == "abodybuilder2")
+            return
+    arguments = _arguments(module)
+    kinds = _makers(module, system, arguments["frames"], config) if "frames" in arguments else [None]
+    for kind in kinds:
+        for form in (_InFloat, _ByRole):
+            yield form(arguments, kind, dialect in TRANSPOSED)
+
+
+def _makers(module: nn.Module, system: Any, argument: str, config: IPAConfig) -> list[Any]:
+    """Functions that make the frames that a module may take."""
+    from ipa_torch.replace.rigids import homogeneous, makers_of_rigids
     from ipa_torch.rigid import Rigid
 
-    arguments = _arguments(module)
-    kinds: list[Callable[[Tensor, Tensor], Any] | None] = [None]
-    if "frames" in arguments:
-        system = SYSTEMS.get(dialect)
-        if system is not None and system.rigids is not None:
-            kinds = [partial(system.rigids, type(module))]
-        else:
-            made = makers_of_rigids(type(module), arguments["frames"], (), arrays=config.layout == "multimer")
-            kinds = [*made, Rigid, lambda rotation, translation: (rotation, translation), homogeneous]
-    for make in kinds:
-        for form in (_InFloat, _ByRole):
-            yield form(arguments, make, dialect in TRANSPOSED)
+    if system is not None and system.rigids is not None:
+        return [partial(system.rigids, type(module))]
+    arrays = config.layout == "multimer"
+    made = makers_of_rigids(type(module), argument, (), arrays=arrays) if argument else ()
+    return [*made, Rigid, lambda rotation, translation: (rotation, translation), homogeneous]
 
 
 def _arguments(module: nn.Module) -> dict[str, str]:
