@@ -18,7 +18,7 @@ from ipa_parity.checking.judging import STAGES, Judged, compare_with
 from ipa_parity.checking.probes import Probe
 from ipa_parity.checking.reporting import Report
 from ipa_parity.frameworks import installed_frameworks
-from ipa_parity.vectors.folders import DTYPES, SUFFIXES, Vectors, open_vectors, read_arrays, within
+from ipa_parity.vectors.folders import DTYPES, MANIFEST, SUFFIXES, Vectors, open_vectors, read_arrays, within
 
 
 def judge_outputs(outputs: Path, vectors: Path, progress: Callable[[str], None] = lambda step: None) -> Report:
@@ -56,6 +56,8 @@ def _files(outputs: Path, vectors: Vectors) -> tuple[dict[tuple[str, str], Path]
         raise ValueError(
             f"{outputs}: a folder or a file of outputs was expected; there is none: run your program first"
         )
+    if (outputs / MANIFEST).exists():
+        raise ValueError(f"{outputs}: outputs were expected; got a folder of vectors: pass the folder of your outputs")
     paths = sorted(outputs.iterdir()) if outputs.is_dir() else [outputs]
     known = {f"{file}.{dtype}": (dtype, file) for dtype in DTYPES for file in vectors.probes}
     found: dict[tuple[str, str], Path] = {}

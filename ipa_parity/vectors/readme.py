@@ -45,7 +45,8 @@ says whether they are right, and if not, which known mistake gives them. Probes 
 
 max|yours − expected| / max|expected| over what counts, in machine epsilons of the dtype: 2⁻²³ in float32 and 2⁻⁵² in
 float64. Bounds: {bounds}.
-They are multiplied by 1 + max|t| / max|points|, with t after the division.
+They are multiplied by 1 + max|t| / max|points|, with t after the division. Gradients that are mathematically zero, of
+biases that cancel in the softmax, are measured against the size of their terms.
 
 ## Arrays of the first probe
 

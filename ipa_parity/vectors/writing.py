@@ -93,10 +93,16 @@ def _check_free(path: Path) -> None:
 
 
 def _check_names(names: Names, weights: Weights, parameters: str | None) -> None:
-    """The parameters come back from the system's names as they were."""
-    ours = names.ours(names.theirs(weights), weights.config)
+    """Checks that the parameters come back from the system's names as they were."""
+    try:
+        ours, problem = names.ours(names.theirs(weights), weights.config), "its layout is another one"
+    except (ValueError, KeyError) as error:
+        ours, problem = {}, str(error).rpartition("\n")[2].strip()
     if ours.keys() != weights.arrays.keys() or any(not np.array_equal(x, ours[n]) for n, x in weights.arrays.items()):
-        raise ValueError(f"a system with this attention's parameters was expected; got {parameters}: pass another one")
+        raise ValueError(
+            f"a system that has this attention's parameters was expected; got {parameters} ({problem}): pass another "
+            "one, or none for our names"
+        )
 
 
 def _arrays(probe: Probe, names: Names) -> Arrays:
