@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -19,7 +20,9 @@ from ipa_parity.cli import main
 from ipa_parity.vectors import judge_outputs, write_vectors
 from ipa_parity.vectors.folders import SUFFIXES, open_vectors, read_arrays, within
 
-SOURCE = Path(__file__).resolve().parents[2] / "examples" / "vectors" / "ipa.c"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "examples" / "vectors" / "ipa.c"
+PAGE = (ROOT / "docs" / "vectors.md").read_text("utf-8")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,6 +93,26 @@ def test_a_mistake_in_c_is_named(vectors, tmp_path, old, new, name):
     assert report.verdict == "wrong"
     assert report.diagnosis.kind == "mistake"
     assert any(name in x.name for x in report.diagnosis.mistakes[0]), str(report)
+
+
+def test_the_pages_mistake_gives_what_the_page_says(vectors, tmp_path):
+    old, new = (re.search(rf"^\{sign} +(.*)$", PAGE, re.MULTILINE)[1] for sign in "-+")
+    report = judge_outputs(run_c(vectors, tmp_path, (old, new)), vectors)
+    said, *_ = str(report).partition(", within")
+    assert said in PAGE
+    assert report.diagnosis.advice()[0] in PAGE
+
+
+def test_the_pages_reader_in_cpp(vectors, tmp_path):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler named c++")
+    (tmp_path / "read.cpp").write_text(re.search(r"```cpp\n(.*?)```", PAGE, re.DOTALL)[1], "utf-8")
+    subprocess.run([compiler, "-std=c++17", "-o", tmp_path / "read", tmp_path / "read.cpp"], check=True)
+    path = vectors / "a_batch.float64.safetensors"
+    for name in ("input/pair", "parameter/q_scalar/weights", "expected/gradient/rotation"):
+        printed = subprocess.run([tmp_path / "read", path, name], check=True, capture_output=True, text=True).stdout
+        np.testing.assert_array_equal([float(x) for x in printed.split()], read_arrays(path)[name].ravel())
 
 
 def test_the_program_in_c_refuses_damaged_files(vectors, tmp_path):
