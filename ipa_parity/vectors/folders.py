@@ -49,7 +49,7 @@ class Vectors:
         self._check(path, inputs, dtype)
         try:
             weights = Weights(self.names.ours(parameters, self.config), self.config)
-        except (KeyError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: parameters of the manifest's config were expected: {error}") from error
         inputs.setdefault("pair", None)  # type: ignore[arg-type]
         return Probe(Case(self.probes[file], weights, **inputs), dtype)
@@ -87,6 +87,8 @@ def open_vectors(path: Path) -> Vectors:
             raise ValueError(
                 f"names of files without folders were expected as probes; got {', '.join(probes) or 'none'}"
             )
+        if not isinstance(manifest["parameters"], str | None):
+            raise ValueError(f"a system or null was expected as parameters; got {manifest['parameters']!r}")
         return Vectors(path, IPAConfig(**manifest["config"]), probes, make_names(manifest["parameters"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path / MANIFEST} is damaged ({error}): write the vectors again") from error

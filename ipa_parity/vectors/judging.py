@@ -77,7 +77,7 @@ def _files(outputs: Path, vectors: Vectors) -> tuple[dict[tuple[str, str], Path]
         )
     missing = [name for name, key in known.items() if key not in found]
     notes = [f"no outputs of {', '.join(missing)}: these probes were not judged"] if missing else []
-    notes += [f"no probe is named as these: {', '.join(strange)}"] if strange else []
+    notes += [f"no probe is named as these: {', '.join(strange[:5])}"] if strange else []
     return {key: found[key] for key in known.values() if key in found}, notes
 
 

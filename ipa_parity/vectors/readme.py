@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from ipa_bridge.config import IPAConfig
 from ipa_bridge.tolerance import BOUNDS
 from ipa_parity.attention.stages import Arrays
@@ -37,7 +39,7 @@ says whether they are right, and if not, which known mistake gives them. Probes 
     outermost, in `kv_point_local` as (3, H, [P keys | Pv values]).
   - multimer: queries, keys and values are apart; points lie per head as (3, P).
 - Features before `output_projection`: o (H, Cv) | x (H, Pv) | y (H, Pv) | z (H, Pv) | norms (H, Pv) | o_pair (H, c_z).
-- Length of a point: {norm} with ε = {epsilon:g}. The logits' factor is √(1/{terms}).
+- Length of a point: {norm} with ε = {epsilon:g}. The logits' factor is √(1/{terms}).{others}
 - `logits` count up to a constant per row, and for valid keys only. `points` are in the local frame.
 - Gradients are those of Σ cotangent·out. The nine entries of a rotation count as independent numbers.
 
@@ -57,9 +59,23 @@ N = {n} residues, H = {h} heads. Probes differ in N, and `a_batch` has a batch a
 """
 
 
+OTHERS = (
+    "distance_form",
+    "distance_epsilon",
+    "point_weight_form",
+    "rotary_embedding",
+    "pair_bias",
+    "pair_value_channel",
+    "pair_value_per_head",
+)
+"""Fields of a config by which it departs from Algorithm 22."""
+
+
 def readme(arrays: Arrays, config: IPAConfig) -> str:
     """The page's text, with the arrays of one probe."""
     bounds = ", ".join(f"{stage} {BOUNDS[stage]}" for stage in (*STAGES, "gradient"))
+    usual = {x.name: x.default for x in fields(config)}
+    others = ", ".join(f"`{x}={getattr(config, x)!r}`" for x in OTHERS if getattr(config, x) != usual[x])
     page = PAGE.format(
         stages=", ".join(f"`{x}`" for x in STAGES[:-1]),
         unit="units of the model" if config.frame_unit is None else f"units of {config.frame_unit:g} Å",
@@ -68,6 +84,9 @@ def readme(arrays: Arrays, config: IPAConfig) -> str:
         norm="√(|x|² + ε)" if config.norm_form == "add" else "√max(|x|², ε²)",
         epsilon=config.norm_epsilon,
         terms=config.num_logit_terms,
+        others=f"\n- Not as in Algorithm 22: {others}; the docstring of `IPAConfig` says what that is."
+        if others
+        else "",
         bounds=bounds,
         n=arrays["input/mask"].shape[-1],
         h=config.num_head,

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from ipa_bridge.weights.files import write_arrays
-from ipa_parity.attention.cases import ODD, ODD_MULTIMER
-from ipa_parity.checking.formula import Formula, compute
+from ipa_parity.attention.cases import ODD, ODD_MULTIMER, ODD_NO_PAIR, ODD_PAIR_VALUES
 from ipa_parity.checking.probes import make_probes
 from ipa_parity.cli import main
 from ipa_parity.vectors import judge_outputs, write_vectors
@@ -42,17 +41,11 @@ def files(vectors, suffix=".safetensors"):
     return sorted(vectors.glob(f"*{suffix}"))
 
 
-def answer(vectors, outputs, suffix=".safetensors", formula=None, **changes):
-    """Writes what a formula makes of the vectors' inputs, with the expected gradients; `changes` replace arrays."""
+def answer(vectors, outputs, suffix=".safetensors", **changes):
+    """Writes the expected results as if a program had computed them; `changes` replace arrays."""
     outputs.mkdir()
-    folder = open_vectors(vectors)
     for path in files(vectors, suffix):
-        file, _, dtype = path.stem.partition(".")
-        probe = folder.probe(file, dtype)
-        weights = {name: x.astype(np.float64) for name, x in probe.case.weights.arrays.items()}
-        stages = compute(formula or Formula(), weights, folder.config, probe.inputs(np.asarray, np.float64))
-        gradients = {f"gradient/{name}": x for name, x in within(read_arrays(path), "expected/gradient").items()}
-        write_arrays(outputs / path.name, {**stages, **gradients, **changes})
+        write_arrays(outputs / path.name, within(read_arrays(path), "expected") | changes)
     return outputs
 
 
@@ -128,7 +121,14 @@ def test_the_program_in_c_refuses_damaged_files(vectors, tmp_path):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(
     ("config", "parameters"),
-    [(ODD, None), (replace(ODD, num_scalar_v=4), "openfold"), (ODD_MULTIMER, None), (ODD, "alphafold")],
+    [
+        (ODD, None),
+        (replace(ODD, num_scalar_v=4), "openfold"),
+        (ODD, "alphafold"),
+        (ODD_MULTIMER, None),
+        (ODD_NO_PAIR, None),
+        (ODD_PAIR_VALUES, None),
+    ],
 )
 def test_what_is_written_comes_back(tmp_path, config, parameters, suffix):
     write_vectors(tmp_path / "v", config, parameters=parameters)
@@ -139,7 +139,8 @@ def test_what_is_written_comes_back(tmp_path, config, parameters, suffix):
         probe = folder.probe(case.name.replace(" ", "_"), "float64")
         assert (probe.name, folder.config) == (case.name, config)
         for field in ("single", "pair", "rotation", "translation", "mask", "cotangent"):
-            np.testing.assert_array_equal(getattr(probe.case, field), getattr(case, field))
+            if getattr(case, field) is not None:
+                np.testing.assert_array_equal(getattr(probe.case, field), getattr(case, field))
         for name, x in case.weights.arrays.items():
             np.testing.assert_array_equal(probe.case.weights.arrays[name], x)
     report = judge_outputs(answer(tmp_path / "v", tmp_path / "mine", suffix), tmp_path / "v")
@@ -148,6 +149,17 @@ def test_what_is_written_comes_back(tmp_path, config, parameters, suffix):
     assert {"points", "out", "gradient/rotation", "gradient/output_projection/weights"} <= {
         x.stage for x in report.comparisons
     }
+
+
+def test_the_folders_page_lists_every_array_and_departure(vectors, tmp_path):
+    page = (vectors / "README.md").read_text("utf-8")
+    for name, x in read_arrays(vectors / "random_frames.float64.npz").items():
+        assert f"| `{name}` | {x.shape} |" in page
+    assert "10 Å" in page
+    assert "Not as in" not in page
+    write_vectors(tmp_path / "v", ODD_PAIR_VALUES)
+    page = (tmp_path / "v" / "README.md").read_text("utf-8")
+    assert "`distance_form='unsquared'`, `pair_value_channel=4`, `pair_value_per_head=True`" in page
 
 
 def test_both_formats_hold_the_same(vectors):
@@ -174,6 +186,12 @@ def test_parts_are_judged_with_a_note(vectors, tmp_path):
     assert "extra" in report.notes[1]
     (outputs / "random_frame.float64.npz").touch()
     assert any("random_frame.float64.npz" in x for x in judge_outputs(outputs, vectors).notes)
+
+
+def test_outputs_that_are_not_finite_are_wrong(vectors, tmp_path):
+    report = judge_outputs(answer(vectors, tmp_path / "mine", out=np.full((17, ODD.num_channel), np.nan)), vectors)
+    assert report.verdict == "wrong"
+    assert "not finite" in str(report)
 
 
 def test_a_wrong_shape_is_told(vectors, tmp_path):
@@ -215,6 +233,10 @@ def damage(vectors, outputs, kind):
         manifest["probes"] = {"../secret": "random frames"}
     elif kind == "other format":
         manifest["format"] = 2
+    elif kind == "other parameters":
+        manifest["parameters"] = 5
+    elif kind == "another system":
+        manifest["parameters"] = "openfold"
     elif kind == "no object":
         manifest = [1]
     if kind != "no vectors":
@@ -236,6 +258,8 @@ def damage(vectors, outputs, kind):
         ("other widths", "inputs"),
         ("outside", "names of files without folders were expected"),
         ("other format", "format 1 was expected; got 2"),
+        ("other parameters", "is damaged"),
+        ("another system", "parameters of the manifest's config were expected"),
         ("no object", "is damaged"),
     ],
 )
