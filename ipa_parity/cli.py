@@ -31,6 +31,7 @@ examples:
   ipa-parity --weights params_model_1.npz --structure 1gcn.pdb
   ipa-parity --module structure-module --structure 1gcn.pdb --json
   ipa-parity check mylab.model:MyIPA    (is your own attention right? see ipa-parity check --help)
+  ipa-parity vectors DIR                (inputs and results for other languages, see ipa-parity vectors --help)
 """
 
 KINKS = (
@@ -48,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ipa_parity.checking.cli import main as check
 
         return check(argv[1:])
+    if argv and argv[0] == "vectors":
+        from ipa_parity.vectors.cli import main as vectors
+
+        return vectors(argv[1:])
     args = _parser().parse_args(argv)
     try:
         frameworks = _frameworks(args.require)

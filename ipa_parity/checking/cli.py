@@ -20,12 +20,14 @@ from ipa_bridge.weights import Weights
 from ipa_parity.attention.cases import PRESETS, load_weights
 from ipa_parity.checking import check
 from ipa_parity.checking.reporting import Report
+from ipa_parity.vectors.judging import judge_outputs
 
 EXAMPLES = """\
 examples:
   ipa-parity check mylab.model:MyIPA --kwargs '{"c_s": 384, "c_z": 128}' --parameters openfold
   ipa-parity check model.py:attention --preset alphafold2
   ipa-parity check model.py:model --parameters names.json --structure 1gcn.pdb --json
+  ipa-parity check --outputs mine --vectors vectors    (what a program in any language wrote; ipa-parity vectors --help)
 
 exit status: 0 for a right candidate, 1 for one that is wrong or imprecise, 2 for wrong arguments
 """
@@ -55,8 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "target", help="a class, an instance or a function, as package.module:name or path/to/file.py:name"
+        "target",
+        nargs="?",
+        help="a class, an instance or a function, as package.module:name or path/to/file.py:name",
     )
+    parser.add_argument("--outputs", metavar="PATH", help="in place of a target: a folder or file of its outputs")
+    parser.add_argument("--vectors", metavar="DIR", help="with --outputs: the folder of ipa-parity vectors")
     parser.add_argument("--kwargs", metavar="JSON", help="arguments of a class, as a JSON object")
     parser.add_argument(
         "--preset", choices=PRESETS, help="the config (default: read from the shapes of its parameters)"
@@ -86,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, progress: Progress) -> Report:
+    if args.outputs or args.vectors or not args.target:
+        return _judge_outputs(args, progress)
     parameters: Any = args.parameters
     if parameters and os.path.isfile(parameters):
         parameters = json.loads(Path(parameters).read_text())
@@ -105,6 +113,15 @@ def _run(args: argparse.Namespace, progress: Progress) -> Report:
         name=name,
         progress=lambda step: progress(f"{name}: {step}"),
     )
+
+
+def _judge_outputs(args: argparse.Namespace, progress: Progress) -> Report:
+    if args.target or not args.outputs or not args.vectors:
+        raise ValueError("a target, or --outputs and --vectors together, was expected; see ipa-parity check --help")
+    others = ("kwargs", "preset", "parameters", "call", "framework", "weights", "structure", "dtype", "no_gradients")
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]:
+        raise ValueError(f"--outputs and --vectors alone were expected, since vectors fix the rest; got {given[0]} too")
+    return judge_outputs(Path(args.outputs), Path(args.vectors), progress)
 
 
 def load_target(target: str, kwargs: str | None) -> Any:
