@@ -154,9 +154,8 @@ class _BySystem:
         given = self.system.inputs(single, pair, rotation, translation, mask, self.make)
         named = {}
         for argument in self.takes:
-            ours = argument.ours or argument.name
-            if ours in given:
-                named[argument.name] = given[ours]
+            if argument.ours in given:
+                named[argument.name] = given[argument.ours]
             elif argument.is_needed:
                 named[argument.name] = next(iter(argument.neutral), None)
         out = module(**named)
@@ -248,6 +247,21 @@ def _runner(module: nn.Module, calls: list[Any]) -> Callable:
     def run(parameters: Mapping[str, Tensor], single: Tensor, *others: Tensor | None) -> Any:
         called.to(single.dtype)
         named = {f"module.{name}": x for name, x in parameters.items()}
-        return ways.first(lambda *given: torch.func.functional_call(called, named, given), (single, *others))
+
+        def attempt(call: Any, given: tuple[Tensor | None, ...]) -> Any:
+            return torch.func.functional_call(called, named, (call, given))
+
+        try:
+            return ways.first(attempt, (single, *others))
+        except Exception:
+            if single.ndim == 2:
+                raise
+        each = [  # it takes one protein at a time
+            ways.first(attempt, tuple(None if x is None else x[n] for x in (single, *others)))
+            for n in range(len(single))
+        ]
+        if isinstance(each[0], Mapping):
+            return {name: torch.stack([x[name] for x in each]) for name in each[0]}
+        return torch.stack([x[0] if isinstance(x, tuple) else x for x in each])
 
     return run
