@@ -32,7 +32,7 @@ class Formula:
     roles: str = "right"  # "queries and keys", "query and key points", "keys and values": these are exchanged
     biases: str = "kept"  # of the projections: "dropped", "no points'", "no keys'"
     rotation: str = "right"  # "transposed"
-    qk_frame: str = "global"  # "local", "rotated", "shifted", "shifted first", "inverse"
+    qk_frame: str = "global"  # "local", "rotated", "shifted", "shifted first", "inverse", "transposed"
     v_frame: str = "global"
     back: str = "right"  # "none", "rotated", "shifted", "rotated first", "not transposed", "forward"
     unit: float = 1.0  # factor on translations
@@ -259,11 +259,12 @@ def _placed(rotation: Array, translation: Array, xp: Any, frame: str, x: Array) 
         return x
     if frame == "shifted":
         return x + t
+    if frame == "transposed":
+        return xp.einsum("...nyx,...nhpy->...nhpx", rotation, x) + t
     if frame in ("inverse", "shifted first"):
         axes = "...nyx" if frame == "inverse" else "...nxy"
         return xp.einsum(f"{axes},...nhpy->...nhpx", rotation, x - t if frame == "inverse" else x + t)
-    turned = xp.einsum("...nxy,...nhpy->...nhpx", rotation, x)
-    return turned if frame == "rotated" else turned + t
+    return xp.einsum("...nxy,...nhpy->...nhpx", rotation, x) + (0 if frame == "rotated" else t)
 
 
 def _taken_back(formula: Formula, rotation: Array, translation: Array, x: Array, xp: Any) -> Array:

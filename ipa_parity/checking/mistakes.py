@@ -106,6 +106,12 @@ MISTAKES = (
         _FRAMES,
         {"qk_frame": "inverse", "v_frame": "inverse"},
     ),
+    Mistake(
+        "rotations transposed where points go to the global frame, but not on their way back",
+        "7, 10",
+        _FRAMES,
+        {"qk_frame": "transposed", "v_frame": "transposed"},
+    ),
     Mistake("output points not taken back to the local frame", "10", _FRAMES, {"back": "none"}),
     Mistake("output points rotated back but not translated", "10", _FRAMES, {"back": "rotated"}),
     Mistake("output points translated back but not rotated", "10", _FRAMES, {"back": "shifted"}),
@@ -378,13 +384,6 @@ MISTAKES = (
         "11",
         _ORDER,
         _order("o", "o_pair", "x", "y", "z", "norms"),
-        _reads_pair,
-    ),
-    Mistake(
-        "features in the order o_pair, o, x, y, z, lengths",
-        "8–11",
-        _ORDER,
-        _order("o_pair", "o", "x", "y", "z", "norms"),
         _reads_pair,
     ),
     Mistake(

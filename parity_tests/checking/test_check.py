@@ -237,10 +237,10 @@ def test_the_command(capsys, tmp_path):
     assert "float32: random frames" in err
     wrong = tmp_path / "wrong_ipa.py"
     wrong.write_text(SOURCE.replace(*TRANSPOSED))
-    status, out, err = run(capsys, f"{wrong}:MyIPA", "--quiet", "--json", "--no-gradients")
+    status, out, err = run(capsys, f"{wrong}:MyIPA", "--quiet", "--json", "--no-gradients", "--dtype", "float64")
     report = json.loads(out)
     assert (status, err, report["verdict"]) == (1, "", "wrong")
-    assert "inverse" in report["diagnosis"]["text"] or "transposed" in report["diagnosis"]["text"]
+    assert "rotations transposed where points go to the global frame" in report["diagnosis"]["text"]
 
 
 @pytest.mark.parametrize(

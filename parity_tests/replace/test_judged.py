@@ -16,10 +16,11 @@ from ipa_bridge.config import IPAConfig
 from ipa_parity import check
 
 
-@pytest.mark.parametrize("which", stand_ins.STAND_INS)
+@pytest.mark.parametrize("which", [x for x in stand_ins.STAND_INS if "other class" not in x])
 def test_swapped_layers_of_openfold_and_its_kin(which):
+    """All but one whose norm is not its dialect's: our weights with that norm convert to the other layout."""
     layer = stand_ins.stand_in(which, "float64")[0]
-    assert_right(layer, True, layer.function)
+    assert_right(layer, True)
 
 
 OTHERS = {
@@ -37,11 +38,12 @@ def test_layers_without_a_batch_or_with_a_call_of_their_own(which, swapped):
     assert_right(kind(config).double(), swapped, gradients=which != "OmegaFold")
 
 
-def assert_right(layer, swapped, config=None, *, gradients=True):
+def assert_right(layer, swapped, *, gradients=True):
     torch.nn.init.normal_(next(x for name, x in layer.named_parameters() if "out" in name or "final" in name))
     if swapped:
         model = nn.ModuleList([layer])
         ipa_torch.replace_ipa(model)
         layer = model[0]
+    config = layer._ipa_twins.config if swapped else None
     report = check(layer, config, dtypes=("float32",), gradients=gradients)
     assert report.passed, str(report)
