@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -85,9 +84,9 @@ def _run(layer: nn.Module, leaves: dict[str, torch.Tensor], extra: dict[str, Any
     return layer(leaves["single"], leaves["pair"], rotations=rotations, translations=leaves["translation"], **extra)
 
 
-def _all_valid(call: Call) -> Call:
-    """Residues that the mask hides attend to all alike in IgFold; to all by their weights in our modules."""
-    return call if call.extra["mask"].all() else replace(call, extra={"mask": None, "key_padding_mask": None})
+def _all_valid(call: Call) -> bool:
+    """False with masked residues: these attend to all alike in IgFold, and by their weights in our modules."""
+    return bool(call.extra["mask"].all())
 
 
 def _widened(get_ideal_coords: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:

@@ -54,25 +54,21 @@ def calls(trained: Trained) -> dict[str, Call]:
 def compare_attention(name: str, trained: Trained, path: str) -> list[Comparison]:
     """One attention: the swapped layer and our modules against the real class in float64, on the file's weights.
 
-    Without the mask of a call, attentions saturate that were not trained so, and exact gradients nearly vanish: our
-    modules are compared by their outputs alone there. Rows of the subject "before" tell how far the real class itself
-    is off in float32.
+    Rows of the subject "before" tell how far the real class itself is off in float32.
     """
     root = path.removeprefix(trained.within)
     weights = Weights.load(trained.path, root=f"{trained.root}{root}", dialect=trained.dialect)
-    call = calls(trained)[path]
-    comparable = trained.comparable(call)
-    rows = []
+    call, rows = calls(trained)[path], []
 
     def theirs(model: nn.Module, call: Call, dtype: torch.dtype) -> Result:
         layer = copy.deepcopy(model.get_submodule(path)).to(dtype)
         with in_float64(trained) if dtype is torch.float64 else nullcontext():
             return run_theirs(layer, call, weights, trained.dialect, trained.run)
 
-    def judge(subject: str, dtype: str, actual: Result, expected: Result, gradients: bool = True) -> None:
+    def judge(subject: str, dtype: str, actual: Result, expected: Result) -> None:
         assert actual.gradients.keys() == expected.gradients.keys()
         stages = {"out": (actual.out, expected.out)}
-        for leaf, exact in expected.gradients.items() if gradients else ():
+        for leaf, exact in expected.gradients.items():
             if exact.any():
                 stages[f"gradient/{leaf}"] = actual.gradients[leaf], exact
             else:  # where a mask hides all keys, nothing depends on the logits
@@ -81,12 +77,12 @@ def compare_attention(name: str, trained: Trained, path: str) -> list[Comparison
         rows.extend(compare(*pair, stage=stage, **names) for stage, pair in stages.items())
 
     before = theirs(loaded(trained), call, torch.float64)
-    alone = before if comparable is call else theirs(loaded(trained), comparable, torch.float64)
     judge("before", "float32", theirs(loaded(trained), call, torch.float32), before)
     for dtype, kind in DTYPES.items():
         judge("swapped", dtype, theirs(swapped(trained)[0], call, kind), before)
-        judge("PyTorch", dtype, run_torch(comparable, weights, kind), alone, comparable is call)
-        judge("Haiku", dtype, run_haiku(comparable, weights, kind), alone, comparable is call)
+        if trained.comparable(call):
+            judge("PyTorch", dtype, run_torch(call, weights, kind), before)
+            judge("Haiku", dtype, run_haiku(call, weights, kind), before)
     return rows
 
 

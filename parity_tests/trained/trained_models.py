@@ -54,8 +54,8 @@ class Trained:
     """Prefix of their paths in the loaded model, which the file lacks."""
     widened: tuple[tuple[str, str, Callable[[Any], Any]], ...] = ()
     """Module, name in it and what replaces its value while the model runs in float64, where it rounds to float32."""
-    comparable: Callable[[Call], Call] = lambda call: call
-    """The same call without masked residues, if the class computes other things for these than our modules do."""
+    comparable: Callable[[Call], bool] = lambda call: True
+    """False for a call with masked residues, if the class computes other things for these than our modules do."""
     unit: str = "Å"
     structure: bool = True
     """True if predictions are coordinates, compared after superposition."""
