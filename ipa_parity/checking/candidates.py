@@ -180,7 +180,7 @@ def function_candidate(
     """
     taken = arguments_of(function)
     call = called_by_name(function, taken)
-    seen = framework or _framework_of(function)
+    seen = framework or framework_of(function)
     call = _with_either_mask(call) if seen == "torch" else call
     return Candidate(name, seen, call, names, config, takes_mask=taken is None or "mask" in taken)
 
@@ -261,7 +261,7 @@ def rigids_of(like: Any, rotation: Any, translation: Any) -> Any:
     return JaxRigid(rotation, translation)
 
 
-def _framework_of(function: Callable) -> Framework:
+def framework_of(function: Callable) -> Framework:
     """The framework whose name the function's module uses: numpy if neither of the others."""
     function = inspect.unwrap(function)
     while hasattr(function, "func"):  # functools.partial

@@ -19,6 +19,7 @@ from ipa_bridge.tolerance import DTYPES
 from ipa_bridge.weights import Weights
 from ipa_parity.attention.cases import PRESETS, load_weights
 from ipa_parity.checking import check
+from ipa_parity.checking.pieces import PIECES
 from ipa_parity.checking.reporting import Report
 from ipa_parity.vectors.judging import judge_outputs
 
@@ -27,6 +28,7 @@ examples:
   ipa-parity check mylab.model:MyIPA --kwargs '{"c_s": 384, "c_z": 128}' --parameters openfold
   ipa-parity check model.py:attention --preset alphafold2
   ipa-parity check model.py:model --parameters names.json --structure 1gcn.pdb --json
+  ipa-parity check model.py:backbone_update --piece backbone-update
   ipa-parity check --outputs mine --vectors vectors    (what a program in any language wrote; ipa-parity vectors --help)
 
 exit status: 0 for a right candidate, 1 for one that is wrong or imprecise, 2 for wrong arguments
@@ -60,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "target",
         nargs="?",
         help="a class, an instance or a function, as package.module:name or path/to/file.py:name",
+    )
+    parser.add_argument(
+        "--piece", choices=PIECES, help="the target is this function of the structure module (default: the attention)"
     )
     parser.add_argument("--outputs", metavar="PATH", help="in place of a target: a folder or file of its outputs")
     parser.add_argument("--vectors", metavar="DIR", help="with --outputs: the folder of ipa-parity vectors")
@@ -99,6 +104,8 @@ def _run(args: argparse.Namespace, progress: Progress) -> Report:
         parameters = json.loads(Path(parameters).read_text())
     weights: Weights | None = load_weights(args.weights, args.preset) if args.weights else None
     candidate, name = load_target(args.target, args.kwargs), args.target.rpartition(":")[2]
+    if args.piece:
+        return _judge_piece(args, candidate, name, progress)
     return check(
         candidate,
         args.preset,
@@ -107,6 +114,21 @@ def _run(args: argparse.Namespace, progress: Progress) -> Report:
         framework=args.framework,
         weights=weights,
         structure=load_structure(args.structure) if args.structure else None,
+        dtypes=args.dtype or ("float32", "float64"),
+        gradients=not args.no_gradients,
+        seed=args.seed,
+        name=name,
+        progress=lambda step: progress(f"{name}: {step}"),
+    )
+
+
+def _judge_piece(args: argparse.Namespace, candidate: Any, name: str, progress: Progress) -> Report:
+    others = ("preset", "parameters", "call", "weights", "structure")
+    if given := [x for x in others if getattr(args, x)]:
+        raise ValueError(f"--piece {args.piece} has no use for --{given[0]}: leave it out")
+    return PIECES[args.piece][1](
+        candidate,
+        framework=args.framework,
         dtypes=args.dtype or ("float32", "float64"),
         gradients=not args.no_gradients,
         seed=args.seed,

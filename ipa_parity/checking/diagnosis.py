@@ -62,17 +62,19 @@ class Diagnosis:
         mistakes: the known mistakes that are all made, in each of which equivalent names of one function are listed.
         error: distance of the candidate from what they give, in epsilons of its dtype.
         text: one sentence.
+        algorithm: number of the algorithm in the supplement.
     """
 
     kind: Kind
     text: str
     mistakes: tuple[tuple[Mistake, ...], ...] = ()
     error: float = math.nan
+    algorithm: str = "22"
 
     def advice(self) -> list[str]:
         """For each mistake, the lines of the algorithm and what to do."""
         firsts = [names[0] for names in self.mistakes]
-        return [f"  line {x.line} of Algorithm 22" + (f": {x.mend}" if x.mend else "") for x in firsts]
+        return [f"  line {x.line} of Algorithm {self.algorithm}" + (f": {x.mend}" if x.mend else "") for x in firsts]
 
 
 def diagnose(
