@@ -120,6 +120,7 @@ def test_our_haiku_module():
     assert_right(check(transform_ipa(ODD)))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("layout", ["monomer", "multimer"])
 @pytest.mark.parametrize("applied", ["with an rng", "without"])
 def test_alphafolds_class(layout, applied):

@@ -127,7 +127,8 @@ def test_presets_are_alphafolds(preset):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *(("untied multimer", "float64"), ("embedded", "float64"), ("concatenated", "float64")),
+        *(("untied multimer", "float64"), ("concatenated", "float64")),
+        pytest.param("embedded", "float64", marks=pytest.mark.exhaustive),
         *(pytest.param(name, "float32", marks=pytest.mark.exhaustive) for name in ("odd multimer", "embedded")),
     ],
 )
