@@ -111,7 +111,7 @@ def _check_names(argument: str, given: Sequence[str], known: Sequence[str]) -> N
 
 @dataclass
 class _Suite:
-    """What the tests of one decorator share."""
+    """State that the tests of one decorator share."""
 
     config: IPAConfig | None
     how: Mapping[str, Any]
@@ -119,7 +119,7 @@ class _Suite:
     structure: Structure | None
     seed: int
     diagnoses: dict[tuple[str, str], str] = field(default_factory=dict)
-    """What outputs mean, by dtype and a digest of them."""
+    """Diagnoses by dtype and a digest of the outputs."""
     last: tuple[Any, Candidate, dict[str, Case]] | None = None
     """The last candidate as it came and behind one call, and its inputs; one that all tests share compiles once."""
 
@@ -134,7 +134,7 @@ class _Suite:
         return self.last[1:]
 
     def diagnose(self, seen: Candidate, cases: Mapping[str, Case], dtype: str, *, gradients: bool) -> str:
-        """What the candidate computes in one dtype, in a few lines."""
+        """A few lines on what the candidate computes in one dtype."""
         judged = judge_all(seen, [Probe(case, dtype) for case in cases.values()], gradients=gradients)
         digest = hashlib.sha256()
         for each in judged:
@@ -161,7 +161,7 @@ class Conformance:
     probe: str
     """Name of the input."""
     aspect: str
-    """What is tested: "output", "gradients", "dtype", "same twice", or a stage."""
+    """The property tested: "output", "gradients", "dtype", "same twice", or a stage."""
 
     def __str__(self) -> str:
         return f"{self.dtype}-{self.probe}-{self.aspect}"
@@ -188,7 +188,7 @@ class Conformance:
             raise AssertionError("\n".join([f"{self.aspect} on {self.probe} in {self.dtype}:", *problems, "", said]))
 
     def _problems(self, seen: Candidate, cases: Mapping[str, Case]) -> Iterator[str]:
-        """What is wrong with this property, a line each."""
+        """Problems with this property, a line each."""
         if self.probe in (MASKED, MOVED):
             first = judge(seen, Probe(cases[ORDINARY], self.dtype), gradients=False)
             change = _with_other_masked_values if self.probe == MASKED else _moved

@@ -142,7 +142,7 @@ class Candidate(NamedTuple):
     names: Names
     config: IPAConfig
     assumed: str = ""
-    """What neither names nor shapes tell of the config, in words; empty if nothing."""
+    """Fields of the config that neither names nor shapes tell, in words; empty if there are none."""
     takes_mask: bool = True
 
     def run(self, case: Case, *, gradients: bool) -> Run:
@@ -152,7 +152,7 @@ class Candidate(NamedTuple):
 
 
 def say_assumed(config: IPAConfig, untold: Collection[str]) -> str:
-    """What neither names nor shapes of parameters tell of a config, in words; empty if nothing."""
+    """Fields of a config that neither names nor shapes of parameters tell, in words; empty if there are none."""
     listed = ", ".join(f"{field}={getattr(config, field)!r}" for field in sorted(untold) if is_functional(field))
     if not listed:
         return ""
@@ -206,7 +206,7 @@ def _with_either_mask(call: Call) -> Call:
 
 
 def arguments_of(function: Callable) -> dict[str, str] | None:
-    """What each argument of a function is, to its name; None if the names tell nothing.
+    """Names of a function's arguments by what they are; None if the names tell nothing.
 
     Raises:
         ValueError: an argument without a default is none of those that an attention has.

@@ -147,7 +147,7 @@ def _judge_outputs(args: argparse.Namespace, progress: Progress) -> Report:
 
 
 def load_target(target: str, kwargs: str | None) -> Any:
-    """What a target names; a class is instantiated with the keyword arguments.
+    """The object that a target names; a class is instantiated with the keyword arguments.
 
     Raises:
         ValueError: there is no such thing, or the class cannot be made with these arguments.

@@ -53,7 +53,7 @@ ALIKE = 1e-9
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a candidate computes instead of Algorithm 22.
+    """The function that a candidate computes instead of Algorithm 22.
 
     Attributes:
         kind: "mistake" for outputs that known mistakes give, "gradient" for right outputs with gradients that end
@@ -203,7 +203,7 @@ def _with_synonyms(group: Sequence[Mistake]) -> str:
 
 
 def _of_gradients(judged: Sequence[Judged], progress: Callable[[str], None]) -> Diagnosis:
-    """Where the gradients of right outputs end."""
+    """The diagnosis of right outputs with wrong gradients: the place where they end."""
     wrong = [each for each in judged if any(not x.passed for x in each.comparisons if x.stage.startswith("gradient/"))]
     if not wrong:
         return Diagnosis("unknown", "outputs and gradients are right")

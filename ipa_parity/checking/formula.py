@@ -23,7 +23,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class Formula:
-    """What an attention computes, as a choice per step of Algorithm 22. The defaults are right."""
+    """A function that an attention may compute, as a choice per step of Algorithm 22. The defaults are right."""
 
     heads: str = "outer"  # "inner": channels of a projection lie as (C, H)
     scalar_packing: str = "keys first"  # "values first"; "all keys first": packed for all heads together

@@ -16,7 +16,7 @@ class Mistake(NamedTuple):
     """One way to get Algorithm 22 wrong."""
 
     name: str
-    """What the code does, as the end of "Algorithm 22 with …"."""
+    """Words for what the code does, as the end of "Algorithm 22 with …"."""
     line: str
     """The lines of Algorithm 22 that it departs from."""
     mend: str

@@ -124,7 +124,7 @@ def compare_whole(name: str, trained: Trained, dtype: str, after: nn.Module | No
 
 
 def predict(trained: Trained, model: nn.Module, dtype: torch.dtype, seed: int | None = None) -> np.ndarray:
-    """What a copy of the model predicts in a dtype; with a seed, embedded inputs are noisy by half an ulp."""
+    """The prediction of a copy of the model in a dtype; with a seed, embedded inputs are noisy by half an ulp."""
     model = copy.deepcopy(model).to(dtype)
     generator = torch.Generator().manual_seed(seed or 0)
 

@@ -36,7 +36,7 @@ class Call:
     leaves: dict[str, np.ndarray]
     masks: dict[str, np.ndarray]
     extra: dict[str, Any]
-    """What the real class takes besides, such as neighbours or residue indices."""
+    """Further arguments of the real class, such as neighbours or residue indices."""
 
 
 @dataclass

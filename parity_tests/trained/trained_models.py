@@ -41,7 +41,7 @@ class Trained:
     load: Callable[[], nn.Module]
     """The whole model in float32, in evaluation, with the file's weights."""
     predict: Callable[[nn.Module], torch.Tensor]
-    """What the whole model predicts, in its dtype."""
+    """The whole model's prediction, in its dtype."""
     read: Callable[[tuple, dict], Call]
     """A call of the attention in our conventions."""
     run: Callable[[nn.Module, dict[str, torch.Tensor], dict[str, Any]], torch.Tensor]
