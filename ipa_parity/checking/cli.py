@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace, progress: Progress) -> Report:
         return _judge_outputs(args, progress)
     parameters: Any = args.parameters
     if parameters and os.path.isfile(parameters):
-        parameters = json.loads(Path(parameters).read_text())
+        parameters = _table(parameters)
     weights: Weights | None = load_weights(args.weights, args.preset) if args.weights else None
     candidate, name = load_target(args.target, args.kwargs), args.target.rpartition(":")[2]
     if args.piece:
@@ -120,6 +120,21 @@ def _run(args: argparse.Namespace, progress: Progress) -> Report:
         name=name,
         progress=lambda step: progress(f"{name}: {step}"),
     )
+
+
+def _table(path: str) -> dict[str, str]:
+    """A table of parameters from a JSON file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        table = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: a JSON object from its names to ours was expected; {error}") from error
+    if not isinstance(table, dict) or not all(isinstance(x, str) for x in table.values()):
+        raise ValueError(f"{path}: a JSON object from its names to ours was expected; got {str(table)[:60]}")
+    return table
 
 
 def _judge_piece(args: argparse.Namespace, candidate: Any, name: str, progress: Progress) -> Report:
@@ -163,7 +178,7 @@ def load_target(target: str, kwargs: str | None) -> Any:
         raise ValueError(f"--kwargs takes a JSON object, as '{{\"dim\": 64}}'; got {kwargs!r} ({error})") from None
     try:
         return found(**given)
-    except TypeError as error:
+    except Exception as error:
         raise ValueError(f"{target} cannot be made with --kwargs '{kwargs or '{}'}': {error}") from error
 
 
@@ -179,7 +194,12 @@ def _import(target: str) -> Any:
         where = Path(where).stem
     else:
         sys.path.insert(0, os.getcwd())
-    found: Any = importlib.import_module(where)
+    try:
+        found: Any = importlib.import_module(where)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{where} has no {name}; it has {', '.join(_public(found)) or 'nothing public'}")

@@ -264,6 +264,27 @@ def test_wrong_arguments_have_status_2(capsys, monkeypatch, arguments, said):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("raise RuntimeError('no licence')", "cannot be imported: RuntimeError: no licence"), ("x = (", "SyntaxError")],
+)
+def test_a_file_that_cannot_be_imported(capsys, tmp_path, text, said):
+    (tmp_path / "broken_ipa.py").write_text(text)
+    status, out, err = run(capsys, f"{tmp_path / 'broken_ipa.py'}:MyIPA")
+    assert (status, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": 1}', "not JSON"])
+def test_a_table_of_parameters_is_a_json_object(capsys, tmp_path, text):
+    (tmp_path / "names.json").write_text(text)
+    target = f"{ROOT / 'examples' / 'my_ipa.py'}:MyIPA"
+    status, _, err = run(capsys, target, "--preset", "alphafold2", "--parameters", str(tmp_path / "names.json"))
+    assert status == 2
+    assert "names.json: a JSON object from its names to ours was expected" in err
+
+
 def test_it_runs_as_a_command():
     command = [sys.executable, "-m", "ipa_parity.cli", "check", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
