@@ -23,4 +23,5 @@ UNIFOLD = Dialect(
     landmarks={IPAConfig: ("head_weights", "linear_q_points.weight", "linear_k_points.weight")},
     finish=_finish,
     absent=("down_z.weight",),
+    varies=("norm_epsilon",),  # the class's default is 1e-8; Uni-Fold's own config passes 1e-12
 )
