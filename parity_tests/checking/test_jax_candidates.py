@@ -82,9 +82,9 @@ def test_equinox():
 @pytest.mark.parametrize(
     ("mistake", "name"),
     [
-        ("rotations", "rotations transposed"),
-        ("thirds", "√(1/3) missing from all logits"),
         ("keys and values", "keys and values exchanged"),
+        pytest.param("rotations", "rotations transposed", marks=pytest.mark.exhaustive),
+        pytest.param("thirds", "√(1/3) missing from all logits", marks=pytest.mark.exhaustive),
     ],
 )
 def test_mistakes_in_flax(mistake, name):
@@ -94,9 +94,9 @@ def test_mistakes_in_flax(mistake, name):
 @pytest.mark.parametrize(
     ("mistake", "name"),
     [
-        ("thirds", "√(1/3) missing from all logits"),
         ("back", "output points taken back with R instead of Rᵀ"),
-        ("softplus", "softplus missing from γ"),
+        pytest.param("thirds", "√(1/3) missing from all logits", marks=pytest.mark.exhaustive),
+        pytest.param("softplus", "softplus missing from γ", marks=pytest.mark.exhaustive),
     ],
 )
 def test_mistakes_in_equinox(mistake, name):
@@ -120,7 +120,7 @@ def test_our_haiku_module():
     assert_right(check(transform_ipa(ODD)))
 
 
-@pytest.mark.covering
+@pytest.mark.exhaustive  # test_peers.py judges it too
 @pytest.mark.parametrize("layout", ["monomer", "multimer"])
 @pytest.mark.parametrize("applied", ["with an rng", "without"])
 def test_alphafolds_class(layout, applied):
@@ -145,6 +145,7 @@ def test_alphafolds_class(layout, applied):
     assert_right(check(transformed, gradients=wide, dtypes=dtypes), gradients=wide, dtypes=dtypes)
 
 
+@pytest.mark.exhaustive  # a variant of NNX
 def test_flax_linen():
     """A Linen module is initialised; here with AlphaFold's names, standard leaves and 4×4 frames."""
     nn = pytest.importorskip("flax.linen")

@@ -205,7 +205,8 @@ def test_installed_frameworks_are_found():
     assert installed_frameworks() == ("jax", "torch")
 
 
-@pytest.mark.parametrize("both", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # ipa-parity runs on a user's files above
+@pytest.mark.parametrize("both", [True, False])
 def test_the_suite_runs_on_a_users_files(both, tmp_path, structures_dir):
     Weights.random(ODD_MULTIMER).save(tmp_path / "mine.npz")
     options = ["--weights", str(tmp_path / "mine.npz")]

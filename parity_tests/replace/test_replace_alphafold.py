@@ -50,7 +50,7 @@ def judge(actual, expected, stage, dtype="float32", meaningful=None, norm="max")
     [
         (ODD, "float32", "streamed"),
         pytest.param(ODD, "float64", None, marks=pytest.mark.exhaustive),
-        (ODD_MULTIMER, "float32", "streamed"),
+        pytest.param(ODD_MULTIMER, "float32", "streamed", marks=pytest.mark.exhaustive),
     ],
     ids=["monomer", "monomer in float64", "multimer"],
 )

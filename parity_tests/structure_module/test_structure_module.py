@@ -136,7 +136,8 @@ def test_the_frameworks_agree(name, dtype):
     judge_frameworks(odd_case(name), dtype)
 
 
-@pytest.mark.parametrize("preset", ["alphafold2", pytest.param("alphafold-multimer", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # each is compared with published implementations on real proteins
+@pytest.mark.parametrize("preset", ["alphafold2", "alphafold-multimer"])
 def test_the_frameworks_agree_on_a_real_protein(preset, structures_dir):
     pytest.importorskip("gemmi")
     structure = load_structure(structures_dir / "1gcn.pdb")
@@ -204,7 +205,7 @@ def test_errors_are_no_more_than_twice_a_published_implementations(
 
 
 @pytest.mark.parametrize("num_layer", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("preset", FEW_PEERS)
+@pytest.mark.parametrize("preset", [pytest.param(x, marks=[pytest.mark.exhaustive] * (x != "esmfold")) for x in PEERS])
 def test_gradients_are_those_of_a_published_implementation(preset, num_layer, structures_dir):
     """Gradients to both representations and every parameter, through all layers, agree."""
     package, run_theirs = PEERS[preset]
