@@ -44,8 +44,8 @@ CONSTANTS = {
 }
 """Places where a constant may be wrong, in words."""
 
-EXPLAINED = 1e-3
-"""Share of a candidate's error that known mistakes may leave."""
+EXPLAINED = {"float64": 1e-3, "float32": 5e-3}
+"""Share of a candidate's error that known mistakes may leave. In float32, −1e5 on a whole row leaves two decimals."""
 
 ALIKE = 1e-9
 """Relative difference below which two formulas compute one function."""
@@ -109,6 +109,11 @@ def distance(formula: Formula, judged: Judged) -> float:
     return relative(judged.arrays["out"][valid], computed) / tolerated(probe)
 
 
+def _allowed(judged: Judged) -> float:
+    """Distance that a wrong formula may have from outputs that it explains, over the bound of a right one."""
+    return max(1.0, EXPLAINED.get(judged.probe.dtype, 5e-3) * distance(Formula(), judged))
+
+
 def tolerated(probe: Probe) -> float:
     """Relative error that a right output may have."""
     return bound("out", probe.dtype) * epsilon(probe.dtype) * probe.conditioning
@@ -127,10 +132,9 @@ Tried = tuple[Mistake, ...]
 def _matching(tries: Iterable[Tried], judged: Sequence[Judged]) -> list[tuple[float, Tried]]:
     """The mistakes that explain a candidate's outputs on all probes, the nearest first, with their distances.
 
-    Rounding in a wrong formula may be larger than in the right one, so all but a thousandth of the error will do too.
+    Rounding in a wrong formula may be larger than in the right one, so a small share of the error may be left.
     """
-    errors = [distance(Formula(), each) for each in judged]
-    allowed = [max(1.0, EXPLAINED * error) for error in errors]
+    allowed = [_allowed(each) for each in judged]
     found = []
     for tried in tries:
         formula, far = formula_with(*tried), 0.0
@@ -147,7 +151,7 @@ def _pairs(judged: Sequence[Judged], progress: Callable[[str], None]) -> Iterabl
     """Pairs of mistakes that come near a candidate on the smallest probe."""
     config = judged[0].probe.case.config
     smallest = min(judged, key=lambda x: x.probe.case.mask.size)
-    limit = max(1.0, EXPLAINED * distance(Formula(), smallest))
+    limit = _allowed(smallest)
     every = list(pairs(config))
     near: list[tuple[float, Tried]] = []
     for n, pair in enumerate(every):

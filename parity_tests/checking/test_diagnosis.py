@@ -42,15 +42,19 @@ def test_every_mistake_is_named(mistake, layout):
 @pytest.mark.parametrize("layout", SMALL)
 def test_every_mistake_is_named_in_each_framework(layout, framework, dtype):
     pytest.importorskip(framework)
-    for mistake in singles(SMALL[layout]):
+    every = 12 if framework == "jax" else 2  # JAX compiles each
+    for mistake in singles(SMALL[layout])[::every]:
         expect_named(mistake, SMALL[layout], framework, dtype)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_mistake_is_named_at_its_models_widths(preset):
-    config = PRESETS[preset]()
-    for mistake in singles(config):
+def test_mistakes_are_named_at_their_models_widths(preset):
+    """A sixth of them, others for each model; and those whose rounding is largest."""
+    config, shift = PRESETS[preset](), list(PRESETS).index(preset)
+    every = singles(config)
+    rough = [x for x in every if x.name.startswith("the softmax over")]
+    for mistake in [*every[shift::6], *rough]:
         expect_named(mistake, config, "numpy", "float32")
 
 
@@ -75,9 +79,8 @@ def test_nine_of_ten_pairs_are_named(seed):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", range(4))
-def test_nine_of_ten_pairs_are_named_at_models_widths(seed):
-    expect_pairs(random.Random(seed), [make() for make in PRESETS.values()], "float32", number=10)
+def test_nine_of_ten_pairs_are_named_at_models_widths():
+    expect_pairs(random.Random(0), [make() for make in PRESETS.values()], "float32", number=10)
 
 
 def expect_pairs(rng, configs, dtype, number):
