@@ -139,9 +139,10 @@ def _matching(tries: Iterable[Tried], judged: Sequence[Judged]) -> list[tuple[fl
     for tried in tries:
         formula, far = formula_with(*tried), 0.0
         for each, limit in zip(judged, allowed, strict=True):
-            far = max(far, distance(formula, each) / limit)
-            if far > 1:
+            there = distance(formula, each)
+            if there > limit:
                 break
+            far = max(far, there)
         else:
             found.append((far, tried))
     return sorted(found, key=lambda x: x[0])
