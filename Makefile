@@ -25,7 +25,7 @@ parity: .venv/.runtime
 test: .venv/.dev
 	$(PYTEST) -m 'not exhaustive'
 
-# The sizes and combinations that `test` leaves out, compiled with XLA's optimisations: ten minutes more.
+# The sizes and combinations that `test` leaves out, compiled with XLA's optimisations: fifteen minutes more.
 test-all: .venv/.dev
 	XLA_FLAGS= $(PYTEST) -m exhaustive
 
